@@ -1,0 +1,54 @@
+# make help lists the targets. Two variables: PYTHON (which interpreter makes the venv), VENV (where it lies).
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PIP_INSTALL := $(PIP) install --quiet --timeout 120 --retries 10
+TEST_STAMP := $(VENV)/.installed-test
+LINT_STAMP := $(VENV)/.installed-lint
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@echo '  PYTHON=$(PYTHON) VENV=$(VENV)'
+
+demo: $(TEST_STAMP) ## generate text with the small model that ships
+	$(BIN)/python scripts/generate.py --prompt "Once upon a time" --max-new-tokens 64
+
+test: $(TEST_STAMP) ## run all tests; those marked `device` need e.g. JAX_PLATFORMS=cuda,cpu
+	$(BIN)/python -m pytest tests
+
+lint: $(LINT_STAMP) ## ruff, mypy and the import floors
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest -q tests/test_floors.py
+
+bench: $(TEST_STAMP) ## time generation on this machine
+	$(BIN)/python scripts/bench_generate.py
+
+clean: ## remove caches and build outputs; the venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	for d in jaxmoe pallas_kernels sharding checkpoints scripts tests; do \
+	  if [ -d "$$d" ]; then find "$$d" -name __pycache__ -type d -prune -exec rm -rf {} +; fi; done
+
+# A venv that works is kept, whoever made it; one that was cut off half way is made again.
+$(VENV)/.created:
+	@if $(BIN)/python -m pip --version >/dev/null 2>&1; then :; else \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	    { echo 'jaxmoe needs Python 3.11 or newer and "$(PYTHON)" is not: make PYTHON=/path/to/python3.11' >&2; exit 1; }; \
+	  echo 'making $(VENV) with $(PYTHON)'; $(PYTHON) -m venv $(VENV); fi
+	@touch $@
+
+$(TEST_STAMP): pyproject.toml | $(VENV)/.created
+	@echo 'installing jaxmoe and its dependencies into $(VENV) (some minutes on a slow connection)'
+	$(PIP_INSTALL) --editable '.[test]'
+	@touch $@
+
+$(LINT_STAMP): pyproject.toml | $(VENV)/.created
+	@echo 'installing jaxmoe, its dependencies and the linters into $(VENV)'
+	$(PIP_INSTALL) --editable '.[test,lint]'
+	@touch $@

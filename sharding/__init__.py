@@ -1,0 +1,1 @@
+"""Meshes, sharding rules, hardware tables, costs, plans and compile-only checks."""
