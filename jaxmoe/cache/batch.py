@@ -1,0 +1,75 @@
+"""`Batch`: the tokens of one step, ragged, padded to a bucket. Plain numpy until the step takes it."""
+
+from __future__ import annotations
+
+import flax.struct
+import numpy as np
+from jaxtyping import Array, Int
+
+
+@flax.struct.dataclass
+class Batch:
+    """Tokens of many sequences on one axis, in *runs*: run r owns tokens `[r * run, (r + 1) * run)`, of which the first `run_lengths[r]` are real,
+    consecutive positions of one sequence. Decoding has runs of one token; a prompt is cut into runs of many.
+
+    Attributes:
+        tokens: int32 [T] ids; 0 in padding.
+        positions: int32 [T] absolute positions; 0 in padding.
+        segments: int32 [T], the cache row each token belongs to; -1 in padding.
+        run_segments, run_positions, run_lengths: int32 [T / run], cache row, first position and real tokens of each run.
+        n_runs: int32 [], how many runs are real; they come first.
+        logit_rows: int32 [R], the tokens whose logits are wanted (padding repeats an entry).
+        run: tokens in a run (static).
+    """
+
+    tokens: Int[Array, "T"]
+    positions: Int[Array, "T"]
+    segments: Int[Array, "T"]
+    run_segments: Int[Array, "n"]
+    run_positions: Int[Array, "n"]
+    run_lengths: Int[Array, "n"]
+    n_runs: Int[Array, ""]
+    logit_rows: Int[Array, "R"]
+    run: int = flax.struct.field(pytree_node=False, default=1)
+
+
+def make_batch(
+    pieces: list[tuple[int, int, list[int]]], run: int, tokens: int, logit_rows: list[int] | None = None, n_logits: int | None = None
+) -> Batch:
+    """Packs pieces of sequences into a batch.
+
+    Args:
+        pieces: `(cache row, first position, ids)` per piece, in order; a piece longer than `run` becomes several runs.
+        run: tokens in a run.
+        tokens: the bucket T, a multiple of `run`.
+        logit_rows: which tokens need logits, as `(piece index, offset)` flattened by the caller; the last token of each piece when None.
+        n_logits: R; the number of rows asked for when None.
+
+    Returns:
+        A batch of numpy arrays.
+
+    Raises:
+        ValueError: the pieces need more runs than the bucket has.
+    """
+    n = tokens // run
+    flat = {k: np.zeros(tokens, np.int32) for k in ("tokens", "positions")}
+    segments = np.full(tokens, -1, np.int32)
+    runs = np.zeros((3, n), np.int32)
+    used, last = 0, []
+    for row, start, ids in pieces:
+        for at in range(0, len(ids), run):
+            part = ids[at : at + run]
+            if used >= n:
+                raise ValueError(f"pieces of {[len(p[2]) for p in pieces]} tokens need more than {n} runs of {run}")
+            where = slice(used * run, used * run + len(part))
+            flat["tokens"][where] = part
+            flat["positions"][where] = np.arange(start + at, start + at + len(part))
+            segments[where] = row
+            runs[:, used] = row, start + at, len(part)
+            used += 1
+        last.append((used - 1) * run + (len(ids) - 1) % run)
+    rows = list(last if logit_rows is None else logit_rows)
+    rows += [rows[-1]] * ((n_logits or len(rows)) - len(rows))
+    return Batch(
+        flat["tokens"], flat["positions"], segments, runs[0], runs[1], runs[2], np.int32(used), np.asarray(rows, np.int32), run
+    )

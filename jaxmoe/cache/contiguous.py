@@ -1,0 +1,163 @@
+"""Keys and values of each sequence in one contiguous row, and attention over them.
+
+On the CPU, attention goes by run and by blocks of `KEY_BLOCK` keys from position 0, with a running maximum: a block without a visible key changes
+no bit, so a token's result does not depend on how long the cache is, how the prompt was cut, or what else is in the batch.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from jaxmoe import formats
+from jaxmoe.cache.batch import Batch
+from jaxmoe.spec import AttentionSpec, ModelSpec
+from pallas_kernels.dense.cpu import ROW_TILES
+from pallas_kernels.dispatch import Kernels
+
+KEY_BLOCK = 128
+"""Keys in one step of attention on the CPU. Part of what fixes the bits of a result."""
+
+_NONE_YET = -1e30
+
+
+@flax.struct.dataclass
+class KVState:
+    """Attributes: `k`, `v`: [L, B, K, S, C], float32 or bfloat16 held as uint16. S leaves room for one whole run past the last position."""
+
+    k: Num[Array, "L B K S C"]
+    v: Num[Array, "L B K S C"]
+
+    def logical_axes(self) -> KVState:
+        """The logical name of every axis of every leaf."""
+        axes = ("layers", "batch", "kv_heads", "positions", "head_dim")
+        return KVState(axes, axes)
+
+    def attend(
+        self,
+        spec: AttentionSpec,
+        layer: Int[Array, ""],
+        q: Float[Array, "T H C"],
+        k: Float[Array, "T K C"],
+        v: Float[Array, "T K C"],
+        batch: Batch,
+        kernels: Kernels,
+    ) -> tuple[Float[Array, "T H C"], KVState]:
+        """Adds the step's keys and values, then attends from each query to its sequence up to its own position.
+
+        Returns:
+            Outputs in q's dtype (zeros in padding), and the state with the keys and values written.
+        """
+        impl = _attend_runs if kernels.backend == "cpu" else _attend_gathered
+        return impl(self, spec, layer, q, k, v, batch)
+
+
+def init_kv(spec: ModelSpec, rows: int, positions: int, max_run: int) -> KVState:
+    """An empty cache for `rows` sequences of up to `positions` tokens, written by runs of up to `max_run`.
+
+    Raises:
+        ValueError: layers differ in their key shapes.
+    """
+    shapes = {(layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers}
+    if len(shapes) != 1:
+        raise ValueError(f"one contiguous cache needs equal key shapes in all layers, found {sorted(shapes)}")
+    ((kv_heads, head_dim),) = shapes
+    length = -(-(positions + max_run) // KEY_BLOCK) * KEY_BLOCK
+    shape = (spec.n_layers, rows, kv_heads, length, head_dim)
+    dtype = formats.leaf_dtype(spec.precision.kv)
+    return KVState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def _held(x: jax.Array, like: jax.Array) -> jax.Array:
+    return formats.store(x, "bfloat16" if like.dtype == jnp.uint16 else "float32")
+
+
+def _query_tiles(rows: int) -> tuple[int, int]:
+    """(tiles, rows in a tile) that cover the rows of one KV head in one run."""
+    if rows <= ROW_TILES[-1]:
+        return 1, next(t for t in ROW_TILES if rows <= t)
+    return -(-rows // ROW_TILES[-1]), ROW_TILES[-1]
+
+
+def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch):
+    """The CPU's way: one run after another, each over the key blocks that it can see."""
+    run, (heads, c), kv_heads = batch.run, q.shape[1:], k.shape[1]
+    group = heads // kv_heads
+    n, m = _query_tiles(run * group)
+    out = jnp.zeros(q.shape, jnp.float32)
+
+    def one_run(r, carry):
+        keys, values, out = carry
+        at, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
+
+        def write(cache, new):
+            part = jax.lax.dynamic_slice_in_dim(new, at, run).transpose(1, 0, 2)[None, None]
+            return jax.lax.dynamic_update_slice(cache, _held(part, cache), (layer, seg, 0, pos, 0))
+
+        keys, values = write(keys, k), write(values, v)
+        q_run = jax.lax.dynamic_slice_in_dim(q, at, run).astype(jnp.float32) * spec.softmax_scale
+        rows = q_run.reshape(run, kv_heads, group, c).transpose(1, 0, 2, 3).reshape(kv_heads, run * group, c)
+        rows = jnp.pad(rows, ((0, 0), (0, n * m - run * group), (0, 0))).reshape(kv_heads * n, m, c)
+        at_row = jnp.pad(pos + jnp.repeat(jnp.arange(run), group), (0, n * m - run * group)).reshape(n, m)
+        o = _blocks(rows, at_row, keys, values, layer, seg, pos + batch.run_lengths[r], pos, spec.window)
+        o = o.reshape(kv_heads, n * m, c)[:, : run * group].reshape(kv_heads, run, group, c).transpose(1, 0, 2, 3)
+        return keys, values, jax.lax.dynamic_update_slice(out, o.reshape(run, heads, c), (at, 0, 0))
+
+    keys, values, out = jax.lax.fori_loop(0, batch.n_runs, one_run, (state.k, state.v, out))
+    return out.astype(q.dtype), KVState(keys, values)
+
+
+def _blocks(rows, at_row, keys, values, layer, seg, end, first, window):
+    """Attention of query rows [K*n, m, C] at positions `at_row` [n, m] over the blocks of one cache row; float32 [K*n, m, C]."""
+    kn, m, c = rows.shape
+    n = at_row.shape[0]
+    kv_heads = kn // n
+
+    def block(cache, j):
+        part = jax.lax.dynamic_slice(cache, (layer, seg, 0, j * KEY_BLOCK, 0), (1, 1, kv_heads, KEY_BLOCK, c))[0, 0]
+        part = formats.load(part, jnp.float32)
+        return jnp.broadcast_to(part[:, None], (kv_heads, n, KEY_BLOCK, c)).reshape(kn, KEY_BLOCK, c) if n > 1 else part
+
+    def step(j, carry):
+        top, total, o = carry
+        s = jnp.einsum("bmc,bsc->bms", rows, block(keys, j)).reshape(kv_heads, n, m, KEY_BLOCK)
+        at_key = j * KEY_BLOCK + jnp.arange(KEY_BLOCK)
+        seen = at_key <= at_row[..., None]
+        if window is not None:
+            seen &= at_key > at_row[..., None] - window
+        s = jnp.where(seen, s, -jnp.inf).reshape(kn, m, KEY_BLOCK)
+        new_top = jnp.maximum(top, s.max(-1))
+        p = jnp.exp(s - new_top[..., None])
+        keep = jnp.exp(top - new_top)
+        o = o * keep[..., None] + jnp.einsum("bms,bsc->bmc", p, block(values, j))
+        return new_top, total * keep + p.sum(-1), o
+
+    start = 0 if window is None else jnp.maximum(first - window + 1, 0) // KEY_BLOCK
+    zero = (jnp.full((kn, m), _NONE_YET), jnp.zeros((kn, m)), jnp.zeros((kn, m, c)))
+    _, total, o = jax.lax.fori_loop(start, -(-end // KEY_BLOCK), step, zero)
+    return o / total[..., None]
+
+
+def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch):
+    """The plain way, for backends without a kernel and as a reference: each run against a copy of its whole cache row."""
+    run, (heads, c), kv_heads = batch.run, q.shape[1:], k.shape[1]
+    rows = state.k.shape[1]
+    seg = jnp.where(batch.segments >= 0, batch.segments, rows)
+    at = (layer, seg, slice(None), batch.positions)
+    keys = state.k.at[at].set(_held(k, state.k), mode="drop")
+    values = state.v.at[at].set(_held(v, state.v), mode="drop")
+    q_run = q.reshape(-1, run, kv_heads, heads // kv_heads, c)
+    k_run = formats.load(keys[layer, batch.run_segments], q.dtype)
+    v_run = formats.load(values[layer, batch.run_segments], q.dtype)
+    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    s = jnp.einsum("rqkgc,rksc->rkgqs", q_run, k_run, precision=exact, preferred_element_type=jnp.float32) * spec.softmax_scale
+    at_key, at_row = jnp.arange(s.shape[-1]), batch.positions.reshape(-1, 1, 1, run, 1)
+    seen = at_key <= at_row
+    if spec.window is not None:
+        seen &= at_key > at_row - spec.window
+    p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1).astype(q.dtype)
+    o = jnp.einsum("rkgqs,rksc->rqkgc", p, v_run, precision=exact, preferred_element_type=jnp.float32)
+    o = jnp.where(batch.segments[:, None, None] >= 0, o.reshape(q.shape), 0.0)
+    return o.astype(q.dtype), KVState(keys, values)

@@ -1,0 +1,30 @@
+"""Expert banks: what an MoE layer computes with. The model calls `expert_ffn` and knows no more of a bank than that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxmoe.experts.resident import ResidentBank
+
+ExpertBank = Any
+"""A pytree with an `expert_ffn` method: `ResidentBank` now, caches of experts beside it."""
+
+__all__ = ["ExpertBank", "ResidentBank", "expert_ffn"]
+
+
+def expert_ffn(bank: ExpertBank, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels):
+    """Runs the chosen experts of one layer.
+
+    Args:
+        bank: the experts.
+        moe_layer: which MoE layer, counted among MoE layers; may be traced.
+        x_TD: activations.
+        ids_TA: int32 expert ids.
+        weights_TA: float32 combine weights.
+        valid_T: False for padding tokens, which route nowhere and give zero.
+        kernels: static choice of implementations.
+
+    Returns:
+        `(y_TD, bank, aux)`: the weighted sum of expert outputs in x's dtype, the bank as it is afterwards, and counters.
+    """
+    return bank.expert_ffn(moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels)

@@ -1,0 +1,43 @@
+"""From a token's experts to rows sorted by expert, and back: the plan around every grouped matmul."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Dispatch(NamedTuple):
+    """Rows sorted by expert: `token_M` the token of each sorted row, `row_TA` where each assignment went, `sizes_E` rows of each expert."""
+
+    token_M: Int[Array, "M"]
+    row_TA: Int[Array, "T A"]
+    sizes_E: Int[Array, "E"]
+
+
+def dispatch(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int) -> Dispatch:
+    """Sorts assignments by expert, stably; those of padding tokens come last and belong to no expert."""
+    active = ids_TA.shape[1]
+    key = jnp.where(valid_T[:, None], ids_TA, experts).reshape(-1)
+    order = jnp.argsort(key, stable=True)
+    row = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True)
+    sizes = (key[:, None] == jnp.arange(experts)[None, :]).sum(0, dtype=jnp.int32)
+    return Dispatch(order // active, row.reshape(ids_TA.shape), sizes)
+
+
+def combine(
+    y_MD: Float[Array, "M D"], plan: Dispatch, weights_TA: Float[Array, "T A"], valid_T: Bool[Array, "T"]
+) -> Float[Array, "T D"]:
+    """Weighted sum of each token's expert outputs in float32, in one fixed order: that of its ids. Padding tokens give zero."""
+    y = y_MD[plan.row_TA]
+    out = y[:, 0] * weights_TA[:, :1]
+    for j in range(1, weights_TA.shape[1]):
+        out = out + y[:, j] * weights_TA[:, j : j + 1]
+    return jnp.where(valid_T[:, None], out, 0.0)
+
+
+def rows_of(x_TD: jax.Array, plan: Dispatch) -> jax.Array:
+    """The activations of every assignment, sorted by expert."""
+    return x_TD[plan.token_M]

@@ -1,0 +1,58 @@
+"""All experts on the device: the plainest bank, and the reference that every other bank is compared with."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from jaxmoe.experts.dispatch import combine, dispatch, rows_of
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.grouped_matmul.api import grouped_swiglu
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
+"""Elementwise gate activations by the names that `ExpertSpec` uses."""
+
+
+@flax.struct.dataclass
+class ResidentBank:
+    """Every expert of every MoE layer, on device.
+
+    Attributes:
+        w_in: [L, E, D, 2, F], gate at index 0 and up at 1; float32, or bfloat16 held as uint16.
+        w_out: [L, E, F, D], down.
+        activation: the gate's activation.
+    """
+
+    w_in: Num[Array, "L E D two F"]
+    w_out: Num[Array, "L E F D"]
+    activation: str = flax.struct.field(pytree_node=False, default="silu")
+
+    def logical_axes(self) -> ResidentBank:
+        """The logical name of every axis of every leaf."""
+        return self.replace(w_in=("layers", "experts", "embed", None, "hidden"), w_out=("layers", "experts", "hidden", "embed"))
+
+    def expert_ffn(
+        self,
+        moe_layer: Int[Array, ""],
+        x_TD: Float[Array, "T D"],
+        ids_TA: Int[Array, "T A"],
+        weights_TA: Float[Array, "T A"],
+        valid_T: Bool[Array, "T"],
+        kernels: Kernels,
+    ) -> tuple[Float[Array, "T D"], ResidentBank, dict]:
+        """See `jaxmoe.experts.expert_ffn`."""
+        layers, experts, d, _, f = self.w_in.shape
+        plan = dispatch(ids_TA, valid_T, experts)
+        y_MD = grouped_swiglu(
+            rows_of(x_TD, plan),
+            self.w_in.reshape(layers * experts, d, 2, f),
+            self.w_out.reshape(layers * experts, f, d),
+            moe_layer * experts + jnp.arange(experts),
+            plan.sizes_E,
+            ACTIVATIONS[self.activation],
+            kernels,
+        )
+        y_TD = combine(y_MD.astype(x_TD.dtype).astype(jnp.float32), plan, weights_TA, valid_T)
+        return y_TD.astype(x_TD.dtype), self, {}

@@ -1,0 +1,1 @@
+"""The model graph: Flax Linen modules used through `apply(params, ...)` only."""

@@ -1,0 +1,148 @@
+"""The model: one pure `forward` over a ragged batch that serves prefill, decode and training alike.
+
+    logits, bank, state, aux = forward(spec, params, bank, state, batch, kernels)
+
+Segments are scanned over their repeats when their leaves are stacked, and unrolled when they are tuples of one array a layer (which spares the
+CPU a copy of every weight at every step: XLA there copies a slice before it multiplies with it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmoe import formats
+from jaxmoe.cache.batch import Batch
+from jaxmoe.experts import ExpertBank
+from jaxmoe.nn.layers import DecoderLayer, RMSNorm
+from jaxmoe.routing.route import RouterOut
+from jaxmoe.spec import LayerSpec, ModelSpec, Segment, abstract_params, stack_layers
+from pallas_kernels.dense.api import dense
+from pallas_kernels.dispatch import Kernels
+
+
+def decoder_layer(spec: ModelSpec, layer: LayerSpec, kernels: Kernels) -> DecoderLayer:
+    """The Linen module of one layer."""
+    return DecoderLayer(layer, spec.width, spec.norm_eps, spec.precision, kernels)
+
+
+def forward(
+    spec: ModelSpec, params: dict, bank: ExpertBank, state: Any, batch: Batch, kernels: Kernels, collect: bool = False
+) -> tuple[Float[Array, "R V"], ExpertBank, Any, dict]:
+    """Runs the model over a batch.
+
+    Args:
+        spec: the model.
+        params: the segmented tree (`jaxmoe.spec.params`), stacked or with tuples of layers.
+        bank: the routed experts.
+        state: layer state with an `attend` method, such as `KVState`.
+        batch: the tokens.
+        kernels: which implementations run.
+        collect: also return every layer's routing.
+
+    Returns:
+        float32 logits of `batch.logit_rows`; the bank and the state afterwards; aux: `{"routed": [RouterOut of [r, ...] leaves per sparse layer of
+        each pattern]}` with `collect`, else empty.
+    """
+    dtype = formats.compute_dtype(spec.precision.compute)
+    with jax.named_scope("embed"):
+        x = formats.load(params["embed"]["table"][batch.tokens], dtype)
+    carry = (x, bank, state, ())
+    routed = []
+    moe_first = 0
+    for segment, trees in zip(spec.segments, params["segments"], strict=True):
+        carry, seen = _run_segment(spec, segment, trees, carry, batch, kernels, moe_first, collect)
+        moe_first += segment.repeats * sum(layer.sparse for layer in segment.pattern)
+        routed.extend(seen)
+    x, bank, state, _ = carry
+    with jax.named_scope("head"):
+        x = x[batch.logit_rows]
+        x = RMSNorm((spec.width,), spec.norm_eps, spec.precision).apply({"params": params["final_norm"]}, x)
+        logits = dense(x, head_kernel(spec, params), kernels, jnp.float32)
+    return logits, bank, state, {"routed": routed} if collect else {}
+
+
+def head_kernel(spec: ModelSpec, params: dict) -> jax.Array:
+    """The output matrix [D, V]: its own, or the embedding's transpose when tied."""
+    return params["embed"]["table"].T if spec.tied and "lm_head" not in params else params["lm_head"]["kernel"]
+
+
+def _run_segment(spec: ModelSpec, segment: Segment, trees, carry, batch, kernels, moe_first: int, collect: bool):
+    """Runs all repeats of a pattern; returns the carry and, per sparse layer of the pattern, its routing stacked over repeats."""
+    modules = [decoder_layer(spec, layer, kernels) for layer in segment.pattern]
+    sparse = [layer.sparse for layer in segment.pattern]
+
+    def repeat(carry, tree_and_index):
+        layers, r = tree_and_index
+        x, bank, state, router_state = carry
+        seen: list[RouterOut] = []
+        for j, (module, tree) in enumerate(zip(modules, layers, strict=True)):
+            layer = segment.first + r * len(modules) + j
+            moe_layer = moe_first + r * sum(sparse) + sum(sparse[:j])
+            attention = segment.pattern[j].attention
+            tables = None if attention.rope is None else _tables(attention.rope, batch, x.dtype)
+            x, bank, state, router_state, routed = module.apply(
+                {"params": tree}, x, layer, moe_layer, bank, state, router_state, batch, tables
+            )
+            if routed is not None and collect:
+                seen.append(routed)
+        return (x, bank, state, router_state), tuple(seen)
+
+    if _is_unrolled(trees):
+        out = []
+        for r in range(segment.repeats):
+            layers = jax.tree.map(lambda t, r=r: t[r], trees, is_leaf=lambda t: isinstance(t, tuple) and not isinstance(t[0], dict))
+            carry, seen = repeat(carry, (layers, r))
+            out.append(seen)
+        return carry, list(jax.tree.map(lambda *a: jnp.stack(a), *out)) if out and out[0] else []
+    carry, seen = jax.lax.scan(repeat, carry, (trees, jnp.arange(segment.repeats)))
+    return carry, list(seen)
+
+
+def _tables(rope, batch: Batch, dtype):
+    from jaxmoe.nn.layers import rope_tables
+
+    return rope_tables(rope, batch.positions, dtype)
+
+
+def _is_unrolled(trees: tuple) -> bool:
+    return isinstance(trees[0]["norm_attn"]["scale"], tuple)
+
+
+def init_params(spec: ModelSpec, key: jax.Array) -> dict:
+    """Random parameters in the segmented, stacked form, from the Linen modules' own initialisers.
+
+    Residual projections (attention's output) are scaled down by sqrt(2 L), as GPT-2 does.
+    """
+    kernels = Kernels("reference")
+    layered: dict[str, Any] = {"layers": {}}
+    keys = jax.random.split(key, spec.n_layers + 2)
+    for i, layer in enumerate(spec.layers):
+        layered["layers"][str(i)] = _init_layer(spec, layer, keys[i], kernels)
+    embed = jax.random.normal(keys[-1], (spec.vocab, spec.width)) * 0.02
+    layered["embed"] = {"table": formats.store(embed, spec.precision.params)}
+    layered["final_norm"] = {"scale": formats.store(jnp.ones(spec.width), spec.precision.params)}
+    if not spec.tied:
+        head = jax.random.normal(keys[-2], (spec.width, spec.vocab)) * 0.02
+        layered["lm_head"] = {"kernel": formats.store(head, spec.precision.params)}
+    return stack_layers(spec, layered, jnp.stack)
+
+
+def _init_layer(spec: ModelSpec, layer: LayerSpec, key: jax.Array, kernels: Kernels) -> dict:
+    """Leaves of one layer by the shapes of `abstract_params`, with the initialisers of the modules: norms one, biases zero, kernels normal."""
+    del kernels
+    index = next(i for i, other in enumerate(spec.layers) if other == layer)
+    leaves, tree = jax.tree.flatten_with_path(abstract_params(spec)["layers"][str(index)])
+    out = []
+    for n, (path, leaf) in enumerate(leaves):
+        name = path[-1].key
+        if name == "kernel":
+            scale = 0.02 / (2 * spec.n_layers) ** 0.5 if path[-2].key in ("o", "down") else 0.02
+            value = jax.random.normal(jax.random.fold_in(key, n), leaf.shape) * scale
+        else:
+            value = jnp.ones(leaf.shape) if name == "scale" else jnp.zeros(leaf.shape)
+        out.append(formats.store(value, spec.precision.params))
+    return jax.tree.unflatten(tree, out)

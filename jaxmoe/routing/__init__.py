@@ -1,0 +1,1 @@
+"""Routing: which experts each token uses, in six small pure stages."""

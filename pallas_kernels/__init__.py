@@ -1,0 +1,1 @@
+"""Kernels, one folder per operation, each with a reference and one file per backend."""
