@@ -1,0 +1,1 @@
+"""The small trainer: the default model, predictors and distillation."""
