@@ -120,6 +120,9 @@ def _blocks(rows, at_row, keys, values, layer, seg, end, first, window):
         part = formats.load(part, jnp.float32)
         return jnp.broadcast_to(part[:, None], (kv_heads, n, KEY_BLOCK, c)).reshape(kn, KEY_BLOCK, c) if n > 1 else part
 
+    def row_sums(p):
+        return jnp.einsum("bms,sn->bmn", p, jnp.ones((KEY_BLOCK, 8)))[..., 0]
+
     def step(j, carry):
         top, total, o = carry
         s = jnp.einsum("bmc,bsc->bms", rows, block(keys, j)).reshape(kv_heads, n, m, KEY_BLOCK)
@@ -132,7 +135,7 @@ def _blocks(rows, at_row, keys, values, layer, seg, end, first, window):
         p = jnp.exp(s - new_top[..., None])
         keep = jnp.exp(top - new_top)
         o = o * keep[..., None] + jnp.einsum("bms,bsc->bmc", p, block(values, j))
-        return new_top, total * keep + p.sum(-1), o
+        return new_top, total * keep + row_sums(p), o
 
     start = 0 if window is None else jnp.maximum(first - window + 1, 0) // KEY_BLOCK
     zero = (jnp.full((kn, m), _NONE_YET), jnp.zeros((kn, m)), jnp.zeros((kn, m, c)))

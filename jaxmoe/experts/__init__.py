@@ -7,7 +7,8 @@ from typing import Any
 from jaxmoe.experts.resident import ResidentBank
 
 ExpertBank = Any
-"""A pytree with an `expert_ffn` method: `ResidentBank` now, caches of experts beside it."""
+"""A pytree with `expert_ffn`, `split` and `join`. A bank splits into a fixed part, which steps only read, and a moving part, which they carry, donate
+and return; carrying the fixed part too would copy it out of every program."""
 
 __all__ = ["ExpertBank", "ResidentBank", "expert_ffn"]
 

@@ -33,6 +33,14 @@ class ResidentBank:
         """The logical name of every axis of every leaf."""
         return self.replace(w_in=("layers", "experts", "embed", None, "hidden"), w_out=("layers", "experts", "hidden", "embed"))
 
+    def split(self) -> tuple[ResidentBank, tuple]:
+        """`(fixed, moving)`: nothing of this bank changes as it is used."""
+        return self, ()
+
+    def join(self, moving: tuple) -> ResidentBank:
+        """The bank whose `split` gave this fixed part and `moving`."""
+        return self
+
     def expert_ffn(
         self,
         moe_layer: Int[Array, ""],

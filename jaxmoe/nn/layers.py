@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,7 @@ from jaxmoe.experts import ExpertBank, expert_ffn
 from jaxmoe.experts.resident import ACTIVATIONS
 from jaxmoe.routing.route import RouterOut, route
 from jaxmoe.spec import AttentionSpec, ExpertSpec, LayerSpec, Precision, RopeSpec
-from pallas_kernels.dense.api import dense
+from pallas_kernels.dense.api import dense, row_sum
 from pallas_kernels.dispatch import Kernels
 
 
@@ -33,14 +34,14 @@ class RMSNorm(nn.Module):
     shape: tuple[int, ...]
     eps: float
     precision: Precision
+    kernels: Kernels
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", held(nn.initializers.ones, self.precision), self.shape)
-        axes = tuple(range(-len(self.shape), 0))
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * formats.load(scale, x.dtype)
+        rows = x.astype(jnp.float32).reshape(-1, math.prod(self.shape))
+        rows = rows * jax.lax.rsqrt(row_sum(rows * rows, self.kernels) / rows.shape[1] + self.eps)
+        return rows.astype(x.dtype).reshape(x.shape) * formats.load(scale, x.dtype)
 
 
 class Linear(nn.Module):
@@ -103,8 +104,8 @@ class Attention(nn.Module):
             q_shape, k_shape = (
                 ((s.head_dim,), (s.head_dim,)) if s.qk_norm == "head" else ((s.heads, s.head_dim), (s.kv_heads, s.head_dim))
             )
-            q = RMSNorm(q_shape, self.eps, self.precision, name="q_norm")(q)
-            k = RMSNorm(k_shape, self.eps, self.precision, name="k_norm")(k)
+            q = RMSNorm(q_shape, self.eps, self.precision, self.kernels, name="q_norm")(q)
+            k = RMSNorm(k_shape, self.eps, self.precision, self.kernels, name="k_norm")(k)
         if s.clip is not None:
             q, k, v = (jnp.clip(t, -s.clip, s.clip) for t in (q, k, v))
         if s.rope is not None:
@@ -159,7 +160,7 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "T D"], layer, moe_layer, bank: ExpertBank, state, router_state, batch: Batch, tables):
         """Returns `(x, bank, state, router_state, routed)`; `routed` is the RouterOut of a sparse layer, None of a dense one."""
-        norm = dict(shape=(self.width,), eps=self.eps, precision=self.precision)
+        norm = dict(shape=(self.width,), eps=self.eps, precision=self.precision, kernels=self.kernels)
         with jax.named_scope("attention"):
             attention = Attention(self.spec.attention, self.width, self.eps, self.precision, self.kernels, name="attn")
             h, state = attention(RMSNorm(**norm, name="norm_attn")(x), layer, state, batch, tables)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank
-from jaxmoe.nn.layers import DecoderLayer, RMSNorm
+from jaxmoe.nn.layers import DecoderLayer, RMSNorm, rope_tables
 from jaxmoe.routing.route import RouterOut
 from jaxmoe.spec import LayerSpec, ModelSpec, Segment, abstract_params, stack_layers
 from pallas_kernels.dense.api import dense
@@ -50,17 +50,19 @@ def forward(
     dtype = formats.compute_dtype(spec.precision.compute)
     with jax.named_scope("embed"):
         x = formats.load(params["embed"]["table"][batch.tokens], dtype)
-    carry = (x, bank, state, ())
+    fixed, moving = bank.split()
+    carry = (x, moving, state, ())
     routed = []
     moe_first = 0
     for segment, trees in zip(spec.segments, params["segments"], strict=True):
-        carry, seen = _run_segment(spec, segment, trees, carry, batch, kernels, moe_first, collect)
+        carry, seen = _run_segment(spec, segment, trees, fixed, carry, batch, kernels, moe_first, collect)
         moe_first += segment.repeats * sum(layer.sparse for layer in segment.pattern)
         routed.extend(seen)
-    x, bank, state, _ = carry
+    x, moving, state, _ = carry
+    bank = fixed.join(moving)
     with jax.named_scope("head"):
         x = x[batch.logit_rows]
-        x = RMSNorm((spec.width,), spec.norm_eps, spec.precision).apply({"params": params["final_norm"]}, x)
+        x = RMSNorm((spec.width,), spec.norm_eps, spec.precision, kernels).apply({"params": params["final_norm"]}, x)
         logits = dense(x, head_kernel(spec, params), kernels, jnp.float32)
     return logits, bank, state, {"routed": routed} if collect else {}
 
@@ -70,31 +72,32 @@ def head_kernel(spec: ModelSpec, params: dict) -> jax.Array:
     return params["embed"]["table"].T if spec.tied and "lm_head" not in params else params["lm_head"]["kernel"]
 
 
-def _run_segment(spec: ModelSpec, segment: Segment, trees, carry, batch, kernels, moe_first: int, collect: bool):
+def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, moe_first: int, collect: bool):
     """Runs all repeats of a pattern; returns the carry and, per sparse layer of the pattern, its routing stacked over repeats."""
     modules = [decoder_layer(spec, layer, kernels) for layer in segment.pattern]
     sparse = [layer.sparse for layer in segment.pattern]
 
     def repeat(carry, tree_and_index):
         layers, r = tree_and_index
-        x, bank, state, router_state = carry
+        x, moving, state, router_state = carry
+        bank = fixed.join(moving)
         seen: list[RouterOut] = []
         for j, (module, tree) in enumerate(zip(modules, layers, strict=True)):
             layer = segment.first + r * len(modules) + j
             moe_layer = moe_first + r * sum(sparse) + sum(sparse[:j])
             attention = segment.pattern[j].attention
-            tables = None if attention.rope is None else _tables(attention.rope, batch, x.dtype)
+            tables = None if attention.rope is None else rope_tables(attention.rope, batch.positions, x.dtype)
             x, bank, state, router_state, routed = module.apply(
                 {"params": tree}, x, layer, moe_layer, bank, state, router_state, batch, tables
             )
             if routed is not None and collect:
                 seen.append(routed)
-        return (x, bank, state, router_state), tuple(seen)
+        return (x, bank.split()[1], state, router_state), tuple(seen)
 
     if _is_unrolled(trees):
         out = []
         for r in range(segment.repeats):
-            layers = jax.tree.map(lambda t, r=r: t[r], trees, is_leaf=lambda t: isinstance(t, tuple) and not isinstance(t[0], dict))
+            layers = tuple(jax.tree.map(lambda t, r=r: t[r], tree, is_leaf=lambda t: isinstance(t, tuple)) for tree in trees)
             carry, seen = repeat(carry, (layers, r))
             out.append(seen)
         return carry, list(jax.tree.map(lambda *a: jnp.stack(a), *out)) if out and out[0] else []
@@ -102,26 +105,19 @@ def _run_segment(spec: ModelSpec, segment: Segment, trees, carry, batch, kernels
     return carry, list(seen)
 
 
-def _tables(rope, batch: Batch, dtype):
-    from jaxmoe.nn.layers import rope_tables
-
-    return rope_tables(rope, batch.positions, dtype)
-
-
 def _is_unrolled(trees: tuple) -> bool:
     return isinstance(trees[0]["norm_attn"]["scale"], tuple)
 
 
 def init_params(spec: ModelSpec, key: jax.Array) -> dict:
-    """Random parameters in the segmented, stacked form, from the Linen modules' own initialisers.
+    """Random parameters in the segmented, stacked form.
 
     Residual projections (attention's output) are scaled down by sqrt(2 L), as GPT-2 does.
     """
-    kernels = Kernels("reference")
     layered: dict[str, Any] = {"layers": {}}
     keys = jax.random.split(key, spec.n_layers + 2)
     for i, layer in enumerate(spec.layers):
-        layered["layers"][str(i)] = _init_layer(spec, layer, keys[i], kernels)
+        layered["layers"][str(i)] = _init_layer(spec, layer, keys[i])
     embed = jax.random.normal(keys[-1], (spec.vocab, spec.width)) * 0.02
     layered["embed"] = {"table": formats.store(embed, spec.precision.params)}
     layered["final_norm"] = {"scale": formats.store(jnp.ones(spec.width), spec.precision.params)}
@@ -131,9 +127,8 @@ def init_params(spec: ModelSpec, key: jax.Array) -> dict:
     return stack_layers(spec, layered, jnp.stack)
 
 
-def _init_layer(spec: ModelSpec, layer: LayerSpec, key: jax.Array, kernels: Kernels) -> dict:
-    """Leaves of one layer by the shapes of `abstract_params`, with the initialisers of the modules: norms one, biases zero, kernels normal."""
-    del kernels
+def _init_layer(spec: ModelSpec, layer: LayerSpec, key: jax.Array) -> dict:
+    """Leaves of one layer by the shapes of `abstract_params`: norms one, biases zero, kernels normal."""
     index = next(i for i, other in enumerate(spec.layers) if other == layer)
     leaves, tree = jax.tree.flatten_with_path(abstract_params(spec)["layers"][str(index)])
     out = []

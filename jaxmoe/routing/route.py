@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.spec import RouterSpec, SpecError
-from pallas_kernels.dense.api import dense
+from pallas_kernels.dense.api import dense, softmax
 from pallas_kernels.dispatch import Kernels
 
 
@@ -47,7 +47,7 @@ def route(
     """
     check(spec)
     logits = router_logits(spec, params, x_TD, kernels)
-    scores = scores_of(spec, logits)
+    scores = scores_of(spec, logits, kernels)
     ids = select(spec, scores)
     weights = weights_of(spec, scores, ids)
     if spec.weights_dtype == "model":
@@ -62,9 +62,9 @@ def router_logits(spec: RouterSpec, params: dict, x_TD: jax.Array, kernels: Kern
     return dense(x_TD, params["kernel"], kernels).astype(jnp.float32)
 
 
-def scores_of(spec: RouterSpec, logits: Float[Array, "T E"]) -> Float[Array, "T E"]:
+def scores_of(spec: RouterSpec, logits: Float[Array, "T E"], kernels: Kernels) -> Float[Array, "T E"]:
     """Stage 2: one score per expert."""
-    return jax.nn.softmax(logits, axis=-1) if spec.score == "softmax" else jax.nn.sigmoid(logits)
+    return softmax(logits, kernels) if spec.score == "softmax" else jax.nn.sigmoid(logits)
 
 
 def select(spec: RouterSpec, scores: Float[Array, "T E"]) -> Int[Array, "T A"]:
@@ -76,5 +76,8 @@ def weights_of(spec: RouterSpec, scores: Float[Array, "T E"], ids: Int[Array, "T
     """Stages 4 and 5: the chosen experts' weights, normalised and scaled."""
     weights = jnp.take_along_axis(scores, ids, axis=1)
     if spec.normalize:
-        weights = weights / (weights.sum(-1, keepdims=True) + spec.norm_eps)
+        total = weights[:, :1]
+        for j in range(1, spec.active):  # column by column: a reduction's order may depend on the batch
+            total = total + weights[:, j : j + 1]
+        weights = weights / (total + spec.norm_eps)
     return weights * spec.scale if spec.scale != 1.0 else weights

@@ -24,6 +24,14 @@ class TrainBank:
     capacity: float = flax.struct.field(pytree_node=False, default=2.0)
     activation: str = flax.struct.field(pytree_node=False, default="silu")
 
+    def split(self) -> tuple[TrainBank, tuple]:
+        """See `ResidentBank.split`."""
+        return self, ()
+
+    def join(self, moving: tuple) -> TrainBank:
+        """See `ResidentBank.join`."""
+        return self
+
     def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels):
         """See `jaxmoe.experts.expert_ffn`; aux holds `dropped`, the assignments that found no room."""
         w_in = jax.lax.dynamic_index_in_dim(self.w_in, moe_layer, 0, False)

@@ -29,3 +29,16 @@ def dense(x_TK: Float[Array, "T K"], w_KN: Num[Array, "K N"], kernels: Kernels, 
     w = formats.load(w_KN, x_TK.dtype)
     precision = jax.lax.Precision.HIGHEST if x_TK.dtype == jnp.float32 else None
     return jnp.dot(x_TK, w, precision=precision, preferred_element_type=jnp.float32).astype(out_dtype)
+
+
+def row_sum(x_TK: Float[Array, "T K"], kernels: Kernels) -> Float[Array, "T 1"]:
+    """Sum of each float32 row; on the CPU with `row_invariant`, in an order that depends on nothing but K."""
+    if kernels.backend == "cpu" and kernels.row_invariant:
+        return cpu.row_sum(x_TK)
+    return x_TK.sum(-1, keepdims=True)
+
+
+def softmax(x_TN: Float[Array, "T N"], kernels: Kernels) -> Float[Array, "T N"]:
+    """Softmax of each float32 row, summed by `row_sum`."""
+    e = jnp.exp(x_TN - x_TN.max(-1, keepdims=True))
+    return e / row_sum(e, kernels)

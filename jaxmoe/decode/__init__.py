@@ -1,0 +1,1 @@
+"""Decoding: sampling, verification of drafts, drafters and grammars."""

@@ -1,0 +1,1 @@
+"""The engine: batches, jitted steps, the pure scheduler and generation."""

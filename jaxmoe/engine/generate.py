@@ -1,0 +1,290 @@
+"""Generation for a fixed set of requests: prefill all, then decode them together, streaming text as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.cache.batch import make_batch
+from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.decode.sampling import SamplingParams, sampling_params
+from jaxmoe.engine import steps
+from jaxmoe.engine.model import Model
+from jaxmoe.engine.text import StopStrings, StreamDecoder, Tokenizer
+
+
+class RequestError(ValueError):
+    """A request that can't be run; the message names the value that is wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. Noise depends on seed and position alone."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One sequence to continue."""
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass
+class Result:
+    """What came of a request: generated `ids` (the end-of-text id included), `text`, and why it ended ('stop' or 'length')."""
+
+    prompt_ids: tuple[int, ...]
+    ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+
+@dataclasses.dataclass
+class Timings:
+    """Seconds and counts of one `generate` call. Decode counts tokens after each request's first."""
+
+    compile_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    prompt_tokens: int = 0
+    decode_tokens: int = 0
+    decode_steps: int = 0
+
+
+class _Row:
+    """The host's side of one sequence: its text so far and whether it has ended."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, eos: Sequence[int]):
+        self.request, self.result = request, Result(request.prompt_ids)
+        self._eos = set(eos)
+        self._decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
+        self._stops = StopStrings(request.stop)
+
+    def push(self, token: int) -> str:
+        """Takes one token; returns the text that may be shown now."""
+        r = self.result
+        r.ids.append(token)
+        if token in self._eos:
+            return self._end("stop")
+        shown, stopped = self._stops.push(self._decoder.push(token)) if self._decoder else ("", False)
+        r.text += shown
+        if stopped:
+            r.finish_reason = "stop"
+        elif len(r.ids) >= self.request.max_new_tokens:
+            return shown + self._end("length")
+        return shown
+
+    def _end(self, reason: str) -> str:
+        self.result.finish_reason = reason
+        if self._decoder is None:
+            return ""
+        shown, stopped = self._stops.push(self._decoder.flush())
+        if stopped:
+            self.result.finish_reason = "stop"
+        else:
+            shown += self._stops.flush()
+        self.result.text += shown
+        return shown
+
+
+def check_requests(model: Model, requests: Sequence[Request]) -> None:
+    """Raises RequestError for a prompt that is empty, too long for the model, or holds ids outside its vocabulary."""
+    spec = model.spec
+    for i, r in enumerate(requests):
+        if not r.prompt_ids:
+            raise RequestError(f"prompt {i} is empty: give at least one token")
+        if r.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens = {r.max_new_tokens} must be at least 1")
+        worst = max(r.prompt_ids)
+        if worst >= spec.vocab or min(r.prompt_ids) < 0:
+            raise RequestError(f"prompt {i} holds the id {worst}, outside the vocabulary of {spec.vocab}")
+        total = len(r.prompt_ids) + r.max_new_tokens
+        if total > spec.max_positions:
+            raise RequestError(
+                f"prompt {i} has {len(r.prompt_ids)} tokens and max_new_tokens is {r.max_new_tokens}: {total} positions, "
+                f"but the model has {spec.max_positions}"
+            )
+
+
+def positions_bucket(n: int) -> int:
+    """Cache lengths come in powers of two from 256, so that few programs are compiled."""
+    return 256 << max(0, (n - 1).bit_length() - 8)
+
+
+class Engine:
+    """Compiled programs and an empty cache for up to `rows` sequences of up to `positions` tokens.
+
+    It owns no hidden state between calls: every `generate` starts from an empty cache.
+    """
+
+    def __init__(self, model: Model, rows: int, positions: int, greedy: bool, eos: Sequence[int] = ()):
+        if len(eos) > steps.EOS_SLOTS:
+            raise RequestError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
+        self.model, self.rows, self.greedy = model, rows, greedy
+        self.positions = min(positions_bucket(positions), positions_bucket(model.spec.max_positions))
+        self.eos = tuple(eos)
+        self._eos = steps.pad_to(self.eos, steps.EOS_SLOTS, -2)
+        self._bank, self._moving = model.bank.split()
+
+    def empty_state(self) -> steps.EngineState:
+        """A state with an empty cache of the size that the programs were compiled for."""
+        layers = init_kv(self.model.spec, self.rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+        return steps.EngineState(layers, jax.tree.map(jnp.copy, self._moving))
+
+    def token_buckets(self) -> tuple[int, ...]:
+        """Prefill buckets that this engine's prompts can need."""
+        return tuple(b for i, b in enumerate(steps.TOKEN_BUCKETS) if i == 0 or steps.TOKEN_BUCKETS[i - 1] < self.positions * self.rows)
+
+    def row_buckets(self) -> tuple[int, ...]:
+        """Decode buckets that this engine can need."""
+        top = steps.bucket(self.rows, steps.ROW_BUCKETS)
+        return tuple(b for b in steps.ROW_BUCKETS if b <= top)
+
+    def warm_up(self, progress: Callable[[str], None] = lambda name: None) -> float:
+        """Compiles every program that `generate` can need; returns the seconds it took."""
+        began = time.perf_counter()
+        for tokens in self.token_buckets():
+            progress(f"prefill of {tokens}")
+            batch = make_batch([(0, 0, [0])], steps.run_length(tokens), tokens, n_logits=steps.LOGIT_ROWS)
+            self._prefill(self.empty_state(), batch, sampling_params(steps.LOGIT_ROWS), np.zeros(steps.LOGIT_ROWS, np.int32))
+        for rows in self.row_buckets():
+            progress(f"decode of {rows}")
+            nothing = np.zeros(rows, np.int32)
+            jax.block_until_ready(self._decode(self.empty_state(), nothing, nothing, nothing, nothing, sampling_params(rows))[0])
+        return time.perf_counter() - began
+
+    def _prefill(self, state, batch, sampling: SamplingParams, positions):
+        step = steps.prefill_step(self.model.spec, self.model.kernels, self.greedy)
+        tokens, state = step(self.model.params, self._bank, state, batch, sampling, positions)
+        return np.asarray(tokens), state
+
+    def _decode(self, state, rows, tokens, positions, budget, sampling: SamplingParams):
+        step = steps.decode_step(self.model.spec, self.model.kernels, self.greedy)
+        return step(self.model.params, self._bank, state, rows, tokens, positions, budget, self._eos, sampling)
+
+    def generate(
+        self,
+        requests: Sequence[Request],
+        tokenizer: Tokenizer | None = None,
+        on_text: Callable[[int, str], None] = lambda i, text: None,
+    ) -> tuple[list[Result], Timings]:
+        """Runs requests to their ends.
+
+        Args:
+            requests: at most `rows`, each within `positions`.
+            tokenizer: for text and stop strings; without one only ids come back.
+            on_text: called with `(request index, text)` as text becomes final.
+
+        Returns:
+            Results in the order of the requests, and timings.
+
+        Raises:
+            RequestError: a request that can't be run; nothing has been run then.
+        """
+        check_requests(self.model, requests)
+        if len(requests) > self.rows:
+            raise RequestError(f"{len(requests)} requests are more than the engine's {self.rows} rows")
+        longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+        if longest > self.positions:
+            raise RequestError(f"a request needs {longest} positions, the engine has {self.positions}")
+        rows = [_Row(r, tokenizer, self.eos) for r in requests]
+        timings = Timings(prompt_tokens=sum(len(r.prompt_ids) for r in requests))
+        state = self.empty_state()
+        began = time.perf_counter()
+        for batch, ended in self._prefill_batches(requests):
+            sampling = self._sampling([requests[i] for i in ended], steps.LOGIT_ROWS)
+            at = steps.pad_to([len(requests[i].prompt_ids) for i in ended], steps.LOGIT_ROWS)
+            tokens, state = self._prefill(state, batch, sampling, at)
+            for i, token in zip(ended, tokens, strict=False):
+                timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - began
+                on_text(i, rows[i].push(int(token)))
+        timings.prefill_seconds = time.perf_counter() - began
+        self._decode_all(rows, state, timings, on_text)
+        return [row.result for row in rows], timings
+
+    def _prefill_batches(self, requests: Sequence[Request]):
+        """Packs prompts, in order, into prefill steps; yields each batch with the requests whose prompts end in it."""
+        waiting = [(i, 0) for i in range(len(requests))]
+        biggest = self.token_buckets()[-1]
+        while waiting:
+            total = sum(len(requests[i].prompt_ids) - at for i, at in waiting[: steps.LOGIT_ROWS])
+            tokens = steps.bucket(min(total, biggest), self.token_buckets())
+            run = steps.run_length(tokens)
+            pieces: list[tuple[int, int, list[int]]] = []
+            ended: list[int] = []
+            last: list[int] = []
+            used = 0
+            while waiting and used < tokens // run and len(ended) < steps.LOGIT_ROWS:
+                i, at = waiting[0]
+                ids = list(requests[i].prompt_ids[at : at + (tokens // run - used) * run])
+                pieces.append((i, at, ids))
+                used += -(-len(ids) // run)
+                if at + len(ids) < len(requests[i].prompt_ids):
+                    waiting[0] = (i, at + len(ids))
+                    break
+                waiting.pop(0)
+                ended.append(i)
+                last.append((used - 1) * run + (len(ids) - 1) % run)
+            yield make_batch(pieces, run, tokens, last or [0], steps.LOGIT_ROWS), ended
+
+    def _decode_all(self, rows: list[_Row], state: steps.EngineState, timings: Timings, on_text) -> None:
+        """Decodes until every row has ended, in chunks; ended rows leave the batch between chunks."""
+        began = time.perf_counter()
+        while live := [i for i, row in enumerate(rows) if row.result.finish_reason is None]:
+            n = steps.bucket(len(live), steps.ROW_BUCKETS)
+            done = [rows[i].result for i in live]
+            last = steps.pad_to([r.ids[-1] for r in done], n)
+            positions = steps.pad_to([len(r.prompt_ids) + len(r.ids) - 1 for r in done], n)
+            budget = steps.pad_to([rows[i].request.max_new_tokens - len(rows[i].result.ids) for i in live], n)
+            sampling = self._sampling([rows[i].request for i in live], n)
+            out, state = self._decode(state, steps.pad_to(live, n), last, positions, budget, sampling)
+            for tokens in np.asarray(out):
+                if (tokens[: len(live)] < 0).all():
+                    break
+                timings.decode_steps += 1
+                for i, token in zip(live, tokens, strict=False):
+                    if token >= 0 and rows[i].result.finish_reason is None:
+                        timings.decode_tokens += 1
+                        on_text(i, rows[i].push(int(token)))
+        timings.decode_seconds = time.perf_counter() - began
+
+    def _sampling(self, requests: Sequence[Request], n: int) -> SamplingParams:
+        """Sampling arrays for n rows, padded with the last request's values."""
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(Sampling):
+            column = [getattr(r.sampling, field.name) for r in requests] or [field.default]
+            values[field.name] = np.asarray(column + [column[-1]] * (n - len(column)))
+        return sampling_params(n, **values)
+
+
+def prompt_logits(model: Model, ids: Sequence[int], tokens: int = 512) -> np.ndarray:
+    """float32 logits [len(ids), V] of every position of one sequence (teacher-forced), in steps of `tokens`."""
+    if len(ids) > model.spec.max_positions:
+        raise RequestError(f"{len(ids)} tokens are more than the model's {model.spec.max_positions} positions")
+    run = steps.run_length(tokens)
+    bank, moving = model.bank.split()
+    state = steps.EngineState(init_kv(model.spec, 1, positions_bucket(len(ids)), run), jax.tree.map(jnp.copy, moving))
+    step = steps.logits_step(model.spec, model.kernels)
+    out = []
+    for at in range(0, len(ids), tokens):
+        part = list(ids[at : at + tokens])
+        batch = make_batch([(0, at, part)], run, tokens, list(range(len(part))), tokens)
+        logits, state = step(model.params, bank, state, batch)
+        out.append(np.asarray(logits)[: len(part)])
+    return np.concatenate(out)

@@ -1,0 +1,151 @@
+"""The jitted steps: prefill and decode, pure functions of `(params, bank, state, ...)` with the state donated.
+
+`bank` is the fixed part of the expert bank; its moving part is in the `EngineState`.
+
+Sizes come in buckets, so that a run compiles a handful of programs at warm-up and nothing afterwards. Decoding runs several tokens in one program:
+the step's cost on the host is paid once per chunk, and text still streams.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.cache.batch import Batch
+from jaxmoe.decode.sampling import SamplingParams, sample
+from jaxmoe.nn.transformer import forward
+from jaxmoe.spec import ModelSpec
+from pallas_kernels.dispatch import Kernels
+
+TOKEN_BUCKETS = (32, 128, 512)
+"""Tokens in a prefill step."""
+
+ROW_BUCKETS = (4, 8, 16, 32, 64, 128)
+"""Sequences in a decode step; few rows because a CPU dot's cost grows with them even when they are padding."""
+
+LOGIT_ROWS = 8
+"""Sequences whose prompt may end in one prefill step."""
+
+CHUNK = 16
+"""Tokens that one call of the decode program can produce."""
+
+EOS_SLOTS = 8
+"""How many end-of-text ids a program can watch for."""
+
+
+def run_length(tokens: int) -> int:
+    """Tokens in a run of a prefill bucket: long enough that attention is few large steps, short enough that ragged prompts pad little."""
+    return min(tokens, 64 if tokens > 128 else 32)
+
+
+def bucket(n: int, buckets: tuple[int, ...]) -> int:
+    """The smallest bucket that holds n.
+
+    Raises:
+        ValueError: n is larger than the largest.
+    """
+    for b in buckets:
+        if n <= b:
+            return b
+    raise ValueError(f"{n} is more than the largest bucket, {buckets[-1]}")
+
+
+@flax.struct.dataclass
+class EngineState:
+    """All that a step changes, donated as one pytree. Attributes: `layers` the layer states (KV), `bank` the moving part of the expert bank."""
+
+    layers: Any
+    bank: Any
+
+
+def _forward(spec: ModelSpec, params, bank, state: EngineState, batch: Batch, kernels: Kernels):
+    logits, bank, layers, _ = forward(spec, params, bank.join(state.bank), state.layers, batch, kernels)
+    return logits, EngineState(layers, bank.split()[1])
+
+
+@functools.cache
+def prefill_step(spec: ModelSpec, kernels: Kernels, greedy: bool) -> Callable:
+    """The jitted `(params, bank, state, batch, sampling, positions [R]) -> (tokens [R], state)`."""
+
+    def prefill(params, bank, state, batch: Batch, sampling: SamplingParams, positions):
+        logits, state = _forward(spec, params, bank, state, batch, kernels)
+        with jax.named_scope("sample"):
+            return sample(logits, sampling, positions, greedy_only=greedy), state
+
+    return jax.jit(prefill, donate_argnums=2)
+
+
+@functools.cache
+def logits_step(spec: ModelSpec, kernels: Kernels) -> Callable:
+    """The jitted `(params, bank, state, batch) -> (logits [R, V], state)`, for scoring and tests."""
+
+    def score(params, bank, state, batch: Batch):
+        return _forward(spec, params, bank, state, batch, kernels)
+
+    return jax.jit(score, donate_argnums=2)
+
+
+def decode_batch(rows, tokens, positions, live) -> Batch:
+    """One token each of several sequences; those not `live` are padding to the model."""
+    n = rows.shape[0]
+    return Batch(
+        tokens=tokens,
+        positions=positions,
+        segments=jnp.where(live, rows, -1),
+        run_segments=rows,
+        run_positions=positions,
+        run_lengths=jnp.ones(n, jnp.int32),
+        n_runs=live_count(live),
+        logit_rows=jnp.arange(n),
+        run=1,
+    )
+
+
+def live_count(live: jax.Array) -> jax.Array:
+    """Runs up to and including the last live one."""
+    return jnp.max(jnp.where(live, jnp.arange(live.shape[0]) + 1, 0)).astype(jnp.int32)
+
+
+@functools.cache
+def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool) -> Callable:
+    """The jitted `(params, bank, state, rows, tokens, positions, budget, eos, sampling) -> (out [CHUNK, n], state)`.
+
+    `rows` are cache rows of the sequences, `tokens` their last tokens at `positions`, `budget` int32 [n] how many more each may produce in this call
+    (0 for padding). A sequence stops after an end-of-text id; the program ends when all have. Entries past a sequence's end are -1.
+    """
+
+    def decode(params, bank, state, rows, tokens, positions, budget, eos, sampling: SamplingParams):
+        def body(carry):
+            i, state, tokens, positions, left, out = carry
+            live = left > 0
+            logits, state = _forward(spec, params, bank, state, decode_batch(rows, tokens, positions, live), kernels)
+            new = sample(logits, sampling, positions + 1, greedy_only=greedy)
+            out = jax.lax.dynamic_update_slice(out, jnp.where(live, new, -1)[None], (i, 0))
+            ended = (new[:, None] == eos[None, :]).any(1)
+            tokens = jnp.where(live, new, tokens)
+            positions = jnp.where(live, positions + 1, positions)
+            left = jnp.where(live & ~ended, left - 1, 0)
+            return i + 1, state, tokens, positions, left, out
+
+        out = jnp.full((CHUNK, rows.shape[0]), -1, jnp.int32)
+        carry = (jnp.int32(0), state, tokens, positions, budget, out)
+        if kernels.backend in ("cpu", "reference"):
+            carry = jax.lax.while_loop(lambda c: (c[0] < CHUNK) & (c[4] > 0).any(), body, carry)
+        else:  # a loop of unknown length reads its predicate back to the host on GPUs; this one's length is known
+            carry = jax.lax.fori_loop(0, CHUNK, lambda _, c: body(c), carry)
+        return carry[5], carry[1]
+
+    return jax.jit(decode, donate_argnums=2)
+
+
+def pad_to(x: Any, n: int, fill: int = 0) -> np.ndarray:
+    """An int32 vector of length n, filled up at the end."""
+    out = np.full(n, fill, np.int32)
+    out[: len(x)] = x
+    return out

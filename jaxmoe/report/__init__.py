@@ -1,0 +1,1 @@
+"""Benchmark records, tables and plots."""
