@@ -1,4 +1,4 @@
-"""Trains the small model: `train.py corpus OUT` gathers text, `train.py model CORPUS OUT` trains and resumes."""
+"""Trains the small model: `train.py corpus OUT` gathers text, `train.py model CORPUS OUT` trains and resumes, `train.py export` writes the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jaxmoe.spec import ModelSpec  # noqa: E402
-from jaxmoe.train import loop, text  # noqa: E402
+from jaxmoe.train import card, loop, text  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -43,6 +43,26 @@ class Model:
     """Steps between checkpoints."""
 
 
+@dataclasses.dataclass
+class Export:
+    """Writes a trained model as a Hugging Face folder with a card that says what it is worth."""
+
+    corpus: Annotated[Path, tyro.conf.Positional]
+    """The corpus it was trained on."""
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder that `train.py model` wrote."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Folder to write."""
+    config: Path = Path(__file__).resolve().parents[1] / "checkpoints/default/config.json"
+    """config.json of the model."""
+    train: Annotated[loop.TrainConfig, tyro.conf.arg(name="")] = loop.TrainConfig()
+
+
+def export(args: Export) -> None:
+    config = json.loads(args.config.read_text())
+    card.export(ModelSpec.from_hf(config), config, text.load_corpus(args.corpus), args.run, args.out, args.train)
+
+
 def corpus(args: Corpus) -> None:
     text.build_corpus(args.out)
 
@@ -63,7 +83,9 @@ def model(args: Model) -> None:
 
 if __name__ == "__main__":
     chosen = tyro.cli(
-        Annotated[Corpus, tyro.conf.subcommand("corpus")] | Annotated[Model, tyro.conf.subcommand("model")],  # type: ignore[arg-type]
+        Annotated[Corpus, tyro.conf.subcommand("corpus")]
+        | Annotated[Model, tyro.conf.subcommand("model")]
+        | Annotated[Export, tyro.conf.subcommand("export")],  # type: ignore[arg-type]
         description=__doc__,
     )
-    corpus(chosen) if isinstance(chosen, Corpus) else model(chosen)
+    {Corpus: corpus, Model: model, Export: export}[type(chosen)](chosen)

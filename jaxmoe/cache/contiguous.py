@@ -105,7 +105,11 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
         o = o.reshape(kv_heads, n * m, c)[:, : run * group].reshape(kv_heads, run, group, c).transpose(1, 0, 2, 3)
         return keys, values, jax.lax.dynamic_update_slice(out, o.reshape(run, heads, c), (at, 0, 0))
 
-    keys, values, out = jax.lax.fori_loop(0, batch.n_runs, one_run, (state.k, state.v, out))
+    carry = (state.k, state.v, out)
+    if q.shape[0] == run:  # a single run needs no loop around it
+        keys, values, out = one_run(0, carry)
+    else:
+        keys, values, out = jax.lax.fori_loop(0, batch.n_runs, one_run, carry)
     return out.astype(q.dtype), KVState(keys, values)
 
 

@@ -26,7 +26,7 @@ from pallas_kernels.dispatch import Kernels
 TOKEN_BUCKETS = (32, 128, 512)
 """Tokens in a prefill step."""
 
-ROW_BUCKETS = (4, 8, 16, 32, 64, 128)
+ROW_BUCKETS = (1, 4, 8, 16, 32, 64, 128)
 """Sequences in a decode step; few rows because a CPU dot's cost grows with them even when they are padding."""
 
 LOGIT_ROWS = 8

@@ -27,11 +27,8 @@ def dispatch(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int)
     return Dispatch(order // active, row.reshape(ids_TA.shape), sizes)
 
 
-def combine(
-    y_MD: Float[Array, "M D"], plan: Dispatch, weights_TA: Float[Array, "T A"], valid_T: Bool[Array, "T"]
-) -> Float[Array, "T D"]:
-    """Weighted sum of each token's expert outputs in float32, in one fixed order: that of its ids. Padding tokens give zero."""
-    y = y_MD[plan.row_TA]
+def weighted_sum(y: Float[Array, "T A D"], weights_TA: Float[Array, "T A"], valid_T: Bool[Array, "T"]) -> Float[Array, "T D"]:
+    """Each token's sum over its experts, added in the order of its ids; zero for padding tokens."""
     out = y[:, 0] * weights_TA[:, :1]
     for j in range(1, weights_TA.shape[1]):
         out = out + y[:, j] * weights_TA[:, j : j + 1]

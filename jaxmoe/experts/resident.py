@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from jaxmoe.experts.dispatch import combine, dispatch, rows_of
+from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
 from pallas_kernels.dispatch import Kernels
-from pallas_kernels.grouped_matmul.api import grouped_swiglu
+from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
 """Elementwise gate activations by the names that `ExpertSpec` uses."""
@@ -52,15 +52,12 @@ class ResidentBank:
     ) -> tuple[Float[Array, "T D"], ResidentBank, dict]:
         """See `jaxmoe.experts.expert_ffn`."""
         layers, experts, d, _, f = self.w_in.shape
-        plan = dispatch(ids_TA, valid_T, experts)
-        y_MD = grouped_swiglu(
-            rows_of(x_TD, plan),
-            self.w_in.reshape(layers * experts, d, 2, f),
-            self.w_out.reshape(layers * experts, f, d),
-            moe_layer * experts + jnp.arange(experts),
-            plan.sizes_E,
-            ACTIVATIONS[self.activation],
-            kernels,
-        )
-        y_TD = combine(y_MD.astype(x_TD.dtype).astype(jnp.float32), plan, weights_TA, valid_T)
+        pool = (self.w_in.reshape(layers * experts, d, 2, f), self.w_out.reshape(layers * experts, f, d))
+        first, act = moe_layer * experts, ACTIVATIONS[self.activation]
+        if x_TD.shape[0] == 1:
+            y = swiglu_rows(x_TD, *pool, first + ids_TA[0], act, kernels)[None]
+        else:
+            plan = dispatch(ids_TA, valid_T, experts)
+            y = grouped_swiglu(rows_of(x_TD, plan), *pool, first + jnp.arange(experts), plan.sizes_E, act, kernels)[plan.row_TA]
+        y_TD = weighted_sum(y.astype(x_TD.dtype).astype(jnp.float32), weights_TA, valid_T)
         return y_TD.astype(x_TD.dtype), self, {}

@@ -64,3 +64,11 @@ def grouped_swiglu(
     if kernels.backend == "cpu":
         return cpu.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act)
     return reference.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act).astype(jnp.float32)
+
+
+def swiglu_rows(x_D, w_in_ZD2F, w_out_ZFD, ids_A: Int[Array, "A"], act: Callable, kernels: Kernels) -> Float[Array, "A D"]:
+    """One token [1, D] through A matrices of the pool, float32 [A, D]: `grouped_swiglu` of A groups of one and the same row."""
+    if kernels.backend == "cpu":
+        return cpu.swiglu_rows(x_D, w_in_ZD2F, w_out_ZFD, ids_A, act)
+    rows = jnp.repeat(x_D, ids_A.shape[0], axis=0)
+    return grouped_swiglu(rows, w_in_ZD2F, w_out_ZFD, ids_A, jnp.ones_like(ids_A), act, kernels)

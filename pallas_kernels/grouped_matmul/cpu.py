@@ -56,6 +56,24 @@ def _over_tiles(x: jax.Array, width: int, tiles: Tiles, tile: int, f: Callable) 
     return jax.lax.fori_loop(0, tiles.count, body, jnp.zeros((m + tile, width), jnp.float32))[:m]
 
 
+def swiglu_rows(
+    x_D: Float[Array, "one D"], w_in_ZD2F: Num[Array, "Z D two F"], w_out_ZFD: Num[Array, "Z F D"], ids_A: Int[Array, "A"], act: Callable
+) -> Float[Array, "A D"]:
+    """One row through several matrices of the pool: decoding's case, with nothing to sort. Bits as in `grouped_swiglu`."""
+    z, d, _, f = w_in_ZD2F.shape
+    w_in = w_in_ZD2F.reshape(z, d, 2 * f)
+    dtype = x_D.dtype
+    rows = jnp.pad(x_D.astype(jnp.float32), ((0, ROW_TILES[0] - 1), (0, 0)))
+
+    def expert(i, y):
+        both = (rows @ _pick(w_in, ids_A[i])).astype(dtype)
+        hidden = act(both[:, :f]) * both[:, f:]
+        out = hidden.astype(jnp.float32) @ _pick(w_out_ZFD, ids_A[i])
+        return jax.lax.dynamic_update_slice(y, out[:1], (i, 0))
+
+    return jax.lax.fori_loop(0, ids_A.shape[0], expert, jnp.zeros((ids_A.shape[0], d), jnp.float32))
+
+
 def _pick(pool: jax.Array, i: Int[Array, ""]) -> jax.Array:
     return formats.load(jax.lax.dynamic_index_in_dim(pool, i, 0, False), jnp.float32)
 

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: conversion, storage, manifests, export and resharding."""

@@ -1,0 +1,115 @@
+"""Converts a Hugging Face folder into one that loads expert by expert, and that stock Orbax restores.
+
+    python scripts/convert.py HF_FOLDER OUT [--dtype float32|bfloat16] [--list]
+
+A run that was stopped goes on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+if importlib.util.find_spec("checkpoints") is None:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from checkpoints.convert import convert
+from checkpoints.errors import CheckpointError
+from checkpoints.manifest import Manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Converts a Hugging Face folder (config.json, safetensors) for jaxmoe."""
+
+    hf_folder: tyro.conf.Positional[Path]
+    """The folder to convert."""
+    out: tyro.conf.Positional[Path]
+    """The folder to make; OUT.partial while it is unfinished."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """How weights are held; the source's own if not given."""
+    list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Also list every leaf with shape, dtype, chunk and bytes."""
+
+
+def summary(manifest: Manifest) -> Table:
+    """Leaves and bytes by kind."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("kind", "leaves", "dtype", "bytes"):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    for kind in ("params", "experts"):
+        records = [record for path, record in manifest.leaves.items() if path.startswith(f"{kind}.")]
+        table.add_row(kind, str(len(records)), manifest.dtype, f"{sum(record.nbytes for record in records):,}")
+    table.add_row("total", str(len(manifest.leaves)), "", f"{manifest.nbytes:,}")
+    return table
+
+
+def listing(manifest: Manifest) -> Table:
+    """A row per leaf."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("leaf", no_wrap=True)
+    for name in ("shape", "dtype", "chunk", "bytes"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for path, record in manifest.leaves.items():
+        table.add_row(path, _dims(record.shape), record.dtype, _dims(record.chunk), f"{record.nbytes:,}")
+    return table
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def run(args: Arguments) -> None:
+    """Converts with a progress bar on stderr, then prints what was written."""
+    columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    first, last, start = None, 0, time.perf_counter()
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("converting", total=None)
+
+        def progress(done: int, total: int, _: str) -> None:
+            nonlocal first, last
+            if first is None:  # what an earlier run wrote doesn't count into the speed
+                first = done
+            last = done
+            bar.update(task, completed=done, total=total)
+
+        manifest = convert(args.hf_folder, args.out, args.dtype, progress)
+    seconds, written = time.perf_counter() - start, last - (first or 0)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if args.list:
+        console.print(listing(manifest))
+    console.print(summary(manifest))
+    if first is None:
+        console.print(f"{args.out} was there already, nothing was written", soft_wrap=True)
+        return
+    kept = f", with {', '.join(manifest.files)}" if manifest.files else ""
+    console.print(
+        f"{args.out}: {written:,} bytes written in {seconds:.1f} s, {written / seconds / 1e6:.0f} MB/s{kept}",
+        soft_wrap=True,
+    )
+
+
+def main() -> int:
+    """Exit code 2 with one line on stderr when the input or the output folder won't do."""
+    args = tyro.cli(Arguments)
+    try:
+        run(args)
+    except (CheckpointError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
