@@ -132,9 +132,8 @@ class Checkpoint:
             SpecError: the model has no experts, or layers whose experts differ in shape.
         """
         spec, dtype = self._checked(spec, dtype)
-        layer = spec.sparse_layer
-        assert layer.router is not None and layer.experts is not None
-        n, e, d, f = len(spec.moe_layers), layer.router.experts, spec.width, layer.experts.width
+        router, experts = spec.moe
+        n, e, d, f = len(spec.moe_layers), router.experts, spec.width, experts.width
         held = formats.leaf_dtype(dtype)
         w_in = Leaf((n, e, d, 2, f), held, ("layers", "experts", "embed", None, "hidden"))
         w_out = Leaf((n, e, f, d), held, ("layers", "experts", "hidden", "embed"))

@@ -28,10 +28,10 @@ def leaf_dtype(name: str) -> np.dtype:
     return _LEAF[name]
 
 
-def compute_dtype(name: str) -> jnp.dtype:
+def compute_dtype(name: str) -> np.dtype:
     """The dtype in which activations of dtype `name` are computed."""
     leaf_dtype(name)
-    return jnp.dtype(name)
+    return np.dtype(jnp.dtype(name))
 
 
 def load(leaf: jax.Array, dtype) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import numpy as np
 from jaxtyping import Array, Int
@@ -70,6 +72,5 @@ def make_batch(
         last.append((used - 1) * run + (len(ids) - 1) % run)
     rows = list(last if logit_rows is None else logit_rows)
     rows += [rows[-1]] * ((n_logits or len(rows)) - len(rows))
-    return Batch(
-        flat["tokens"], flat["positions"], segments, runs[0], runs[1], runs[2], np.int32(used), np.asarray(rows, np.int32), run
-    )
+    arrays: tuple[Any, ...] = (flat["tokens"], flat["positions"], segments, *runs, np.int32(used), np.asarray(rows, np.int32))
+    return Batch(*arrays, run=run)

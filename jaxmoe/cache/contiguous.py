@@ -30,10 +30,10 @@ class KVState:
     k: Num[Array, "L B K S C"]
     v: Num[Array, "L B K S C"]
 
-    def logical_axes(self) -> KVState:
+    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical name of every axis of every leaf."""
         axes = ("layers", "batch", "kv_heads", "positions", "head_dim")
-        return KVState(axes, axes)
+        return {"k": axes, "v": axes}
 
     def attend(
         self,

@@ -42,12 +42,8 @@ class Model:
         dense = self.bytes()["params"]
         if not spec.tied:
             dense -= self.params["embed"]["table"].nbytes
-        layers = [spec.layers[i] for i in spec.moe_layers]
-        experts = sum(
-            min(rows * layer.router.active, layer.router.experts) * size
-            for layer, size in zip(layers, spec.expert_bytes(), strict=True)
-        )
-        return dense + experts
+        router, _ = spec.moe
+        return dense + min(rows * router.active, router.experts) * sum(spec.expert_bytes())
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, kernels: Kernels, unroll: bool | None = None) -> Model:
@@ -64,5 +60,5 @@ def load_model(checkpoint: Checkpoint, dtype: str, kernels: Kernels, unroll: boo
     layered = checkpoint.restore_params(spec)
     params = stack_layers(spec, layered, tuple if unroll else jnp.stack)
     arrays = checkpoint.restore_bank(spec)
-    bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.sparse_layer.experts.activation)
+    bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation)
     return Model(spec, params, bank, kernels, checkpoint.folder)

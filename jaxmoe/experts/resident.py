@@ -29,9 +29,9 @@ class ResidentBank:
     w_out: Num[Array, "L E F D"]
     activation: str = flax.struct.field(pytree_node=False, default="silu")
 
-    def logical_axes(self) -> ResidentBank:
+    def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical name of every axis of every leaf."""
-        return self.replace(w_in=("layers", "experts", "embed", None, "hidden"), w_out=("layers", "experts", "hidden", "embed"))
+        return {"w_in": ("layers", "experts", "embed", None, "hidden"), "w_out": ("layers", "experts", "hidden", "embed")}
 
     def split(self) -> tuple[ResidentBank, tuple]:
         """`(fixed, moving)`: nothing of this bank changes as it is used."""

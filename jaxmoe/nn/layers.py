@@ -160,12 +160,14 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "T D"], layer, moe_layer, bank: ExpertBank, state, router_state, batch: Batch, tables):
         """Returns `(x, bank, state, router_state, routed)`; `routed` is the RouterOut of a sparse layer, None of a dense one."""
-        norm = dict(shape=(self.width,), eps=self.eps, precision=self.precision, kernels=self.kernels)
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm((self.width,), self.eps, self.precision, self.kernels, name=name)
+
         with jax.named_scope("attention"):
             attention = Attention(self.spec.attention, self.width, self.eps, self.precision, self.kernels, name="attn")
-            h, state = attention(RMSNorm(**norm, name="norm_attn")(x), layer, state, batch, tables)
+            h, state = attention(norm("norm_attn")(x), layer, state, batch, tables)
             x = x + h
-        h = RMSNorm(**norm, name="norm_mlp")(x)
+        h = norm("norm_mlp")(x)
         if self.spec.dense is not None:
             with jax.named_scope("mlp"):
                 mlp = GatedMLP(self.spec.dense, self.width, self.precision, self.kernels, name="mlp")

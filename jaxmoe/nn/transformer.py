@@ -62,8 +62,8 @@ def forward(
     bank = fixed.join(moving)
     with jax.named_scope("head"):
         x = x[batch.logit_rows]
-        x = RMSNorm((spec.width,), spec.norm_eps, spec.precision, kernels).apply({"params": params["final_norm"]}, x)
-        logits = dense(x, head_kernel(spec, params), kernels, jnp.float32)
+        norm: Any = RMSNorm((spec.width,), spec.norm_eps, spec.precision, kernels)
+        logits = dense(norm.apply({"params": params["final_norm"]}, x), head_kernel(spec, params), kernels, jnp.float32)
     return logits, bank, state, {"routed": routed} if collect else {}
 
 
@@ -74,7 +74,7 @@ def head_kernel(spec: ModelSpec, params: dict) -> jax.Array:
 
 def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, moe_first: int, collect: bool):
     """Runs all repeats of a pattern; returns the carry and, per sparse layer of the pattern, its routing stacked over repeats."""
-    modules = [decoder_layer(spec, layer, kernels) for layer in segment.pattern]
+    modules: list[Any] = [decoder_layer(spec, layer, kernels) for layer in segment.pattern]
     sparse = [layer.sparse for layer in segment.pattern]
 
     def repeat(carry, tree_and_index):

@@ -174,16 +174,18 @@ class ModelSpec:
         return tuple(i for i, layer in enumerate(self.layers) if layer.sparse)
 
     @property
-    def sparse_layer(self) -> LayerSpec:
-        """The sparse layer that all others share their expert shape and count with.
+    def moe(self) -> tuple[RouterSpec, ExpertSpec]:
+        """The router and the expert shape that all sparse layers share.
 
         Raises:
-            SpecError: there is none, or they differ.
+            SpecError: there is no sparse layer, or they differ.
         """
-        kinds = {(layer.router.experts, layer.experts) for layer in self.layers if layer.router is not None}
+        kinds = {(layer.router, layer.experts) for layer in self.layers if layer.router is not None}
         if len(kinds) != 1:
-            raise SpecError(f"sparse layers of one expert shape are needed, found {len(kinds)} shapes")
-        return self.layers[self.moe_layers[0]]
+            raise SpecError(f"sparse layers of one kind are needed, found {len(kinds)} kinds")
+        ((router, experts),) = kinds
+        assert router is not None and experts is not None
+        return router, experts
 
     def expert_bytes(self) -> tuple[int, ...]:
         """Bytes of one expert of each MoE layer, as held in `precision.params`; by `moe_layer`."""

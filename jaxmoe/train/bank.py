@@ -100,7 +100,10 @@ def sum_rows(
     y_SD: Float[Array, "S D"], weights_TA: Float[Array, "T A"], token_S: Int[Array, "S"], slot_TA: Int[Array, "T A"]
 ) -> Float[Array, "T D"]:
     """Each token's weighted sum over its slots; differentiable in rows and weights."""
-    return sum(_take(y_SD, slot_TA[:, j]) * weights_TA[:, j : j + 1] for j in range(slot_TA.shape[1]))
+    out = _take(y_SD, slot_TA[:, 0]) * weights_TA[:, :1]
+    for j in range(1, slot_TA.shape[1]):
+        out = out + _take(y_SD, slot_TA[:, j]) * weights_TA[:, j : j + 1]
+    return out
 
 
 def _sum_fwd(y_SD, weights_TA, token_S, slot_TA):

@@ -41,6 +41,7 @@ def export(spec: ModelSpec, config: dict, corpus: text.Corpus, run: Path, out: P
     for name in _FILES:
         shutil.copyfile(corpus.folder / name, out / name)
     eos = config["eos_token_id"]
+    (out / "model.safetensors").chmod(0o644)
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": eos, "do_sample": False}, indent=2) + "\n")
 
     def rounded(x):
@@ -48,8 +49,8 @@ def export(spec: ModelSpec, config: dict, corpus: text.Corpus, run: Path, out: P
 
     bank = ResidentBank(rounded(state.bank.w_in), rounded(state.bank.w_out))
     losses, routes = evaluate.held_out(evaluate.make_scorer(spec, jax.tree.map(rounded, state.params), bank), corpus)
-    layer = spec.sparse_layer
-    slots = layer.router.experts // 4
+    router, _ = spec.moe
+    slots = router.experts // 4
     hit = float(np.mean([evaluate.lru_hit_rate(ids, slots) for ids in routes.values()]))
     figures = {
         "steps": int(state.step),
@@ -57,7 +58,7 @@ def export(spec: ModelSpec, config: dict, corpus: text.Corpus, run: Path, out: P
         "settings": settings.__dict__ | {"steps": int(state.step)},
         "held_out": losses,
         "mean_bits_per_byte": float(np.mean([v["bits_per_byte"] for v in losses.values()])),
-        "lru": {"slots": slots, "experts": layer.router.experts, "hit_rate": hit},
+        "lru": {"slots": slots, "experts": router.experts, "hit_rate": hit},
         "bytes": size,
     }
     (out / "training.json").write_text(json.dumps(figures, indent=1) + "\n")
@@ -67,7 +68,7 @@ def export(spec: ModelSpec, config: dict, corpus: text.Corpus, run: Path, out: P
 
 def card(spec: ModelSpec, corpus: text.Corpus, figures: dict) -> str:
     """The model card, in markdown."""
-    layer = spec.sparse_layer
+    router, experts = spec.moe
     s, lru = figures["settings"], figures["lru"]
     total = sum(d["train"]["tokens"] for d in corpus.manifest["domains"].values())
     seen = figures["steps"] * s["batch"] * s["length"]
@@ -79,7 +80,7 @@ def card(spec: ModelSpec, corpus: text.Corpus, figures: dict) -> str:
     return f"""# The model that ships with jaxmoe
 
 A small Mixture-of-Experts language model in the layout of `{spec.family}`, trained from scratch by `scripts/train.py` of this repository: {spec.n_layers} layers of
-width {spec.width}, {layer.router.experts} experts of width {layer.experts.width} a layer, {layer.router.active} active, a byte-level BPE of {spec.vocab} tokens; {figures["bytes"] / 1e6:.1f} MB in bfloat16.
+width {spec.width}, {router.experts} experts of width {experts.width} a layer, {router.active} active, a byte-level BPE of {spec.vocab} tokens; {figures["bytes"] / 1e6:.1f} MB in bfloat16.
 It is here so that every tool of the repository has real trained weights and real routing to work on. It writes plausible fragments of what it was
 trained on, and knows nothing.
 

@@ -105,8 +105,8 @@ def init_state(spec: ModelSpec, config: TrainConfig) -> TrainState:
     key = jax.random.key(config.seed, impl="threefry2x32")
     k_params, k_in, k_out = jax.random.split(key, 3)
     params = init_params(spec, k_params)
-    layer = spec.sparse_layer
-    n, e, d, f = len(spec.moe_layers), layer.router.experts, spec.width, layer.experts.width
+    router, experts = spec.moe
+    n, e, d, f = len(spec.moe_layers), router.experts, spec.width, experts.width
     bank = TrainBank(
         jax.random.normal(k_in, (n, e, d, 2, f)) * d**-0.5 * 0.5,
         jax.random.normal(k_out, (n, e, f, d)) * f**-0.5 * (2 * spec.n_layers) ** -0.5,
@@ -121,14 +121,14 @@ def make_step(spec: ModelSpec, config: TrainConfig) -> Callable:
 
     def step(state: TrainState, tokens):
         def objective(weights):
-            return loss(spec, *weights, tokens, config.balance, config.z)
+            return loss(spec, weights[0], weights[1], tokens, config.balance, config.z)
 
-        weights = (state.params, state.bank.replace(capacity=config.capacity))
+        weights = (state.params, dataclasses.replace(state.bank, capacity=config.capacity))
         (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(weights)
         updates, opt = tx.update(grads, state.opt, weights)
         params, bank = optax.apply_updates(weights, updates)
         metrics["grad_norm"] = optax.global_norm(grads)
-        return TrainState(params, bank.replace(capacity=state.bank.capacity), opt, state.step + 1), metrics
+        return TrainState(params, dataclasses.replace(bank, capacity=state.bank.capacity), opt, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
 

@@ -41,7 +41,7 @@ def balance_loss(routed: list[RouterOut], experts: int) -> Float[Array, ""]:
 
 def z_loss(routed: list[RouterOut]) -> Float[Array, ""]:
     """Mean squared log-partition of the router's logits (ST-MoE, eq. 5), which keeps them small enough for bfloat16."""
-    return sum((jax.nn.logsumexp(layer.logits, -1) ** 2).mean() for layer in routed) / len(routed)
+    return jnp.stack([(jax.nn.logsumexp(layer.logits, -1) ** 2).mean() for layer in routed]).mean()
 
 
 def loss(
@@ -58,7 +58,7 @@ def loss(
         spec, params, bank, FullState(b), sequences(tokens[:, :-1]), kernels, collect=True
     )
     nll = token_nll(logits, tokens[:, 1:].reshape(-1)).mean()
-    experts = spec.sparse_layer.router.experts
+    experts = spec.moe[0].experts
     even = balance_loss(aux["routed"], experts)
     total = nll + balance * even + z * z_loss(aux["routed"])
     ids = jnp.concatenate([r.ids.reshape(r.ids.shape[0], -1) for r in aux["routed"]])
