@@ -31,7 +31,7 @@ def leaf_dtype(name: str) -> np.dtype:
 def compute_dtype(name: str) -> np.dtype:
     """The dtype in which activations of dtype `name` are computed."""
     leaf_dtype(name)
-    return np.dtype(jnp.dtype(name))
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
 
 
 def load(leaf: jax.Array, dtype) -> jax.Array:

@@ -72,5 +72,5 @@ def make_batch(
         last.append((used - 1) * run + (len(ids) - 1) % run)
     rows = list(last if logit_rows is None else logit_rows)
     rows += [rows[-1]] * ((n_logits or len(rows)) - len(rows))
-    arrays: tuple[Any, ...] = (flat["tokens"], flat["positions"], segments, *runs, np.int32(used), np.asarray(rows, np.int32))
-    return Batch(*arrays, run=run)
+    leaves: list[Any] = [flat["tokens"], flat["positions"], segments, *runs, np.int32(used), np.asarray(rows, np.int32), run]
+    return Batch(*leaves)

@@ -6,6 +6,7 @@ more steps, and decay when it is time to stop.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -127,7 +128,7 @@ def make_step(spec: ModelSpec, config: TrainConfig) -> Callable:
         (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(weights)
         updates, opt = tx.update(grads, state.opt, weights)
         params, bank = optax.apply_updates(weights, updates)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(params, dataclasses.replace(bank, capacity=state.bank.capacity), opt, state.step + 1), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -187,7 +188,7 @@ def train(
     step = make_step(spec, config)
     weights = text.domain_weights(corpus)
     began = time.monotonic()
-    with (folder / "metrics.jsonl").open("a") as log:
+    with (folder / "metrics.jsonl").open("a") as log, contextlib.closing(checkpoints):
         for i in range(int(state.step), config.steps):
             at = time.monotonic()
             tokens = text.sample_batch(corpus, config.seed, i, config.batch, config.length, weights)
@@ -201,7 +202,6 @@ def train(
             yield state, row
             if over:
                 break
-    checkpoints.close()
 
 
 def to_layered(spec: ModelSpec, state: TrainState) -> tuple[dict, dict]:

@@ -140,7 +140,7 @@ def test_bank(converted, dtype, sharded, assert_trees_equal):
     w_in = np.stack([np.stack([layer["gate"], layer["up"]], axis=2) for layer in layers])
     w_out = np.stack([layer["down"] for layer in layers])
     assert_trees_equal(bank, cast({"w_in": w_in, "w_out": w_out}, dtype))
-    if sharded and checkpoint.spec.sparse_layer.router.experts == 4:
+    if sharded and checkpoint.spec.moe[0].experts == 4:
         assert bank["w_in"].sharding.shard_shape(bank["w_in"].shape)[1] == 1
 
 

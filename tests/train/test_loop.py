@@ -70,5 +70,5 @@ def test_the_export_is_the_trained_model(corpus, trained, tmp_path):
 
 def test_lru_hit_rate_counts_as_a_plain_cache_does():
     ids = np.array([[[0, 1], [1, 2], [0, 3], [1, 2]]])
-    assert lru_hit_rate(ids, 4) == 3 / 8
+    assert lru_hit_rate(ids, 4) == 4 / 8
     assert lru_hit_rate(ids, 2) == 1 / 8
