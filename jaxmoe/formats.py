@@ -14,7 +14,7 @@ import numpy as np
 DTYPES = ("float32", "bfloat16")
 """Names of the dtypes in which weights can be held."""
 
-_LEAF = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
+_LEAF: dict[str, np.dtype] = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(np.uint16)}
 
 
 def leaf_dtype(name: str) -> np.dtype:

@@ -32,7 +32,7 @@ from jaxmoe.spec import ModelSpec
 
 GOLDENS = ROOT / "tests" / "goldens"
 
-_TINY = {
+_TINY: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 48,
     "intermediate_size": 40,
@@ -45,7 +45,7 @@ _TINY = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-_QWEN3_MOE = {**_TINY, "model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 24, "head_dim": 16, "num_hidden_layers": 4}
+_QWEN3_MOE = {**_TINY, "model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 24, "head_dim": 16}
 _OLMOE = {**_TINY, "model_type": "olmoe", "num_experts": 8}
 _MIXTRAL = {**_TINY, "model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": None}
 
@@ -59,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe_tied": {
         **_QWEN3_MOE,
+        "num_hidden_layers": 4,
         "norm_topk_prob": False,
         "tie_word_embeddings": True,
         "mlp_only_layers": [],

@@ -19,11 +19,11 @@ from pallas_kernels.dense.cpu import ROW_TILES, row_tile
 
 
 class Tiles(NamedTuple):
-    """Row tiles in order: the pool id and first row of each; only the first `count` exist."""
+    """Row tiles in order: the pool id and first row of each; only the first `total` exist."""
 
     ids: Int[Array, "I"]
     starts: Int[Array, "I"]
-    count: Int[Array, ""]
+    total: Int[Array, ""]
 
 
 def tile_for(rows: int, groups: int) -> int:
@@ -53,7 +53,7 @@ def _over_tiles(x: jax.Array, width: int, tiles: Tiles, tile: int, f: Callable) 
         rows = jax.lax.dynamic_slice(x, (tiles.starts[i], 0), (tile, k))
         return jax.lax.dynamic_update_slice(y, f(rows, tiles.ids[i]), (tiles.starts[i], 0))
 
-    return jax.lax.fori_loop(0, tiles.count, body, jnp.zeros((m + tile, width), jnp.float32))[:m]
+    return jax.lax.fori_loop(0, tiles.total, body, jnp.zeros((m + tile, width), jnp.float32))[:m]
 
 
 def swiglu_rows(

@@ -21,21 +21,16 @@ KERNELS = [Kernels("cpu"), Kernels("cpu", row_invariant=False), Kernels("referen
 
 MATTERS = [
     ("qwen3_moe_normalized", {"norm_topk_prob": False}),
-    ("qwen3_moe_normalized", {"rope_theta": 1e4}),
-    ("qwen3_moe_normalized", {"rms_norm_eps": 1e-2}),
-    ("qwen3_moe_tied", {"norm_topk_prob": True}),
     ("qwen3_moe_tied", {"use_sliding_window": False}),
-    ("qwen3_moe_tied", {"sliding_window": 11}),
     ("qwen3_moe_tied", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
     ("olmoe_clipped", {"clip_qkv": None}),
     ("olmoe_clipped", {"norm_topk_prob": True}),
-    ("olmoe_normalized", {"norm_topk_prob": False}),
     ("olmoe_normalized", {"rope_theta": 1e6}),
-    ("mixtral_windowed", {"sliding_window": None}),
     ("mixtral_windowed", {"sliding_window": 15}),
     ("mixtral_windowed", {"rope_theta": 1e4}),
-    ("mixtral_full", {"num_experts_per_tok": 1}),
+    ("mixtral_full", {"rms_norm_eps": 1e-2}),
 ]
+"""Cases, and a change of one field that must show."""
 
 
 def golden(name: str) -> tuple[dict, list[np.ndarray], list[np.ndarray]]:
@@ -64,7 +59,8 @@ def checkpoint_of(tmp_path_factory):
 def logits_of(model, ids: list[np.ndarray]) -> list[np.ndarray]:
     """Both sequences in one step."""
     requests = [list(map(int, i)) for i in ids]
-    return prefill_logits(model, requests, [[(i, 0, len(r)) for i, r in enumerate(requests)]], 256, positions=256)
+    tokens = 128 if max(map(len, requests)) <= 64 else 256
+    return prefill_logits(model, requests, [[(i, 0, len(r)) for i, r in enumerate(requests)]], tokens, positions=256)
 
 
 def worst(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
