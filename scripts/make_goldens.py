@@ -36,7 +36,7 @@ _TINY: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 48,
     "intermediate_size": 40,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "num_experts_per_tok": 3,
@@ -45,7 +45,7 @@ _TINY: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-_QWEN3_MOE = {**_TINY, "model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 24, "head_dim": 16}
+_QWEN3_MOE = {**_TINY, "model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 24, "head_dim": 16, "num_hidden_layers": 3}
 _OLMOE = {**_TINY, "model_type": "olmoe", "num_experts": 8}
 _MIXTRAL = {**_TINY, "model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": None}
 

@@ -182,7 +182,7 @@ def test_bank_of_uneven_experts(copy):
         dataclasses.replace(s, pattern=(layer,)) for s, layer in zip(spec.segments, (sparse, dense, wide), strict=True)
     )
     uneven = dataclasses.replace(checkpoint, spec=dataclasses.replace(spec, segments=segments))
-    with pytest.raises(SpecError, match="one expert shape"):
+    with pytest.raises(SpecError, match="of one kind"):
         uneven.restore_bank()
 
 
