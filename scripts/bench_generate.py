@@ -1,0 +1,223 @@
+"""Times generation against a peer: same weights, same machine, runs in turn, each engine in a process of its own.
+
+    python scripts/bench_generate.py [MODEL] [--peer transformers] [--batches 1 8] [--out benchmarks]
+
+MODEL is a Hugging Face folder; `random-olmoe` makes a random OLMoE-shaped one of about 1 GB. Writes one record per engine, dtype and batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import multiprocessing
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+if importlib.util.find_spec("jaxmoe") is None:
+    sys.path.insert(0, str(ROOT))
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Benchmark generation."""
+
+    model: tyro.conf.Positional[str] = str(ROOT / "checkpoints" / "default")
+    """Hugging Face folder, or random-olmoe."""
+    peer: Literal["transformers", "none"] = "none"
+    """What to alternate with."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """How weights are held."""
+    batches: Annotated[tuple[int, ...], tyro.conf.arg(help="Sequences decoded together.")] = (1, 8)
+    new: int = 128
+    """Tokens to decode per sequence."""
+    prefill: int = 512
+    """Prompt length of the prefill measurement."""
+    runs: int = 5
+    """Counted runs of each engine, in turn."""
+    fast: bool = False
+    """Also give up row invariance."""
+    out: Path | None = None
+    """Folder for records."""
+
+
+PROMPT = 32
+
+
+def jaxmoe_engine(folder: str, dtype: str, fast: bool):
+    """`run(batch, prompt, new) -> (prefill seconds, decode seconds, decode tokens)` and the facts of the model."""
+    from checkpoints.load import load_hf_or_checkpoint
+    from jaxmoe.engine.generate import Engine, Request
+    from jaxmoe.engine.model import load_model
+    from pallas_kernels.dispatch import Kernels
+
+    checkpoint = load_hf_or_checkpoint(folder, Path(tempfile.gettempdir()) / "jaxmoe-bench")
+    model = load_model(checkpoint, dtype, Kernels.default(row_invariant=not fast))
+    engines: dict[tuple[int, int], Engine] = {}
+    compiled = [0.0]
+
+    def run(batch: int, prompt: int, new: int):
+        key = (batch, prompt + new)
+        if key not in engines:
+            engines[key] = Engine(model, batch, prompt + new, greedy=True)
+            compiled[0] += engines[key].warm_up()
+        ids = np.random.default_rng(batch).integers(3, model.spec.vocab, (batch, prompt))
+        _, t = engines[key].generate([Request(tuple(map(int, row)), new) for row in ids])
+        return t.prefill_seconds, t.decode_seconds, t.decode_tokens
+
+    def facts(batch: int) -> dict:
+        return {
+            "spec_hash": model.spec.hash(), "bytes": model.bytes(), "bytes_per_step": model.bytes_per_token(batch), "compile_seconds": compiled[0],
+        }  # fmt: skip
+
+    return run, facts
+
+
+def transformers_engine(folder: str, dtype: str, fast: bool):
+    """The same of transformers on the CPU, with its own generate loop and key-value cache."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    @torch.no_grad()
+    def run(batch: int, prompt: int, new: int):
+        ids = torch.tensor(np.random.default_rng(batch).integers(3, model.config.vocab_size, (batch, prompt)))
+        began = time.perf_counter()
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        prefill = time.perf_counter() - began
+        token, past = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+        began = time.perf_counter()
+        for _ in range(new - 1):
+            out = model(token, past_key_values=past, use_cache=True)
+            token, past = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
+        return prefill, time.perf_counter() - began, batch * (new - 1)
+
+    return run, lambda batch: {}
+
+
+ENGINES = {"jaxmoe": jaxmoe_engine, "transformers": transformers_engine}
+
+
+def serve(name: str, folder: str, dtype: str, fast: bool, pipe) -> None:
+    """A worker: answers `(batch, prompt, new)` with timings, a single int with the facts, None by ending."""
+    run, facts = ENGINES[name](folder, dtype, fast)
+    while (job := pipe.recv()) is not None:
+        pipe.send(facts(job) if isinstance(job, int) else run(*job))
+
+
+class Worker:
+    """An engine in its own process."""
+
+    def __init__(self, name: str, folder: str, dtype: str, fast: bool):
+        context = multiprocessing.get_context("spawn")
+        self.name, (self._pipe, theirs) = name, context.Pipe()
+        self._process = context.Process(target=serve, args=(name, folder, dtype, fast, theirs), daemon=True)
+        self._process.start()
+
+    def ask(self, job):
+        """Sends a job and waits for its answer."""
+        self._pipe.send(job)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.send(None)
+        self._process.join()
+
+
+def random_olmoe(folder: Path) -> Path:
+    """A random model of OLMoE-1B-7B's routing (64 experts, 8 active) at half its widths, 3 layers: 1.3 GB in float32."""
+    import jax
+
+    from checkpoints.export import export_hf
+    from checkpoints.families import leaf_paths
+    from jaxmoe.spec import ModelSpec
+
+    config = dict(
+        model_type="olmoe", vocab_size=8192, hidden_size=1024, intermediate_size=512, num_hidden_layers=3, num_attention_heads=16,
+        num_key_value_heads=16, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False, rms_norm_eps=1e-5, max_position_embeddings=4096,
+        tie_word_embeddings=False, rope_theta=10000.0, hidden_act="silu", clip_qkv=None, attention_bias=False,
+    )  # fmt: skip
+    if not (folder / "model.safetensors").exists():
+        spec = ModelSpec.from_hf(config)
+        rng = np.random.default_rng(0)
+
+        def leaf(path: str, shape):
+            return np.ones(shape, np.float32) if path.endswith("scale") else rng.normal(0, 0.02, shape).astype(np.float32)
+
+        export_hf(spec, {p: leaf(p, x.shape) for p, x in leaf_paths(spec).items()}, config, folder, "float32")
+        jax.clear_caches()
+    return folder
+
+
+def measure(workers: list[Worker], batch: int, args: Arguments, console: Console) -> dict[str, dict]:
+    """Prefill and decode rates of every worker, in turn; the first round is not counted."""
+    rates: dict[str, dict] = {w.name: {"prefill": [], "decode": []} for w in workers}
+    for i in range(args.runs + 1):
+        for w in workers:
+            prefill, _, _ = w.ask((1, args.prefill, 2)) if batch == 1 else (0.0, 0, 0)
+            _, decode, tokens = w.ask((batch, PROMPT, args.new))
+            if i:
+                rates[w.name]["decode"].append(tokens / decode)
+                if batch == 1:
+                    rates[w.name]["prefill"].append(args.prefill / prefill)
+        console.print(f"[dim]batch {batch}, round {i} of {args.runs}[/dim]")
+    return rates
+
+
+def main() -> int:
+    """Runs the benchmark, prints a table, writes records."""
+    args = tyro.cli(Arguments, description=__doc__)
+    console = Console(stderr=True)
+    from jaxmoe.report import record
+
+    folder = str(random_olmoe(Path(tempfile.gettempdir()) / "jaxmoe-random-olmoe")) if args.model == "random-olmoe" else args.model
+    names = ["jaxmoe"] + ([] if args.peer == "none" else [args.peer])
+    workers = [Worker(name, folder, args.dtype, args.fast) for name in names]
+    table = Table("engine", "batch", "decode tok/s", "prefill tok/s", "GB/s", "% of read bandwidth")
+    ceiling = record.measure_memory_bandwidth(0.5)
+    for batch in args.batches:
+        rates = measure(workers, batch, args, console)
+        facts = workers[0].ask(batch)
+        for w in workers:
+            decode, prefill = rates[w.name]["decode"], rates[w.name]["prefill"]
+            rate = float(np.median(decode))
+            bound = record.make_bound("bandwidth", ceiling, facts["bytes_per_step"] * rate / batch / 1e9, "GB/s")
+            shown = f"{np.median(prefill):,.0f}" if prefill else "-"
+            table.add_row(w.name, str(batch), f"{rate:,.0f}", shown, f"{bound['achieved']:.1f}", f"{bound['percent']:.0f}")
+            if args.out is None:
+                continue
+            timings = {"decode": record.timing([1 / r for r in decode])}
+            if prefill:
+                timings["prefill_token"] = record.timing([1 / r for r in prefill])
+            made = record.make_record(
+                name="generate", spec_hash=facts["spec_hash"],
+                settings={
+                    "engine": w.name, "model": Path(folder).name, "dtype": args.dtype, "batch": batch, "new": args.new, "prefill": args.prefill,
+                    "row_invariant": not args.fast, "alternating_with": [n for n in names if n != w.name],
+                },
+                seeds={"prompts": batch}, timings=timings, compile_seconds=facts["compile_seconds"] if w.name == "jaxmoe" else 0.0,
+                bytes=facts["bytes"],
+                counters={"decode_tokens_per_second": rate} | ({"prefill_tokens_per_second": float(np.median(prefill))} if prefill else {}),
+                bound=bound,
+            )  # fmt: skip
+            mode = "-fast" if args.fast else ""
+            record.write_record(args.out / f"generate-{Path(folder).name}-{w.name}-{args.dtype}-b{batch}{mode}.json", made)
+    for w in workers:
+        w.close()
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
