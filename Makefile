@@ -17,7 +17,7 @@ help: ## list the targets
 	@echo '  PYTHON=$(PYTHON) VENV=$(VENV)'
 
 demo: $(TEST_STAMP) ## generate text with the small model that ships
-	$(BIN)/python scripts/generate.py --prompt "Once upon a time" --max-new-tokens 64
+	$(BIN)/python scripts/generate.py --prompt "And it came to pass, that" --max-new-tokens 64 --temperature 0.7 --top-p 0.9
 
 test: $(TEST_STAMP) ## run all tests; those marked `device` need e.g. JAX_PLATFORMS=cuda,cpu
 	$(BIN)/python -m pytest tests

@@ -1,0 +1,233 @@
+"""A row's bits depend on nothing around it: not on the size of its tile, its place in it, or what the other rows hold.
+
+XLA's CPU backend picks a matmul's emitter by its sizes, so this is a property of every single dot shape and of the machine; here are all that occur
+in the shipped model and in two others. What a model makes of it is tested in `tests/engine/test_invariance.py`.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe.cache.contiguous import KEY_BLOCK
+from jaxmoe.formats import store_numpy
+from jaxmoe.spec import ModelSpec
+from pallas_kernels.dense.api import dense, row_sum
+from pallas_kernels.dense.cpu import ROW_TILES
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
+
+CPU = Kernels("cpu")
+DISTINCT = 8
+"""Different rows; tiles larger than this hold them several times."""
+
+OLMOE_1B_7B = {
+    "model_type": "olmoe",
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}
+SMALL_MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 4000,
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 4096,
+}
+SHIPPED = json.loads((Path(__file__).resolve().parents[2] / "checkpoints" / "default" / "config.json").read_text())
+SPECS = [ModelSpec.from_hf(config) for config in (SHIPPED, OLMOE_1B_7B, SMALL_MIXTRAL)]
+
+
+def dense_shapes(spec: ModelSpec) -> set[tuple[int, int, bool]]:
+    """(K, N, whether the weights are transposed) of every dense dot."""
+    out = {(spec.width, spec.vocab, spec.tied)}
+    for layer in spec.layers:
+        a = layer.attention
+        q, k = a.heads * a.head_dim, a.kv_heads * a.head_dim
+        out |= {(spec.width, q, False), (spec.width, k, False), (q, spec.width, False)}
+        if layer.router is not None:
+            out.add((spec.width, layer.router.experts, False))
+        if layer.dense is not None:
+            out |= {(spec.width, layer.dense.width, False), (layer.dense.width, spec.width, False)}
+    return out
+
+
+def sum_widths(spec: ModelSpec) -> set[int]:
+    """Lengths of the rows that norms and the router's softmax add up."""
+    out = {spec.width}
+    for layer in spec.layers:
+        a = layer.attention
+        if a.qk_norm == "head":
+            out.add(a.head_dim)
+        elif a.qk_norm == "full":
+            out |= {a.heads * a.head_dim, a.kv_heads * a.head_dim}
+        if layer.router is not None:
+            out.add(layer.router.experts)
+    return out
+
+
+def attention_shapes(spec: ModelSpec) -> set[tuple[int, int]]:
+    """(KV heads, head width)."""
+    return {(layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers}
+
+
+def expert_shapes(spec: ModelSpec) -> set[tuple[int, int]]:
+    """(D, F)."""
+    return {(spec.width, layer.experts.width) for layer in spec.layers if layer.experts is not None}
+
+
+def union(shapes) -> list:
+    return sorted(set().union(*(shapes(spec) for spec in SPECS)))
+
+
+def name(shape) -> str:
+    return "x".join(str(int(n)) for n in shape)
+
+
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+def random(shape: tuple[int, ...], dtype: str, scale: float = 1.0, seed: int = 0) -> jax.Array:
+    """Weights as they are held."""
+    value = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return jnp.asarray(store_numpy(value * np.float32(scale), dtype))
+
+
+def activations(rows: int, width: int, dtype: str) -> np.ndarray:
+    x = np.random.default_rng(1).standard_normal((rows, width), dtype=np.float32)
+    return np.asarray(jnp.asarray(x, dtype))
+
+
+def bits(x) -> np.ndarray:
+    x = np.ascontiguousarray(x)
+    assert np.isfinite(x).all()
+    return x.view(np.uint32)
+
+
+def check_rows(f, x: np.ndarray) -> None:
+    """Holds `f`, of any number of rows, to what it gives for each of the `DISTINCT` rows of x alone in the smallest tile."""
+    first = ROW_TILES[0]
+    zero = np.zeros((first - 1, x.shape[1]), x.dtype)
+    alone = np.concatenate([bits(f(np.concatenate([row[None], zero]))[:1]) for row in x])
+    assert len(np.unique(alone, axis=0)) == DISTINCT
+    for rows in (1, 3, *ROW_TILES, ROW_TILES[-1] + 8, 6 * ROW_TILES[-1]):
+        shifts = range(rows) if rows <= ROW_TILES[-1] and x.size < 2**14 else {0, 1, rows - 1}
+        for shift in shifts:
+            order = (np.arange(rows) + shift) % DISTINCT
+            np.testing.assert_array_equal(bits(f(x[order])), alone[order], f"{rows} rows, turned by {shift}")
+        same = np.zeros(rows, int)
+        np.testing.assert_array_equal(bits(f(x[same])), alone[same], f"{rows} equal rows")
+        for at in {0, rows // 2, rows - 1}:
+            for hostile in (0.0, 1e30, np.nan):
+                filled = np.full((rows, x.shape[1]), hostile, x.dtype)
+                filled[at] = x[0]
+                np.testing.assert_array_equal(bits(f(filled)[at]), alone[0], f"row {at} of {rows} among {hostile}")
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", union(dense_shapes), ids=name)
+def test_dense(shape, dtype):
+    k, n, transposed = shape
+    w = random((n, k) if transposed else (k, n), dtype, k**-0.5)
+    step = jax.jit(lambda x, w: dense(x, w.T if transposed else w, CPU, jnp.float32))
+    check_rows(lambda x: np.asarray(step(x, w)), activations(DISTINCT, k, dtype))
+
+
+@pytest.mark.parametrize("width", union(lambda spec: {(n,) for n in sum_widths(spec)}), ids=name)
+def test_row_sum(width):
+    step = jax.jit(lambda x: row_sum(x, CPU))
+    check_rows(lambda x: np.asarray(step(x)), activations(DISTINCT, width[0], "float32"))
+
+
+SCORES, VALUES, SUMS = "bmc,bsc->bms", "bms,bsc->bmc", "bms,sn->bmn"
+
+
+@pytest.mark.parametrize("einsum", [SCORES, VALUES, SUMS])
+@pytest.mark.parametrize("shape", union(attention_shapes), ids=name)
+def test_attention(shape, einsum):
+    """`n` query tiles of each KV head at once, over one block of keys that all tiles of a head share."""
+    heads, c = shape
+    width = c if einsum == SCORES else KEY_BLOCK
+    block = random((heads, KEY_BLOCK, c), "float32", seed=2)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def step(rows, block, n):
+        other = jnp.broadcast_to(block[:, None], (heads, n, KEY_BLOCK, c)).reshape(heads * n, KEY_BLOCK, c)
+        return jnp.einsum(einsum, rows, jnp.ones((KEY_BLOCK, 8)) if einsum == SUMS else other)
+
+    x = np.random.default_rng(3).standard_normal((heads, DISTINCT, width), dtype=np.float32)
+
+    def f(rows, n):
+        """rows [K, n * m, width] -> [K, n * m, out]"""
+        out = np.asarray(step(rows.reshape(heads * n, -1, width), block, n))
+        return out.reshape(heads, -1, out.shape[-1])
+
+    alone = []
+    for i in range(DISTINCT):
+        rows = np.zeros((heads, ROW_TILES[0], width), np.float32)
+        rows[:, 0] = x[:, i]
+        alone.append(bits(f(rows, 1)[:, :1]))
+    alone = np.concatenate(alone, axis=1)
+    assert len(np.unique(alone.reshape(-1, alone.shape[-1]), axis=0)) == DISTINCT * heads
+    for n, m in [(1, m) for m in ROW_TILES] + [(n, ROW_TILES[-1]) for n in (2, 3, 8)]:
+        for shift in range(m):
+            order = (np.arange(n * m) + shift) % DISTINCT
+            np.testing.assert_array_equal(bits(f(x[:, order], n)), alone[:, order], f"{n} tiles of {m}, turned by {shift}")
+        for at in (0, n * m // 2, n * m - 1):
+            for hostile in (0.0, 1e30, np.nan):
+                rows = np.full((heads, n * m, width), hostile, np.float32)
+                rows[:, at] = x[:, 0]
+                np.testing.assert_array_equal(bits(f(rows, n)[:, at]), alone[:, 0], f"row {at} of {n} tiles of {m} among {hostile}")
+
+
+EXPERTS = 4
+
+
+def group_sizes(rows: int) -> list[list[int]]:
+    """Ways to spread at most `rows` rows over the experts; what is left over is padding."""
+    rng = np.random.default_rng(rows)
+    spread = [np.bincount(rng.integers(0, EXPERTS, n), minlength=EXPERTS).tolist() for n in (rows, rows, rows - 3)]
+    return [[rows, 0, 0, 0], [0, 0, 0, rows], [1, 0, rows - 2, 1], [rows // EXPERTS] * EXPERTS, *spread]
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", union(expert_shapes), ids=name)
+def test_grouped_swiglu(shape, dtype):
+    d, f = shape
+    w_in, w_out = random((EXPERTS, d, 2, f), dtype, d**-0.5), random((EXPERTS, f, d), dtype, f**-0.5, seed=5)
+    ids = jnp.arange(EXPERTS)
+    step = jax.jit(lambda x, sizes: grouped_swiglu(x, w_in, w_out, ids, sizes, jax.nn.silu, CPU))
+    one = jax.jit(lambda x: swiglu_rows(x, w_in, w_out, ids, jax.nn.silu, CPU))
+    x = activations(DISTINCT, d, dtype)
+    alone = np.stack([bits(step(np.repeat(row[None], EXPERTS, axis=0), np.ones(EXPERTS, np.int32))) for row in x])
+    assert len(np.unique(alone.reshape(-1, d), axis=0)) == DISTINCT * EXPERTS
+    for row, expected in zip(x, alone, strict=True):
+        np.testing.assert_array_equal(bits(one(row[None])), expected)
+    for tile in ROW_TILES:
+        rows = EXPERTS * tile  # so many that tiles of this size are taken
+        for sizes in group_sizes(rows):
+            expert = np.repeat(np.arange(EXPERTS), sizes)
+            for shift in (0, 1, 5):
+                order = (np.arange(len(expert)) + shift) % DISTINCT
+                padded = np.full((rows, d), np.nan, x.dtype)
+                padded[: len(order)] = x[order]
+                got = np.asarray(step(padded, np.asarray(sizes, np.int32)))[: len(order)]
+                np.testing.assert_array_equal(bits(got), alone[order, expert], f"groups of {sizes}, turned by {shift}")
