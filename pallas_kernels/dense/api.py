@@ -11,24 +11,28 @@ from pallas_kernels.dense import cpu
 from pallas_kernels.dispatch import Kernels
 
 
-def dense(x_TK: Float[Array, "T K"], w_KN: Num[Array, "K N"], kernels: Kernels, out_dtype=None) -> Float[Array, "T N"]:
+def dense(
+    x_TK: Float[Array, "T K"], w: Num[Array, "K N"] | Num[Array, "N K"], kernels: Kernels, out_dtype=None, transposed: bool = False
+) -> Float[Array, "T N"]:
     """Multiplies activations with weights, summing in float32.
 
     Args:
         x_TK: float32 or bfloat16 activations.
-        w_KN: float32 weights, or bfloat16 weights held as uint16.
+        w: weights [K, N], or [N, K] when `transposed`; float32, or bfloat16 held as uint16.
         kernels: which implementation; on the CPU with `row_invariant` every row's bits are those of the row alone.
         out_dtype: dtype of the result; that of `x_TK` when None.
+        transposed: whether w is [N, K]. A `w.T` handed in would be copied, and rounded differently, wherever XLA moves it out of a loop.
 
     Returns:
         The product, rounded once to `out_dtype`.
     """
     out_dtype = x_TK.dtype if out_dtype is None else out_dtype
     if kernels.backend == "cpu":
-        return cpu.dense(x_TK, w_KN, kernels.row_invariant).astype(out_dtype)
-    w = formats.load(w_KN, x_TK.dtype)
+        return cpu.dense(x_TK, w, kernels.row_invariant, transposed).astype(out_dtype)
     precision = jax.lax.Precision.HIGHEST if x_TK.dtype == jnp.float32 else None
-    return jnp.dot(x_TK, w, precision=precision, preferred_element_type=jnp.float32).astype(out_dtype)
+    contract = (((1,), (int(transposed),)), ((), ()))
+    y = jax.lax.dot_general(x_TK, formats.load(w, x_TK.dtype), contract, precision, preferred_element_type=jnp.float32)
+    return y.astype(out_dtype)
 
 
 def row_sum(x_TK: Float[Array, "T K"], kernels: Kernels) -> Float[Array, "T 1"]:

@@ -31,19 +31,25 @@ def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
     return jnp.pad(x, ((0, missing),) + ((0, 0),) * (x.ndim - 1)) if missing else x
 
 
-def dense(x_TK: Float[Array, "T K"], w_KN: Num[Array, "K N"], row_invariant: bool = True) -> Float[Array, "T N"]:
+def dense(
+    x_TK: Float[Array, "T K"], w: Num[Array, "K N"] | Num[Array, "N K"], row_invariant: bool = True, transposed: bool = False
+) -> Float[Array, "T N"]:
     """float32 product of float32 or bfloat16 rows with float32 or uint16-held bfloat16 weights (bfloat16 values are widened exactly)."""
     rows = x_TK.shape[0]
-    w = formats.load(w_KN, jnp.float32)
+    w = formats.load(w, jnp.float32)
     x = x_TK.astype(jnp.float32)
     if not row_invariant:
-        return x @ w
+        return _dot(x, w, transposed)
     tile = row_tile(rows)
     tiles = pad_rows(x, tile).reshape(-1, tile, x.shape[1])
     if tiles.shape[0] <= _UNROLL:
-        out = [tiles[i] @ w for i in range(tiles.shape[0])]
+        out = [_dot(tiles[i], w, transposed) for i in range(tiles.shape[0])]
         return (out[0] if len(out) == 1 else jnp.concatenate(out))[:rows]
-    return jax.lax.map(lambda t: t @ w, tiles).reshape(-1, w.shape[1])[:rows]
+    return jax.lax.map(lambda t: _dot(t, w, transposed), tiles).reshape(-1, w.shape[0 if transposed else 1])[:rows]
+
+
+def _dot(x: jax.Array, w: jax.Array, transposed: bool) -> jax.Array:
+    return jax.lax.dot_general(x, w, (((1,), (int(transposed),)), ((), ())))
 
 
 _ONES = 8

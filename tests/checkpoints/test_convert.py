@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -49,9 +51,7 @@ def test_fused_names_give_the_same_arrays(tmp_path, family):
     config = hf_folders.CONFIGS[family]
     tensors = hf_folders.random_tensors(config, "bfloat16")
     plain = convert(hf_folders.write_folder(tmp_path / "a", config, tensors), tmp_path / "plain")
-    fused = convert(
-        hf_folders.write_folder(tmp_path / "b", config, hf_folders.fuse(config, tensors), 2), tmp_path / "fused"
-    )
+    fused = convert(hf_folders.write_folder(tmp_path / "b", config, hf_folders.fuse(config, tensors), 2), tmp_path / "fused")
     assert checksums(plain) == checksums(fused)
     assert plain.names != fused.names
 
@@ -241,6 +241,43 @@ def test_goes_on_after_a_stop(tmp_path, monkeypatch, straight, n):
     assert not partial_of(out).exists()
 
 
+class SlowWrite:
+    """A write that ends a while after it began, as on a busy disk."""
+
+    def __init__(self, array, region, data):
+        self.done = False
+        self._thread = threading.Thread(target=self._run, args=(array, region, data))
+        self._thread.start()
+
+    def _run(self, array, region, data):
+        time.sleep(0.3)
+        array[region].write(data).result()
+        self.done = True
+
+    def exception(self):
+        self._thread.join()
+
+    result = exception
+
+
+@pytest.mark.parametrize("error", [Stopped, OSError(28, "No space left on device")])
+def test_nothing_is_being_written_after_a_stop(tmp_path, straight, monkeypatch, error):
+    """A write left running would go on in a folder whose lock is gone, under the next run's feet."""
+    begun = []
+
+    def write(array, region, data):
+        if len(begun) == 3:
+            raise error
+        begun.append(SlowWrite(array, region, data))
+        return begun[-1]
+
+    monkeypatch.setattr(store, "CHUNK_BYTES", 5 * 16 * 2)  # several chunks of the embedding are under way at once
+    monkeypatch.setattr(store, "write_chunk", write)
+    with pytest.raises((Stopped, CheckpointError)):
+        convert(straight[0], tmp_path / "out")
+    assert [write.done for write in begun] == [True] * 3
+
+
 def test_goes_on_after_three_stops(tmp_path, straight):
     hf, _, files, _ = straight
     for n in (30, 30, 30):
@@ -349,9 +386,7 @@ def test_finished_folder_returns_at_once(tmp_path, straight, monkeypatch):
 
 def test_edited_tokenizer_reaches_a_finished_folder(tmp_path):
     config = hf_folders.CONFIGS["olmoe"]
-    hf = hf_folders.write_folder(
-        tmp_path / "hf", config, hf_folders.random_tensors(config), files={"tokenizer.json": "old"}
-    )
+    hf = hf_folders.write_folder(tmp_path / "hf", config, hf_folders.random_tensors(config), files={"tokenizer.json": "old"})
     convert(hf, tmp_path / "out")
     (hf / "tokenizer.json").write_text("new")
     manifest = convert(hf, tmp_path / "out")
@@ -421,9 +456,7 @@ def test_full_disk(tmp_path, straight, error):
     out = tmp_path / "out"
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, count // 2, error)
-        with pytest.raises(
-            CheckpointError, match=r"the disk is full after about \d+ of \d+ bytes: free \d+ more and run again"
-        ):
+        with pytest.raises(CheckpointError, match=r"the disk is full after about \d+ of \d+ bytes: free \d+ more and run again"):
             convert(hf, out)
     assert not out.exists() and partial_of(out).is_dir()
     convert(hf, out)

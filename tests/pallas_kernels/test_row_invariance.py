@@ -147,7 +147,7 @@ def check_rows(f, x: np.ndarray) -> None:
 def test_dense(shape, dtype):
     k, n, transposed = shape
     w = random((n, k) if transposed else (k, n), dtype, k**-0.5)
-    step = jax.jit(lambda x, w: dense(x, w.T if transposed else w, CPU, jnp.float32))
+    step = jax.jit(lambda x, w: dense(x, w, CPU, jnp.float32, transposed))
     check_rows(lambda x: np.asarray(step(x, w)), activations(DISTINCT, k, dtype))
 
 
