@@ -5,8 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 PIP_INSTALL := $(PIP) install --quiet --timeout 120 --retries 10
+DEMO_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 LINT_STAMP := $(VENV)/.installed-lint
+
+# Without an accelerator in sight, jax's plugins (the tests install them as compilers) need not look for one.
+PLATFORM := $(if $(wildcard /dev/nvidia0 /dev/accel* /dev/vfio/0),,JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu})
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -16,8 +20,8 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 	@echo '  PYTHON=$(PYTHON) VENV=$(VENV)'
 
-demo: $(TEST_STAMP) ## generate text with the small model that ships
-	$(BIN)/python scripts/generate.py --prompt "And it came to pass, that" --max-new-tokens 64 --temperature 0.7 --top-p 0.9
+demo: $(DEMO_STAMP) ## generate text with the small model that ships
+	$(PLATFORM) $(BIN)/python scripts/generate.py --prompt "And it came to pass, that" --max-new-tokens 64 --temperature 0.7 --top-p 0.9
 
 test: $(TEST_STAMP) ## run all tests; those marked `device` need e.g. JAX_PLATFORMS=cuda,cpu
 	$(BIN)/python -m pytest tests
@@ -27,8 +31,8 @@ lint: $(LINT_STAMP) ## ruff, mypy and the import floors
 	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -q tests/test_floors.py
 
-bench: $(TEST_STAMP) ## time generation on this machine
-	$(BIN)/python scripts/bench_generate.py
+bench: $(DEMO_STAMP) ## time generation on this machine
+	$(PLATFORM) $(BIN)/python scripts/bench_generate.py
 
 clean: ## remove caches and build outputs; the venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
@@ -43,9 +47,14 @@ $(VENV)/.created:
 	  echo 'making $(VENV) with $(PYTHON)'; $(PYTHON) -m venv $(VENV); fi
 	@touch $@
 
-$(TEST_STAMP): pyproject.toml | $(VENV)/.created
+$(DEMO_STAMP): pyproject.toml | $(VENV)/.created
 	@echo 'installing jaxmoe and its dependencies into $(VENV) (some minutes on a slow connection)'
-	$(PIP_INSTALL) --editable '.[test]'
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(TEST_STAMP): pyproject.toml | $(VENV)/.created
+	@echo 'installing jaxmoe, pytest and the compilers for TPU and CUDA into $(VENV)'
+	$(PIP_INSTALL) --editable '.[test,compile]'
 	@touch $@
 
 $(LINT_STAMP): pyproject.toml | $(VENV)/.created
