@@ -208,15 +208,18 @@ def read_config(hf: Path) -> ModelSpec:
         raise CheckpointError(f"{hf}: no such folder")
     try:
         config = json.loads(path.read_bytes())
-        if not isinstance(config, dict):
-            raise ValueError
-        return ModelSpec.from_hf(config)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
-    except SpecError as error:
-        raise CheckpointError(f"{hf}: {error}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: damaged: not a JSON object") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: damaged: not a JSON object")
+    try:
+        return ModelSpec.from_hf(config)
+    except SpecError as error:
+        raise CheckpointError(f"{hf}: {error}") from error
+    except (TypeError, ValueError) as error:  # a value of a type that no field of its kind has
+        raise CheckpointError(f"{path}: damaged: {store.one_line(error)}") from error
 
 
 def _check_names(hf: Path, source: SafetensorsFolder, spec: ModelSpec, layout: Layout, expected) -> tuple[str, ...]:
@@ -532,8 +535,11 @@ def _copy_files(hf: Path, folder: Path) -> dict[str, str]:
     for name in KEPT_FILES:
         if (hf / name).is_file():
             temporary = folder / f"{name}.tmp"
-            shutil.copyfile(hf / name, temporary)
-            os.replace(temporary, folder / name)
+            try:
+                shutil.copyfile(hf / name, temporary)
+                os.replace(temporary, folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
             out[name] = _sha256(folder / name)
     return out
 

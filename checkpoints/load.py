@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from checkpoints import store
-from checkpoints.convert import PROGRESS, convert, make_plan
+from checkpoints.convert import PROGRESS, convert, make_plan, read_config
 from checkpoints.errors import CheckpointError
 from checkpoints.families import leaf_paths, unflatten
 from checkpoints.manifest import MANIFEST, SPEC, Manifest, read_manifest
@@ -278,6 +278,28 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
     return Checkpoint(path, spec, manifest)
 
 
+def read_spec(path: str | os.PathLike) -> ModelSpec:
+    """The model that a folder of either kind, converted or Hugging Face, says it holds; no weights are read.
+
+    Raises:
+        CheckpointError: neither kind of folder, an unfinished or damaged one, or a model that isn't supported.
+    """
+    return open_checkpoint(path).spec if _is_converted(Path(path)) else read_config(Path(path))
+
+
+def _is_converted(folder: Path) -> bool:
+    """Whether a folder is a converted one, finished or not, rather than a Hugging Face folder."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    if (folder / MANIFEST).exists() or (folder / PROGRESS).exists():
+        return True
+    if not (folder / "config.json").exists():
+        raise CheckpointError(
+            f"{folder}: neither a Hugging Face folder (no config.json) nor a converted one (no {MANIFEST})"
+        )
+    return False
+
+
 def load_hf_or_checkpoint(
     path: str | os.PathLike,
     cache_dir: str | os.PathLike,
@@ -296,14 +318,8 @@ def load_hf_or_checkpoint(
         CheckpointError: neither kind of folder, or whatever `convert` and `open_checkpoint` find.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
-    if (folder / MANIFEST).exists() or (folder / PROGRESS).exists():
+    if _is_converted(folder):
         return open_checkpoint(folder)
-    if not (folder / "config.json").exists():
-        raise CheckpointError(
-            f"{folder}: neither a Hugging Face folder (no config.json) nor a converted one (no {MANIFEST})"
-        )
     with SafetensorsFolder(folder) as source:
         plan = make_plan(folder, source, dtype)
     out = Path(cache_dir) / f"{plan.fingerprint[:16]}-{plan.spec.hash()}"

@@ -73,11 +73,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes a small file under another name first, syncs it and renames it, so that it is never seen half written."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -24,8 +24,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from checkpoints.convert import convert
-from checkpoints.errors import CheckpointError
 from checkpoints.manifest import Manifest
+from jaxmoe.report.command import run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,24 +91,20 @@ def run(args: Arguments) -> None:
         console.print(listing(manifest))
     console.print(summary(manifest))
     if first is None:
-        console.print(f"{args.out} was there already, nothing was written", soft_wrap=True)
+        console.print(f"{args.out} was there already, nothing was written", soft_wrap=True, markup=False)
         return
     kept = f", with {', '.join(manifest.files)}" if manifest.files else ""
     console.print(
         f"{args.out}: {written:,} bytes written in {seconds:.1f} s, {written / seconds / 1e6:.0f} MB/s{kept}",
         soft_wrap=True,
+        markup=False,
     )
 
 
 def main() -> int:
     """Exit code 2 with one line on stderr when the input or the output folder won't do."""
     args = tyro.cli(Arguments)
-    try:
-        run(args)
-    except (CheckpointError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,6 +22,9 @@ if importlib.util.find_spec("jaxmoe") is None:
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.text import Text
+
+from jaxmoe.report.command import run_command
 
 DEFAULT_MODEL = ROOT / "checkpoints" / "default"
 CACHE = Path.home() / ".cache" / "jaxmoe"
@@ -69,42 +71,82 @@ def read_prompts(args: Arguments) -> list[str]:
     if args.prompt is not None and args.prompt_file is not None:
         raise ValueError("give --prompt or --prompt-file, not both")
     if args.prompt is not None:
+        if not args.prompt:
+            raise ValueError("the prompt is empty")
         return [args.prompt]
-    if args.prompt_file is not None:
-        if not args.prompt_file.is_file():
-            raise ValueError(f"{args.prompt_file}: no such file")
-        prompts = [line for line in args.prompt_file.read_text(encoding="utf-8").splitlines() if line]
-        if not prompts:
-            raise ValueError(f"{args.prompt_file}: holds no prompt")
-        return prompts
-    text = sys.stdin.read()
-    if not text:
-        raise ValueError("no prompt: give --prompt, --prompt-file, or text on standard input")
-    return [text]
+    source = args.prompt_file or "standard input"
+    try:
+        if args.prompt_file is not None:
+            text = args.prompt_file.read_text(encoding="utf-8")
+        else:
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+            text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8: {error.reason} at byte {error.start}") from error
+    # Not splitlines, which also splits at form feeds and at U+2028.
+    prompts = [line for line in (text.split("\n") if args.prompt_file is not None else [text]) if line]
+    if not prompts:
+        raise ValueError(f"{source}: holds no prompt; give --prompt, --prompt-file, or text on standard input")
+    return prompts
 
 
-def open_model(args: Arguments, console: Console):
-    """Converts if need be, then restores the model and its tokenizer."""
-    from checkpoints.load import load_hf_or_checkpoint
+def check_arguments(args: Arguments, prompts: list[str]) -> None:
+    """Refuses whatever can be known to be wrong before a model is read, and an output file that could not be written after the run."""
     from jaxmoe import formats
-    from jaxmoe.engine.model import load_model
-    from jaxmoe.engine.text import Tokenizer
-    from pallas_kernels.dispatch import Kernels
+    from jaxmoe.decode.sampling import sampling_params
+    from jaxmoe.engine import steps
+    from jaxmoe.engine.text import StopStrings
+    from jaxmoe.report import record
 
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {args.max_new_tokens} must be at least 1")
+    if args.top_p == 0:
+        raise ValueError(f"top_p = {args.top_p} is outside (0, 1]")
+    sampling_params(1, args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+    StopStrings(args.stop)
+    if len(prompts) > steps.ROW_BUCKETS[-1]:
+        raise ValueError(f"{len(prompts)} prompts are more than the {steps.ROW_BUCKETS[-1]} that one run takes: split the file")
     if args.dtype is not None:
         formats.leaf_dtype(args.dtype)
-    tokenizer = Tokenizer(args.model)
+    if args.json is not None:
+        record.check_path(args.json)
+
+
+def find_kernels(args: Arguments):
+    """The kernels of the default device."""
+    from pallas_kernels.dispatch import Kernels
+
+    try:
+        return Kernels.default(row_invariant=not args.fast)
+    except RuntimeError as error:  # JAX_PLATFORMS names a device that is not there
+        raise ValueError(str(error)) from error
+
+
+def open_model(args: Arguments, kernels, console: Console):
+    """Converts if need be, then restores the model."""
+    from checkpoints.load import load_hf_or_checkpoint
+    from jaxmoe.engine.model import load_model
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("converting", total=None, visible=False)
 
         def show(done: int, total: int, what: str) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
         checkpoint = load_hf_or_checkpoint(args.model, args.cache / "converted", None, show)
-    kernels = Kernels.default(row_invariant=not args.fast)
     dtype = args.dtype or ("float32" if kernels.backend == "cpu" else checkpoint.spec.precision.params)
-    return load_model(checkpoint, dtype, kernels), tokenizer
+    return load_model(checkpoint, dtype, kernels)
+
+
+def make_requests(args: Arguments, prompts: list[str], tokenizer):
+    """One request a prompt; a chat template writes special tokens itself, so none are added to its text."""
+    from jaxmoe.engine.generate import Request, Sampling
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+    texts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompts] if args.chat else prompts
+    ids = [tokenizer.encode(text, add_special_tokens=not args.chat) for text in texts]
+    return [Request(tuple(i), args.max_new_tokens, sampling, args.stop) for i in ids]
 
 
 class Streamer:
@@ -120,19 +162,24 @@ class Streamer:
 
 
 def run(args: Arguments, console: Console) -> None:
-    """Does the whole of it."""
+    """Does the whole of it; what is quick to check comes before what takes long."""
+    prompts = read_prompts(args)
+
     import jax
 
-    from jaxmoe.engine.generate import Engine, Request, Sampling, check_requests
+    from checkpoints.load import read_spec
+    from jaxmoe.engine.generate import Engine, check_requests
+    from jaxmoe.engine.text import Tokenizer
 
-    prompts = read_prompts(args)
+    check_arguments(args, prompts)
+    kernels = find_kernels(args)
+    read_spec(args.model)  # so that a folder that holds no model is refused as such, not for its lack of a tokenizer
     began = time.perf_counter()
-    model, tokenizer = open_model(args, console)
+    tokenizer = Tokenizer(args.model)
+    requests = make_requests(args, prompts, tokenizer)
+    model = open_model(args, kernels, console)
     load_seconds = time.perf_counter() - began
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    texts = [tokenizer.chat([{"role": "user", "content": p}]) for p in prompts] if args.chat else prompts
-    requests = [Request(tuple(tokenizer.encode(t)), args.max_new_tokens, sampling, args.stop) for t in texts]
     check_requests(model, requests)
     longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
     engine = Engine(model, len(requests), longest, args.temperature == 0, tokenizer.eos_ids)
@@ -144,7 +191,7 @@ def run(args: Arguments, console: Console) -> None:
         sys.stdout.write("\n")
     else:
         for prompt, result in zip(prompts, results, strict=True):
-            console.rule(prompt[:60])
+            console.rule(Text(prompt[:60]))  # a str would be read as markup
             sys.stdout.write(result.text + "\n")
     sys.stdout.flush()
     report(args, model, engine, results, timings, load_seconds, console)
@@ -196,15 +243,9 @@ def report(args: Arguments, model, engine, results, timings, load_seconds: float
 
 
 def main() -> int:
-    """Runs; a user's error is one line and exit code 2."""
+    """Runs; gives the exit code."""
     args = tyro.cli(Arguments, description=__doc__)
-    console = Console(stderr=True)
-    try:
-        run(args, console)
-    except (ValueError, FileNotFoundError, json.JSONDecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(args, Console(stderr=True)))
 
 
 if __name__ == "__main__":

@@ -75,24 +75,31 @@ class Tokenizer:
 
         Returns:
             Token ids.
-        """
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Turn token ids into text; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
-            TextError: an id stands for no token (a model's logits may have more rows than its tokenizer has tokens).
+            TextError: the text is no Unicode text, or holds what the vocabulary has no token for.
         """
-        ids = [int(id) for id in ids]
-        for id in ids:
-            self.check_id(id)
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # tokenizers raises Exception itself; for a lone surrogate, a TypeError
+            raise TextError(f"the tokenizer of {self.folder} can't encode {text[:40]!r}: {error}") from error
 
-    def check_id(self, id: int) -> None:
-        """Raise TextError unless the id stands for a token; tokenizers itself would drop it without a word."""
-        if id < 0 or self._tokenizer.id_to_token(id) is None:
-            raise TextError(f"token id {id} stands for no token of {self.folder}; its ids end at {self.vocab_size - 1}")
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Turn token ids into text; bytes that are not UTF-8, and ids that stand for no token, become U+FFFD."""
+        runs: list[list[int]] = [[]]
+        for id in map(int, ids):
+            if self.is_token(id):
+                runs[-1].append(id)
+            else:
+                runs.append([])
+        return REPLACEMENT.join(self._tokenizer.decode(run, skip_special_tokens=skip_special_tokens) for run in runs)
+
+    def is_token(self, id: int) -> bool:
+        """Whether the id stands for a token: a model's logits may have more rows than its tokenizer has tokens.
+
+        tokenizers itself would drop such an id without a word.
+        """
+        return 0 <= id < 2**32 and self._tokenizer.id_to_token(id) is not None
 
     def is_skipped(self, id: int) -> bool:
         """Whether `decode` leaves this id out when it skips special tokens."""
@@ -128,7 +135,7 @@ class Tokenizer:
         given |= self.special_tokens | {"add_generation_prompt": add_generation_prompt} | variables
         try:
             return _template_environment().from_string(self.chat_template).render(given)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: anything can go wrong in one
             raise TextError(f"chat template of {self.folder}: {error}") from error
 
     def _find_eos_ids(self) -> tuple[int, ...]:
@@ -173,13 +180,11 @@ class StreamDecoder:
         """Add one token id.
 
         Returns:
-            The text that has become certain; often "" within a character.
-
-        Raises:
-            TextError: the id stands for no token.
+            The text that has become certain; often "" within a character. U+FFFD for an id that stands for no token.
         """
         id = int(id)
-        self._tokenizer.check_id(id)
+        if not self._tokenizer.is_token(id):
+            return self.flush() + REPLACEMENT
         if self._skip_special_tokens and self._tokenizer.is_skipped(id):
             return ""  # it would hide the character boundaries around it
         self._window.append(id)
@@ -310,21 +315,30 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Texts of the special tokens, each given as a string or as {"content": string}."""
     named = {name: config[name] for name in SPECIAL_TOKENS if config.get(name) is not None}
-    return {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    texts = {}
+    for name, token in named.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str):
+            raise TextError(f"{name} of the tokenizer's configuration is {token!r}; expected a string")
+        texts[name] = text
+    return texts
 
 
 def _read_chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
+        try:
+            return path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise TextError(f"{path} is damaged: {error}") from error
+    path, template = folder / "tokenizer_config.json", config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry["name"]: entry["template"] for entry in template}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         if "default" not in named:
-            raise TextError(
-                f"{folder / 'tokenizer_config.json'} has chat templates {sorted(named)}, but none named 'default'"
-            )
-        return named["default"]
+            raise TextError(f"{path} has chat templates {list(named)}, but none named 'default'")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise TextError(f"{path} is damaged: chat_template is of type {type(template).__name__}")
     return template
 
 

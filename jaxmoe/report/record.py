@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -224,6 +225,26 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     _write_atomic(path, json.dumps(_plain(record, ""), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def check_path(path: str | Path) -> None:
+    """Find out before a long run whether `write_record` will be able to write there; leaves nothing behind.
+
+    Raises:
+        ValueError: the path does not end in .json, is a folder, or lies in a folder that does not exist (mistyped, rather than to be made).
+        OSError: no file can be made in its folder.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"a record goes to a .json file, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(error.errno, f"no file can be made here: {error.strerror}", str(path.parent)) from error
+
+
 def load_records(folder: str | Path) -> list[dict[str, Any]]:
     """Read all records of a folder (its *.json files, not those of folders in it), in the order of their file names.
 
@@ -273,7 +294,7 @@ def measure_memory_bandwidth(seconds: float = 1.0, bytes: int | None = None) -> 
 
     Args:
         seconds: for how long to repeat each of the two shapes.
-        bytes: size of the buffer. It must be well larger than the caches; the default is (see the method).
+        bytes: size of the buffer, in steps of 64 KiB. It must be well larger than the caches; the default is (see the method).
 
     Returns:
         GB/s (10^9 bytes per second).
@@ -283,7 +304,7 @@ def measure_memory_bandwidth(seconds: float = 1.0, bytes: int | None = None) -> 
 
     Source: McCalpin, STREAM benchmark, for the method of repeating and taking the best.
     """
-    count = (_buffer_bytes() if bytes is None else bytes) // (4 * 2**14) * 2**14
+    count = max(1, (_buffer_bytes() if bytes is None else bytes) // (4 * 2**14)) * 2**14
     buffer = jnp.ones((count,), jnp.float32)
     # XLA vectorises and spreads over cores one shape or the other, depending on backend and version.
     shapes: tuple[tuple[int, ...], ...] = ((count,), (64, -1, 256))

@@ -72,7 +72,14 @@ def from_hf(config: dict) -> ModelSpec:
     )
 
 
+_COUNTS = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    num_experts_per_tok max_position_embeddings""".split()
+
+
 def _common_checks(config: dict) -> None:
+    for field in _COUNTS:
+        if config.get(field) is not None:
+            _positive(config, field)
     if config.get("quantization_config") is not None:
         raise SpecError(f"config.json: quantization_config = {config['quantization_config']!r} is not supported")
     act = config.get("hidden_act", "silu")

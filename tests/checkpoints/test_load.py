@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from checkpoints import store
 from checkpoints.convert import convert, partial_of
 from checkpoints.errors import CheckpointError
-from checkpoints.load import load_hf_or_checkpoint, open_checkpoint
+from checkpoints.load import load_hf_or_checkpoint, open_checkpoint, read_spec
 from jaxmoe.spec import ModelSpec, SpecError, abstract_experts, abstract_params
 from tests.checkpoints import hf_folders
 
@@ -360,6 +360,18 @@ def test_cache_and_other_folders(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match="neither a Hugging Face folder .* nor a converted one"):
         load_hf_or_checkpoint(tmp_path / "other", tmp_path / "cache")
+
+
+def test_spec_of_either_kind_of_folder(copy, tmp_path):
+    """Before anything is converted: no weights are read, not even found."""
+    spec = ModelSpec.from_hf(hf_folders.CONFIGS["qwen3_moe"])
+    assert read_spec(copy) == spec.with_precision("bfloat16")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    assert read_spec(tmp_path / "hf") == spec
+    with pytest.raises(CheckpointError, match="neither a Hugging Face folder .* nor a converted one"):
+        read_spec(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        read_spec(tmp_path / "none")
 
 
 def test_cache_and_an_unfinished_folder(tmp_path):

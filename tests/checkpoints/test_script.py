@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints import store
 from checkpoints.load import open_checkpoint
 from tests.checkpoints import hf_folders
+from tests.scripts import commands
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "convert.py"
 
@@ -78,3 +80,77 @@ def test_unwritable_place(tmp_path):
 def test_wrong_arguments(tmp_path):
     done = run("hf", cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
+
+convert_script = commands.load("convert")
+
+
+def check_refused(done: commands.Done, message: str) -> None:
+    assert done.code == 2 and done.out == ""
+    assert done.err.startswith("error: ") and done.err.count("\n") == 1 and message in done.err, done.err
+
+
+def test_output_folder_of_another_model(tmp_path):
+    hf_folders.tiny(tmp_path / "hf", "olmoe")
+    hf_folders.tiny(tmp_path / "other", "olmoe", seed=1)
+    assert commands.call(convert_script, tmp_path / "hf", tmp_path / "out").code == 0
+    expected = open_checkpoint(tmp_path / "out").manifest
+    check_refused(commands.call(convert_script, tmp_path / "other", tmp_path / "out"), "out: holds another model or dtype (fingerprint")
+    check_refused(commands.call(convert_script, tmp_path / "hf", tmp_path / "out", "--dtype", "bfloat16"), "out: holds another model or dtype")
+    assert open_checkpoint(tmp_path / "out").manifest == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "other", "out"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full_disk", "interrupt"])
+def test_stopped_while_it_converts(tmp_path, monkeypatch, error):
+    hf, writes, real = hf_folders.tiny(tmp_path / "hf", "olmoe"), [], store.write_chunk
+
+    def stop(*args):
+        writes.append(args)
+        if len(writes) == 30:
+            raise error
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_chunk", stop)
+        done = commands.call(convert_script, hf, tmp_path / "out")
+    if isinstance(error, KeyboardInterrupt):
+        assert done == (130, "", "interrupted\n")
+    else:
+        check_refused(done, "out.partial: the disk is full after about")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out.partial"]
+    done = commands.call(convert_script, hf, tmp_path / "out")
+    assert done.code == 0 and "bytes written in" in done.out
+    open_checkpoint(tmp_path / "out").verify()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf", "out"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokenizer.json"])
+def test_disk_that_is_full_for_the_last_files(tmp_path, monkeypatch, name):
+    """Neither an unfinished folder nor a finished one, whose tokenizer was edited since, keeps a temporary file."""
+    hf, out = hf_folders.tiny(tmp_path / "hf", "olmoe"), tmp_path / "out"
+    real = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device", str(source))
+        real(source, target)
+
+    for text in ("one", "two"):
+        (hf / "tokenizer.json").write_text(text)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", full)
+            check_refused(commands.call(convert_script, hf, out), f"{name}.tmp: No space left on device")
+        assert not list(tmp_path.rglob("*.tmp"))
+        assert commands.call(convert_script, hf, out).code == 0
+        assert (out / "tokenizer.json").read_text() == text
+        open_checkpoint(out).verify()
+
+
+def test_brackets_in_a_path_are_printed(tmp_path):
+    hf = hf_folders.tiny(tmp_path / "hf", "olmoe")
+    for said in ("bytes written in", "was there already"):
+        done = commands.call(convert_script, hf, tmp_path / "out[red][/blue]")
+        assert done.code == 0 and said in done.out and "out[red][/blue]" in done.out

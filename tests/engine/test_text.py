@@ -115,12 +115,27 @@ def test_special_tokens_are_skipped_or_kept(tokenizer):
     assert tokenizer.decode(ids, skip_special_tokens=False) == f"a{EOS}b"
 
 
-@pytest.mark.parametrize("id", [-1, 10**6])
-def test_unknown_ids_are_refused(tokenizer, id):
-    with pytest.raises(TextError, match=str(id)):
-        tokenizer.decode([0, id])
-    with pytest.raises(TextError, match=str(id)):
-        StreamDecoder(tokenizer).push(id)
+@pytest.mark.parametrize("id", [-1, 300, 2**31, 2**40])
+def test_ids_without_a_token_are_written_as_replacements(tokenizer, id):
+    """They neither vanish nor end a run, and bytes on either side of one never make a character."""
+    assert not tokenizer.is_token(id) and tokenizer.is_token(tokenizer.vocab_size - 1) and tokenizer.vocab_size <= 300
+    assert tokenizer.decode([id]) == REPLACEMENT
+    first, last = byte_ids(tokenizer, "é".encode())
+    letter = tokenizer.encode("a")
+    for ids, text in [
+        ([*letter, id, id, *letter], f"a{REPLACEMENT * 2}a"),
+        ([first, id, last], REPLACEMENT * 3),
+        ([first, last, id, first, last], f"é{REPLACEMENT}é"),
+    ]:
+        assert tokenizer.decode(ids) == "".join(stream(tokenizer, ids)) == text
+
+
+def test_text_that_cannot_be_encoded(tokenizer, tmp_path):
+    with pytest.raises(TextError, match="can't encode"):
+        tokenizer.encode("a\udc80")  # what Python makes of a command line that is not UTF-8
+    words = tokenizers.Tokenizer(models.WordLevel({"one": 0}))
+    with pytest.raises(TextError, match="can't encode 'two'.*UNK"):
+        Tokenizer(write_folder(tmp_path, words)).encode("two")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +173,13 @@ def test_errors_name_the_file(tmp_path):
     folder = write_folder(tmp_path / "b", byte_level_bpe(), generation_config={"eos_token_id": "2"})
     with pytest.raises(TextError, match=r"generation_config\.json.*'2'"):
         Tokenizer(folder)
+    for token in (3, {"id": 3}):
+        folder = write_folder(tmp_path / "c", byte_level_bpe(), tokenizer_config={"bos_token": token})
+        with pytest.raises(TextError, match="bos_token .* expected a string"):
+            Tokenizer(folder)
+    (folder / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(TextError, match=r"tokenizer_config\.json is damaged"):
+        Tokenizer(folder)
 
 
 # --- Chat templates
@@ -193,8 +215,15 @@ def test_chat_template_sources(tmp_path):
         with_template(tmp_path / "unnamed", named[:1])
     with pytest.raises(TextError, match="no chat template"):
         with_template(tmp_path / "none", None).chat([])
-    with pytest.raises(TextError, match="chat template of"):
-        with_template(tmp_path / "wrong", "{% if %}").chat([])
+    for wrong in ("{% if %}", "{{ messages + 1 }}", "{{ 1 / 0 }}", "{{ messages[0].role.name.first }}"):
+        with pytest.raises(TextError, match="chat template of"):
+            with_template(tmp_path / "wrong", wrong).chat([])
+    for wrong in (3, {"default": "text"}, [{"name": "default", "template": 3}], ["text"]):
+        with pytest.raises(TextError, match="chat_template|chat templates"):
+            with_template(tmp_path / "type", wrong)
+    (tmp_path / "type" / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(TextError, match=r"chat_template\.jinja is damaged"):
+        Tokenizer(tmp_path / "type")
 
 
 def test_template_helpers(tmp_path):

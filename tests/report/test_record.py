@@ -17,6 +17,7 @@ import jaxmoe
 from jaxmoe.report import record as record_module
 from jaxmoe.report.record import (
     Record,
+    check_path,
     device,
     load_records,
     make_bound,
@@ -155,6 +156,20 @@ def test_a_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
     assert [found.name for found in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_place_is_checked_before_the_run(tmp_path):
+    write_record(tmp_path / "old.json", a_record())
+    (tmp_path / "folder.json").mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    check_path(tmp_path / "new.json")
+    check_path(str(tmp_path / "old.json"))
+    for path in ("new.txt", "folder.json", "nowhere/new.json", "old.json/new.json"):
+        with pytest.raises(ValueError, match=path):
+            check_path(tmp_path / path)
+    with pytest.raises(OSError, match="no file can be made here.*/proc"):
+        check_path("/proc/new.json")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
 def test_files_that_are_no_records_are_named(tmp_path):
     with pytest.raises(ValueError, match="a.txt"):
         write_record(tmp_path / "a.txt", a_record())
@@ -186,6 +201,7 @@ def test_memory_bandwidth_is_that_of_a_sum(monkeypatch):
     monkeypatch.setattr(record_module, "_best_seconds", lambda f, x, s: sizes.append(f(x).size and x.nbytes) or 0.5)
     assert measure_memory_bandwidth(bytes=size) == pytest.approx(size / 0.5 / 1e9)
     assert sizes == [size, size]
+    assert measure_memory_bandwidth(bytes=1) == pytest.approx(2**16 / 0.5 / 1e9)  # never of nothing, which would be no bound
 
 
 def test_the_default_buffer_is_larger_than_caches():
