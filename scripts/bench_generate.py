@@ -1,6 +1,6 @@
 """Times generation against a peer: same weights, same machine, runs in turn, each engine in a process of its own.
 
-    python scripts/bench_generate.py [MODEL] [--peer transformers] [--batches 1 8] [--out benchmarks]
+    python scripts/bench_generate.py [MODEL] [--peer transformers] [--peer llama.cpp] [--batches 1 8] [--out benchmarks]
 
 MODEL is a Hugging Face folder; `random-olmoe` makes a random OLMoE-shaped one of about 1 GB. Writes one record per engine, dtype and batch.
 """
@@ -12,7 +12,7 @@ import importlib.util
 import multiprocessing
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,6 +26,9 @@ if importlib.util.find_spec("jaxmoe") is None:
 from rich.console import Console
 from rich.table import Table
 
+import jaxmoe
+from jaxmoe.report.peers import PEERS, Opened, Ran
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -33,8 +36,8 @@ class Arguments:
 
     model: tyro.conf.Positional[str] = str(ROOT / "checkpoints" / "default")
     """Hugging Face folder, or random-olmoe."""
-    peer: Literal["transformers", "none"] = "none"
-    """What to alternate with."""
+    peer: Annotated[tuple[Literal["transformers", "llama.cpp"], ...], tyro.conf.UseAppendAction] = ()
+    """An engine to alternate with (repeatable; extra `bench`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How weights are held."""
     batches: Annotated[tuple[int, ...], tyro.conf.arg(help="Sequences decoded together.")] = (1, 8)
@@ -53,8 +56,8 @@ class Arguments:
 PROMPT = 32
 
 
-def jaxmoe_engine(folder: str, dtype: str, fast: bool):
-    """`run(batch, prompt, new) -> (prefill seconds, decode seconds, decode tokens)` and the facts of the model."""
+def open_jaxmoe(folder: Path, dtype: str, fast: bool) -> tuple[Opened, Callable[[int], dict]]:
+    """jaxmoe as a peer of itself, and `facts(batch)` of its model for the record."""
     from checkpoints.load import load_hf_or_checkpoint
     from jaxmoe.engine.generate import Engine, Request
     from jaxmoe.engine.model import load_model
@@ -65,60 +68,37 @@ def jaxmoe_engine(folder: str, dtype: str, fast: bool):
     engines: dict[tuple[int, int], Engine] = {}
     compiled = [0.0]
 
-    def run(batch: int, prompt: int, new: int):
-        key = (batch, prompt + new)
+    def run(ids: np.ndarray, new: int) -> Ran:
+        key = (ids.shape[0], ids.shape[1] + new)
         if key not in engines:
-            engines[key] = Engine(model, batch, prompt + new, greedy=True)
+            engines[key] = Engine(model, *key, greedy=True)
             compiled[0] += engines[key].warm_up()
-        ids = np.random.default_rng(batch).integers(3, model.spec.vocab, (batch, prompt))
-        _, t = engines[key].generate([Request(tuple(map(int, row)), new) for row in ids])
-        return t.prefill_seconds, t.decode_seconds, t.decode_tokens
+        results, t = engines[key].generate([Request(tuple(map(int, row)), new) for row in ids])
+        return Ran(t.prefill_seconds, t.decode_seconds, np.asarray([r.ids for r in results]))
 
     def facts(batch: int) -> dict:
         return {
-            "spec_hash": model.spec.hash(), "bytes": model.bytes(), "bytes_per_step": model.bytes_per_token(batch), "compile_seconds": compiled[0],
+            "spec_hash": model.spec.hash(), "vocab": model.spec.vocab, "bytes": model.bytes(),
+            "bytes_per_step": model.bytes_per_token(batch), "compile_seconds": compiled[0],
         }  # fmt: skip
 
-    return run, facts
+    return Opened(run, jaxmoe.__version__), facts
 
 
-def transformers_engine(folder: str, dtype: str, fast: bool):
-    """The same of transformers on the CPU, with its own generate loop and key-value cache."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-
-    @torch.no_grad()
-    def run(batch: int, prompt: int, new: int):
-        ids = torch.tensor(np.random.default_rng(batch).integers(3, model.config.vocab_size, (batch, prompt)))
-        began = time.perf_counter()
-        out = model(ids, use_cache=True, logits_to_keep=1)
-        prefill = time.perf_counter() - began
-        token, past = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-        began = time.perf_counter()
-        for _ in range(new - 1):
-            out = model(token, past_key_values=past, use_cache=True)
-            token, past = out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
-        return prefill, time.perf_counter() - began, batch * (new - 1)
-
-    return run, lambda batch: {}
-
-
-ENGINES = {"jaxmoe": jaxmoe_engine, "transformers": transformers_engine}
-
-
-def serve(name: str, folder: str, dtype: str, fast: bool, pipe) -> None:
-    """A worker: answers `(batch, prompt, new)` with timings, a single int with the facts, None by ending."""
-    run, facts = ENGINES[name](folder, dtype, fast)
+def serve(name: str, folder: Path, dtype: str, fast: bool, pipe) -> None:
+    """A worker: answers `(ids, new)` with what ran, an int with the facts for that batch, 'version' with the version; ends at None."""
+    if name == "jaxmoe":
+        opened, facts = open_jaxmoe(folder, dtype, fast)
+    else:
+        opened, facts = PEERS[name](folder, dtype), lambda batch: {}
     while (job := pipe.recv()) is not None:
-        pipe.send(facts(job) if isinstance(job, int) else run(*job))
+        pipe.send(opened.version if job == "version" else facts(job) if isinstance(job, int) else opened.run(*job))
 
 
 class Worker:
     """An engine in its own process."""
 
-    def __init__(self, name: str, folder: str, dtype: str, fast: bool):
+    def __init__(self, name: str, folder: Path, dtype: str, fast: bool):
         context = multiprocessing.get_context("spawn")
         self.name, (self._pipe, theirs) = name, context.Pipe()
         self._process = context.Process(target=serve, args=(name, folder, dtype, fast, theirs), daemon=True)
@@ -160,19 +140,29 @@ def random_olmoe(folder: Path) -> Path:
     return folder
 
 
-def measure(workers: list[Worker], batch: int, args: Arguments, console: Console) -> dict[str, dict]:
-    """Prefill and decode rates of every worker, in turn; the first round is not counted."""
+def measure(workers: list[Worker], batch: int, vocab: int, args: Arguments, console: Console) -> dict[str, dict]:
+    """Prefill (of batch 1) and decode rates of every worker, in turn, and the tokens it chose; the first round is not counted."""
+    rng = np.random.default_rng(batch)
+    prompts, long = rng.integers(3, vocab, (batch, PROMPT)), rng.integers(3, vocab, (1, args.prefill))
     rates: dict[str, dict] = {w.name: {"prefill": [], "decode": []} for w in workers}
     for i in range(args.runs + 1):
         for w in workers:
-            prefill, _, _ = w.ask((1, args.prefill, 2)) if batch == 1 else (0.0, 0, 0)
-            _, decode, tokens = w.ask((batch, PROMPT, args.new))
+            ran = w.ask((prompts, args.new))
+            rates[w.name]["ids"] = ran.ids
             if i:
-                rates[w.name]["decode"].append(tokens / decode)
-                if batch == 1:
-                    rates[w.name]["prefill"].append(args.prefill / prefill)
+                rates[w.name]["decode"].append(batch * (args.new - 1) / ran.decode_seconds)
+            if batch == 1:
+                ran = w.ask((long, 2))
+                if i:
+                    rates[w.name]["prefill"].append(args.prefill / ran.prefill_seconds)
         console.print(f"[dim]batch {batch}, round {i} of {args.runs}[/dim]")
     return rates
+
+
+def agreement(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Share of greedy tokens that come before the first difference in their row: near 1 where the engines compute the same model."""
+    same = np.cumprod(ours == theirs, axis=1)
+    return float(same.mean())
 
 
 def main() -> int:
@@ -181,38 +171,41 @@ def main() -> int:
     console = Console(stderr=True)
     from jaxmoe.report import record
 
-    folder = str(random_olmoe(Path(tempfile.gettempdir()) / "jaxmoe-random-olmoe")) if args.model == "random-olmoe" else args.model
-    names = ["jaxmoe"] + ([] if args.peer == "none" else [args.peer])
-    workers = [Worker(name, folder, args.dtype, args.fast) for name in names]
-    table = Table("engine", "batch", "decode tok/s", "prefill tok/s", "GB/s", "% of read bandwidth")
+    folder = random_olmoe(Path(tempfile.gettempdir()) / "jaxmoe-random-olmoe") if args.model == "random-olmoe" else Path(args.model)
+    workers = [Worker(name, folder, args.dtype, args.fast) for name in dict.fromkeys(("jaxmoe", *args.peer))]
+    versions = {w.name: w.ask("version") for w in workers}
+    table = Table("engine", "batch", "decode tok/s", "prefill tok/s", "GB/s", "% of read bandwidth", "same tokens")
     ceiling = record.measure_memory_bandwidth(0.5)
     for batch in args.batches:
-        rates = measure(workers, batch, args, console)
+        rates = measure(workers, batch, workers[0].ask(batch)["vocab"], args, console)
         facts = workers[0].ask(batch)
         for w in workers:
             decode, prefill = rates[w.name]["decode"], rates[w.name]["prefill"]
             rate = float(np.median(decode))
+            same = agreement(rates["jaxmoe"]["ids"], rates[w.name]["ids"])
             bound = record.make_bound("bandwidth", ceiling, facts["bytes_per_step"] * rate / batch / 1e9, "GB/s")
             shown = f"{np.median(prefill):,.0f}" if prefill else "-"
-            table.add_row(w.name, str(batch), f"{rate:,.0f}", shown, f"{bound['achieved']:.1f}", f"{bound['percent']:.0f}")
+            table.add_row(w.name, str(batch), f"{rate:,.0f}", shown, f"{bound['achieved']:.1f}", f"{bound['percent']:.0f}", f"{same:.2f}")
             if args.out is None:
                 continue
-            timings = {"decode": record.timing([1 / r for r in decode])}
+            timings = {"decode_token": record.timing([1 / r for r in decode])}
             if prefill:
                 timings["prefill_token"] = record.timing([1 / r for r in prefill])
             made = record.make_record(
                 name="generate", spec_hash=facts["spec_hash"],
                 settings={
-                    "engine": w.name, "model": Path(folder).name, "dtype": args.dtype, "batch": batch, "new": args.new, "prefill": args.prefill,
-                    "row_invariant": not args.fast, "alternating_with": [n for n in names if n != w.name],
+                    "engine": w.name, "engine_version": versions[w.name], "model": folder.name, "dtype": args.dtype, "batch": batch,
+                    "new": args.new, "prompt": PROMPT, "prefill": args.prefill, "row_invariant": not args.fast,
+                    "alternating_with": [n.name for n in workers if n is not w],
                 },
                 seeds={"prompts": batch}, timings=timings, compile_seconds=facts["compile_seconds"] if w.name == "jaxmoe" else 0.0,
                 bytes=facts["bytes"],
-                counters={"decode_tokens_per_second": rate} | ({"prefill_tokens_per_second": float(np.median(prefill))} if prefill else {}),
+                counters={"decode_tokens_per_second": rate, "same_tokens": same}
+                | ({"prefill_tokens_per_second": float(np.median(prefill))} if prefill else {}),
                 bound=bound,
             )  # fmt: skip
             mode = "-fast" if args.fast else ""
-            record.write_record(args.out / f"generate-{Path(folder).name}-{w.name}-{args.dtype}-b{batch}{mode}.json", made)
+            record.write_record(args.out / f"generate-{folder.name}-{w.name}-{args.dtype}-b{batch}{mode}.json", made)
     for w in workers:
         w.close()
     Console().print(table)
