@@ -21,6 +21,13 @@ class Kernels:
     backend: Backend = "cpu"
     row_invariant: bool = True
 
+    def compiler_options(self) -> dict[str, bool]:
+        """XLA options that a step with these kernels has to be compiled with, for its results to be those that the code writes down.
+
+        Without them XLA leaves out roundings to bfloat16 where a float32 value is at hand, in one program and not in the next.
+        """
+        return {"xla_allow_excess_precision": False}
+
     @staticmethod
     def default(row_invariant: bool = True) -> Kernels:
         """The kernels of the process's default device."""

@@ -173,18 +173,18 @@ def run(args: Arguments, console: Console) -> None:
 
     check_arguments(args, prompts)
     kernels = find_kernels(args)
-    read_spec(args.model)  # so that a folder that holds no model is refused as such, not for its lack of a tokenizer
+    spec = read_spec(args.model)  # first, so that a folder that holds no model is refused as such, not for its lack of a tokenizer
     began = time.perf_counter()
     tokenizer = Tokenizer(args.model)
     requests = make_requests(args, prompts, tokenizer)
+    check_requests(spec, requests)
     model = open_model(args, kernels, console)
     load_seconds = time.perf_counter() - began
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
-    check_requests(model, requests)
     longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
     engine = Engine(model, len(requests), longest, args.temperature == 0, tokenizer.eos_ids)
     with console.status("compiling") as status:
-        compile_seconds = engine.warm_up(lambda name: status.update(f"compiling {name}"))
+        compile_seconds = engine.warm_up(lambda name: status.update(f"compiling {name}"), requests)
     results, timings = engine.generate(requests, tokenizer, Streamer(prompts))
     timings.compile_seconds = compile_seconds
     if len(prompts) == 1:

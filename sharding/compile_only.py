@@ -1,7 +1,8 @@
 """Real TPU and CUDA compilers on a machine that has neither device: what a program lowers to there, and the bytes it needs.
 
-Compiling proves lowering, layouts and memory; it proves no speed. Needs the `compile` extra (libtpu and jax's CUDA plugin). `JAX_PLATFORMS=cpu` must
-stand in the environment before jax is imported, or both plugins look for devices and complain. It may not know what it compiles: steps come in as callables.
+Compiling proves lowering, layouts and memory; it proves no speed. Needs the `compile` extra (libtpu and jax's CUDA plugin). `JAX_PLATFORMS=cpu`
+must stand in the environment before jax is imported, or both plugins look for devices and complain. It may not know what it compiles: steps come
+in as callables.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def devices(target: str) -> tuple[Any, ...]:
     return tuple(topology.devices)
 
 
-def compile_for(target: str, f: Callable, *args: Any, donate: tuple[int, ...] = (), static: tuple[int, ...] = ()) -> Any:
+def compile_for(target: str, f: Callable, *args: Any, donate: tuple[int, ...] = (), options: dict[str, Any] | None = None) -> Any:
     """Compiles `f(*args)` for one device of `target`.
 
     Args:
@@ -80,7 +81,7 @@ def compile_for(target: str, f: Callable, *args: Any, donate: tuple[int, ...] = 
         f: the function.
         args: arrays or `jax.ShapeDtypeStruct`s, in pytrees.
         donate: arguments whose buffers the program may reuse.
-        static: arguments that are not arrays.
+        options: XLA's options for this program.
 
     Returns:
         The compiled program: `as_text()`, `memory_analysis()`, `cost_analysis()`.
@@ -90,5 +91,4 @@ def compile_for(target: str, f: Callable, *args: Any, donate: tuple[int, ...] = 
     def place(x):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on)
 
-    placed = [a if i in static else jax.tree.map(place, a) for i, a in enumerate(args)]
-    return jax.jit(f, donate_argnums=donate, static_argnums=static).lower(*placed).compile()
+    return jax.jit(f, donate_argnums=donate).lower(*jax.tree.map(place, args)).compile(compiler_options=options)

@@ -13,6 +13,8 @@ from jaxmoe.formats import store_numpy
 from jaxmoe.spec import ModelSpec, abstract_experts, abstract_params, stack_layers
 from pallas_kernels.dispatch import Kernels
 
+CPU = Kernels("cpu")
+
 Schedule = list[list[tuple[int, int, int]]]
 """Batches of pieces `(request, start, stop)`; request i lies in cache row i."""
 
@@ -47,7 +49,7 @@ CONFIGS = {
 """A small config of each family, by its name."""
 
 
-def random_model(family: str, dtype: str = "float32", kernels: Kernels = Kernels(), unroll: bool = True, seed: int = 0) -> Model:
+def random_model(family: str, dtype: str = "float32", kernels: Kernels = CPU, unroll: bool = True, seed: int = 0) -> Model:
     """A model whose activations stay near one and whose router has preferences."""
     spec = ModelSpec.from_hf(CONFIGS[family]).with_precision(dtype)
     rng = np.random.default_rng(seed)

@@ -74,18 +74,11 @@ def _held(x: jax.Array, like: jax.Array) -> jax.Array:
     return formats.store(x, "bfloat16" if like.dtype == jnp.uint16 else "float32")
 
 
-def _query_tiles(rows: int) -> tuple[int, int]:
-    """(tiles, rows in a tile) that cover the rows of one KV head in one run."""
-    if rows <= ROW_TILES[-1]:
-        return 1, next(t for t in ROW_TILES if rows <= t)
-    return -(-rows // ROW_TILES[-1]), ROW_TILES[-1]
-
-
 def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch):
     """The CPU's way: one run after another, each over the key blocks that it can see."""
     run, (heads, c), kv_heads = batch.run, q.shape[1:], k.shape[1]
     group = heads // kv_heads
-    n, m = _query_tiles(run * group)
+    m = max(run * group, ROW_TILES[0])
     out = jnp.zeros(q.shape, jnp.float32)
 
     def one_run(r, carry):
@@ -99,10 +92,10 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
         keys, values = write(keys, k), write(values, v)
         q_run = jax.lax.dynamic_slice_in_dim(q, at, run).astype(jnp.float32) * spec.softmax_scale
         rows = q_run.reshape(run, kv_heads, group, c).transpose(1, 0, 2, 3).reshape(kv_heads, run * group, c)
-        rows = jnp.pad(rows, ((0, 0), (0, n * m - run * group), (0, 0))).reshape(kv_heads * n, m, c)
-        at_row = jnp.pad(pos + jnp.repeat(jnp.arange(run), group), (0, n * m - run * group)).reshape(n, m)
+        rows = jnp.pad(rows, ((0, 0), (0, m - run * group), (0, 0)))
+        at_row = jnp.pad(pos + jnp.repeat(jnp.arange(run), group), (0, m - run * group))
         o = _blocks(rows, at_row, keys, values, layer, seg, pos + batch.run_lengths[r], pos, spec.window)
-        o = o.reshape(kv_heads, n * m, c)[:, : run * group].reshape(kv_heads, run, group, c).transpose(1, 0, 2, 3)
+        o = o[:, : run * group].reshape(kv_heads, run, group, c).transpose(1, 0, 2, 3)
         return keys, values, jax.lax.dynamic_update_slice(out, o.reshape(run, heads, c), (at, 0, 0))
 
     carry = (state.k, state.v, out)
@@ -113,38 +106,41 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
     return out.astype(q.dtype), KVState(keys, values)
 
 
+def with_ones(values: Float[Array, "K S C"]) -> Float[Array, "K S W"]:
+    """Values with columns of ones after them, so that one matmul gives both the weighted values and the sum of the weights.
+
+    W is a multiple of 64: XLA's CPU backend sums other widths of many rows in another order than those of few.
+    """
+    kv_heads, s, c = values.shape
+    ones = jnp.ones((kv_heads, s, -(-(c + 1) // 64) * 64 - c), values.dtype)
+    return jnp.concatenate([values, ones], axis=-1)
+
+
 def _blocks(rows, at_row, keys, values, layer, seg, end, first, window):
-    """Attention of query rows [K*n, m, C] at positions `at_row` [n, m] over the blocks of one cache row; float32 [K*n, m, C]."""
-    kn, m, c = rows.shape
-    n = at_row.shape[0]
-    kv_heads = kn // n
+    """Attention of query rows [K, m, C] at positions `at_row` [m] over the blocks of one cache row; float32 [K, m, C]."""
+    kv_heads, m, c = rows.shape
 
     def block(cache, j):
         part = jax.lax.dynamic_slice(cache, (layer, seg, 0, j * KEY_BLOCK, 0), (1, 1, kv_heads, KEY_BLOCK, c))[0, 0]
-        part = formats.load(part, jnp.float32)
-        return jnp.broadcast_to(part[:, None], (kv_heads, n, KEY_BLOCK, c)).reshape(kn, KEY_BLOCK, c) if n > 1 else part
-
-    def row_sums(p):
-        return jnp.einsum("bms,sn->bmn", p, jnp.ones((KEY_BLOCK, 8)))[..., 0]
+        return formats.load(part, jnp.float32)
 
     def step(j, carry):
-        top, total, o = carry
-        s = jnp.einsum("bmc,bsc->bms", rows, block(keys, j)).reshape(kv_heads, n, m, KEY_BLOCK)
+        top, o = carry
+        s = jnp.einsum("kmc,ksc->kms", rows, block(keys, j))
         at_key = j * KEY_BLOCK + jnp.arange(KEY_BLOCK)
-        seen = at_key <= at_row[..., None]
+        seen = at_key <= at_row[:, None]
         if window is not None:
-            seen &= at_key > at_row[..., None] - window
-        s = jnp.where(seen, s, -jnp.inf).reshape(kn, m, KEY_BLOCK)
+            seen &= at_key > at_row[:, None] - window
+        s = jnp.where(seen, s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(-1))
         p = jnp.exp(s - new_top[..., None])
-        keep = jnp.exp(top - new_top)
-        o = o * keep[..., None] + jnp.einsum("bms,bsc->bmc", p, block(values, j))
-        return new_top, total * keep + row_sums(p), o
+        o = o * jnp.exp(top - new_top)[..., None] + jnp.einsum("kms,ksw->kmw", p, with_ones(block(values, j)))
+        return new_top, o
 
     start = 0 if window is None else jnp.maximum(first - window + 1, 0) // KEY_BLOCK
-    zero = (jnp.full((kn, m), _NONE_YET), jnp.zeros((kn, m)), jnp.zeros((kn, m, c)))
-    _, total, o = jax.lax.fori_loop(start, -(-end // KEY_BLOCK), step, zero)
-    return o / total[..., None]
+    zero = (jnp.full((kv_heads, m), _NONE_YET), jnp.zeros((kv_heads, m, with_ones(jnp.zeros((1, 1, c))).shape[-1])))
+    _, o = jax.lax.fori_loop(start, -(-end // KEY_BLOCK), step, zero)
+    return o[..., :c] / o[..., c : c + 1]
 
 
 def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch):

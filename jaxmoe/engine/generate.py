@@ -17,6 +17,7 @@ from jaxmoe.decode.sampling import SamplingParams, sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.text import StopStrings, StreamDecoder, Tokenizer
+from jaxmoe.spec import ModelSpec
 
 
 class RequestError(ValueError):
@@ -103,23 +104,35 @@ class _Row:
         return shown
 
 
-def check_requests(model: Model, requests: Sequence[Request]) -> None:
-    """Raises RequestError for a prompt that is empty, too long for the model, or holds ids outside its vocabulary."""
-    spec = model.spec
+def check_requests(spec: ModelSpec, requests: Sequence[Request]) -> None:
+    """Raises RequestError for a prompt that is empty, too long for the model, or holds ids outside its vocabulary, and for impossible sampling."""
+    if not requests:
+        raise RequestError("no requests: give at least one")
     for i, r in enumerate(requests):
-        if not r.prompt_ids:
-            raise RequestError(f"prompt {i} is empty: give at least one token")
         if r.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens = {r.max_new_tokens} must be at least 1")
-        worst = max(r.prompt_ids)
-        if worst >= spec.vocab or min(r.prompt_ids) < 0:
-            raise RequestError(f"prompt {i} holds the id {worst}, outside the vocabulary of {spec.vocab}")
+        _check_ids(spec, r.prompt_ids, f"prompt {i}")
         total = len(r.prompt_ids) + r.max_new_tokens
         if total > spec.max_positions:
             raise RequestError(
                 f"prompt {i} has {len(r.prompt_ids)} tokens and max_new_tokens is {r.max_new_tokens}: {total} positions, "
                 f"but the model has {spec.max_positions}"
             )
+
+
+    for sampling in {r.sampling for r in requests}:
+        try:
+            sampling_params(1, **dataclasses.asdict(sampling))
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+
+
+def _check_ids(spec: ModelSpec, ids: Sequence[int], what: str) -> None:
+    if not ids:
+        raise RequestError(f"{what} is empty: give at least one token")
+    for id in ids:
+        if not 0 <= id < spec.vocab:
+            raise RequestError(f"{what} holds the id {id}, outside the vocabulary of {spec.vocab}")
 
 
 def positions_bucket(n: int) -> int:
@@ -156,10 +169,11 @@ class Engine:
         top = steps.bucket(self.rows, steps.ROW_BUCKETS)
         return tuple(b for b in steps.ROW_BUCKETS if b <= top)
 
-    def warm_up(self, progress: Callable[[str], None] = lambda name: None) -> float:
-        """Compiles every program that `generate` can need; returns the seconds it took."""
+    def warm_up(self, progress: Callable[[str], None] = lambda name: None, requests: Sequence[Request] | None = None) -> float:
+        """Compiles every program that `generate` can need, or only those that these requests need; returns the seconds it took."""
         began = time.perf_counter()
-        for tokens in self.token_buckets():
+        sizes = self.token_buckets() if requests is None else sorted({len(batch.tokens) for batch, _ in self._prefill_batches(requests)})
+        for tokens in sizes:
             progress(f"prefill of {tokens}")
             batch = make_batch([(0, 0, [0])], steps.run_length(tokens), tokens, n_logits=steps.LOGIT_ROWS)
             self._prefill(self.empty_state(), batch, sampling_params(steps.LOGIT_ROWS), np.zeros(steps.LOGIT_ROWS, np.int32))
@@ -197,12 +211,17 @@ class Engine:
         Raises:
             RequestError: a request that can't be run; nothing has been run then.
         """
-        check_requests(self.model, requests)
+        check_requests(self.model.spec, requests)
         if len(requests) > self.rows:
             raise RequestError(f"{len(requests)} requests are more than the engine's {self.rows} rows")
         longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
         if longest > self.positions:
             raise RequestError(f"a request needs {longest} positions, the engine has {self.positions}")
+        for i, r in enumerate(requests):
+            if r.stop and tokenizer is None:
+                raise RequestError(f"request {i} has stop strings {r.stop}, but without a tokenizer there is no text to find them in")
+            if self.greedy and r.sampling.temperature > 0:
+                raise RequestError(f"request {i} has temperature {r.sampling.temperature}, but this engine was made greedy")
         rows = [_Row(r, tokenizer, self.eos) for r in requests]
         timings = Timings(prompt_tokens=sum(len(r.prompt_ids) for r in requests))
         state = self.empty_state()
@@ -275,6 +294,7 @@ class Engine:
 
 def prompt_logits(model: Model, ids: Sequence[int], tokens: int = 512) -> np.ndarray:
     """float32 logits [len(ids), V] of every position of one sequence (teacher-forced), in steps of `tokens`."""
+    _check_ids(model.spec, ids, "the sequence")
     if len(ids) > model.spec.max_positions:
         raise RequestError(f"{len(ids)} tokens are more than the model's {model.spec.max_positions} positions")
     run = steps.run_length(tokens)

@@ -36,14 +36,13 @@ class Model:
     def bytes_per_token(self, rows: int = 1) -> int:
         """Bytes of weights that one decode step of `rows` sequences has to read, if no two sequences share an expert.
 
-        The embedding counts once when it is also the output matrix, else only its looked-up rows do.
+        The embedding counts when it is also the output matrix; else only its looked-up rows are read, which are few.
         """
-        spec = self.spec
         dense = self.bytes()["params"]
-        if not spec.tied:
+        if "lm_head" in self.params:
             dense -= self.params["embed"]["table"].nbytes
-        router, _ = spec.moe
-        return dense + min(rows * router.active, router.experts) * sum(spec.expert_bytes())
+        router, _ = self.spec.moe
+        return dense + min(rows * router.active, router.experts) * sum(self.spec.expert_bytes())
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, kernels: Kernels, unroll: bool | None = None) -> Model:
@@ -54,11 +53,15 @@ def load_model(checkpoint: Checkpoint, dtype: str, kernels: Kernels, unroll: boo
         dtype: 'float32' or 'bfloat16', how weights are held and activations computed.
         kernels: which implementations run.
         unroll: keep one array a layer instead of scanning over stacked ones; the CPU's default, where it spares copies.
+
+    On the CPU a tied embedding gets a transposed copy as the output matrix: XLA there multiplies few rows with [V, D] at half the speed of [D, V].
     """
     spec = checkpoint.spec.with_precision(dtype)
     unroll = kernels.backend == "cpu" if unroll is None else unroll
     layered = checkpoint.restore_params(spec)
     params = stack_layers(spec, layered, tuple if unroll else jnp.stack)
+    if kernels.backend == "cpu" and "lm_head" not in params:
+        params["lm_head"] = {"kernel": jnp.array(params["embed"]["table"].T)}
     arrays = checkpoint.restore_bank(spec)
     bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation)
     return Model(spec, params, bank, kernels, checkpoint.folder)

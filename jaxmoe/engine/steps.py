@@ -78,7 +78,7 @@ def prefill_step(spec: ModelSpec, kernels: Kernels, greedy: bool) -> Callable:
         with jax.named_scope("sample"):
             return sample(logits, sampling, positions, greedy_only=greedy), state
 
-    return jax.jit(prefill, donate_argnums=2)
+    return jax.jit(prefill, donate_argnums=2, compiler_options=kernels.compiler_options())
 
 
 @functools.cache
@@ -88,7 +88,7 @@ def logits_step(spec: ModelSpec, kernels: Kernels) -> Callable:
     def score(params, bank, state, batch: Batch):
         return _forward(spec, params, bank, state, batch, kernels)
 
-    return jax.jit(score, donate_argnums=2)
+    return jax.jit(score, donate_argnums=2, compiler_options=kernels.compiler_options())
 
 
 def decode_batch(rows, tokens, positions, live) -> Batch:
@@ -141,7 +141,7 @@ def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool) -> Callable:
             carry = jax.lax.fori_loop(0, CHUNK, lambda _, c: body(c), carry)
         return carry[5], carry[1]
 
-    return jax.jit(decode, donate_argnums=2)
+    return jax.jit(decode, donate_argnums=2, compiler_options=kernels.compiler_options())
 
 
 def pad_to(x: Any, n: int, fill: int = 0) -> np.ndarray:

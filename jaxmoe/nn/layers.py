@@ -67,7 +67,8 @@ def rope_tables(spec: RopeSpec, positions: Int[Array, "T"], dtype) -> tuple[jax.
     """Cosines and sines [T, width / 2] of each position's angles, computed in float32."""
     inverse = 1.0 / (spec.theta ** (jnp.arange(0, spec.width, 2, dtype=jnp.float32) / spec.width))
     angles = positions.astype(jnp.float32)[:, None] * inverse
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+    # The barrier keeps XLA from fusing cosines and sines into every layer's use of them, once per head.
+    return jax.lax.optimization_barrier((jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)))
 
 
 def apply_rope(spec: RopeSpec, tables: tuple[jax.Array, jax.Array], x: Float[Array, "T H C"]) -> jax.Array:

@@ -63,15 +63,14 @@ def forward(
     with jax.named_scope("head"):
         x = x[batch.logit_rows]
         norm: Any = RMSNorm((spec.width,), spec.norm_eps, spec.precision, kernels)
-        kernel, transposed = head_kernel(spec, params)
+        kernel, transposed = head_kernel(params)
         logits = dense(norm.apply({"params": params["final_norm"]}, x), kernel, kernels, jnp.float32, transposed)
     return logits, bank, state, {"routed": routed} if collect else {}
 
 
-def head_kernel(spec: ModelSpec, params: dict) -> tuple[jax.Array, bool]:
-    """The output matrix and whether it is transposed: its own [D, V], or the embedding's [V, D] when tied."""
-    tied = spec.tied and "lm_head" not in params
-    return (params["embed"]["table"], True) if tied else (params["lm_head"]["kernel"], False)
+def head_kernel(params: dict) -> tuple[jax.Array, bool]:
+    """The output matrix and whether it is transposed: its own [D, V], or the embedding's [V, D]."""
+    return (params["lm_head"]["kernel"], False) if "lm_head" in params else (params["embed"]["table"], True)
 
 
 def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, moe_first: int, collect: bool):

@@ -32,8 +32,13 @@ def grouped_matmul(
         kernels: which implementation.
 
     Returns:
-        float32 [M, N]; padding rows hold finite values of no meaning.
+        float32 [M, N]; padding rows hold values of no meaning.
+
+    Raises:
+        ValueError: shapes that don't belong together.
     """
+    _check_groups(x_MK, group_ids, group_sizes)
+    _check(w_ZKN.ndim == 3 and w_ZKN.shape[1] == x_MK.shape[1], "a pool [Z, K, N]", w_ZKN.shape, x_MK.shape)
     if kernels.backend == "cpu":
         return cpu.grouped_matmul(x_MK, w_ZKN, group_ids, group_sizes)
     return reference.grouped_matmul(x_MK, w_ZKN, group_ids, group_sizes)
@@ -59,8 +64,13 @@ def grouped_swiglu(
         kernels: which implementation.
 
     Returns:
-        float32 [M, D]; padding rows hold finite values of no meaning.
+        float32 [M, D]; padding rows hold values of no meaning.
+
+    Raises:
+        ValueError: shapes that don't belong together.
     """
+    _check_groups(x_MD, group_ids, group_sizes)
+    _check_swiglu(x_MD, w_in_ZD2F, w_out_ZFD)
     if kernels.backend == "cpu":
         return cpu.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act)
     return reference.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act).astype(jnp.float32)
@@ -68,7 +78,27 @@ def grouped_swiglu(
 
 def swiglu_rows(x_D, w_in_ZD2F, w_out_ZFD, ids_A: Int[Array, "A"], act: Callable, kernels: Kernels) -> Float[Array, "A D"]:
     """One token [1, D] through A matrices of the pool, float32 [A, D]: `grouped_swiglu` of A groups of one and the same row."""
+    _check(x_D.ndim == 2 and x_D.shape[0] == 1, "one row [1, D]", x_D.shape)
+    _check_swiglu(x_D, w_in_ZD2F, w_out_ZFD)
     if kernels.backend == "cpu":
         return cpu.swiglu_rows(x_D, w_in_ZD2F, w_out_ZFD, ids_A, act)
     rows = jnp.repeat(x_D, ids_A.shape[0], axis=0)
     return grouped_swiglu(rows, w_in_ZD2F, w_out_ZFD, ids_A, jnp.ones_like(ids_A), act, kernels)
+
+
+def _check(good: bool, expected: str, *shapes: tuple[int, ...]) -> None:
+    if not good:
+        raise ValueError(f"expected {expected}, got {' beside '.join(str(list(s)) for s in shapes)}")
+
+
+def _check_groups(x_MK, group_ids, group_sizes) -> None:
+    _check(x_MK.ndim == 2 and x_MK.shape[0] > 0, "rows [M, K], at least one", x_MK.shape)
+    good = group_ids.ndim == 1 and group_ids.shape == group_sizes.shape and group_ids.shape[0] > 0
+    _check(good, "group ids and sizes [G], at least one", group_ids.shape, group_sizes.shape)
+
+
+def _check_swiglu(x_MD, w_in_ZD2F, w_out_ZFD) -> None:
+    d = x_MD.shape[1]
+    _check(w_in_ZD2F.ndim == 4 and w_in_ZD2F.shape[1:3] == (d, 2), "a pool [Z, D, 2, F]", w_in_ZD2F.shape, x_MD.shape)
+    z, _, _, f = w_in_ZD2F.shape
+    _check(w_out_ZFD.shape == (z, f, d), "a pool [Z, F, D]", w_out_ZFD.shape, w_in_ZD2F.shape)

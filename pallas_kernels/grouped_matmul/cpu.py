@@ -1,6 +1,6 @@
-"""Grouped matmul on the CPU: a loop over row tiles that exist, each a plain dot with its group's matrix.
+"""Grouped matmul on the CPU: a loop over the groups that have rows, each a few plain dots of row tiles with the group's matrix.
 
-`jax.lax.ragged_dot` computes every group for every row on this backend. Here a tile reads its group's matrix once and nothing else, an empty group
+`jax.lax.ragged_dot` computes every group for every row on this backend. Here a group reads its matrix once and nothing else, an empty group
 costs nothing, and each row's bits do not depend on the other rows (tiles have the sizes of `pallas_kernels.dense.cpu.ROW_TILES`). A tile that
 overhangs its group computes rows of the next one with the wrong matrix; the next group's own tiles, which come later, write over them.
 """
@@ -8,7 +8,6 @@ overhangs its group computes rows of the next one with the wrong matrix; the nex
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,42 +17,38 @@ from jaxmoe import formats
 from pallas_kernels.dense.cpu import ROW_TILES, row_tile
 
 
-class Tiles(NamedTuple):
-    """Row tiles in order: the pool id and first row of each; only the first `total` exist."""
-
-    ids: Int[Array, "I"]
-    starts: Int[Array, "I"]
-    total: Int[Array, ""]
-
-
 def tile_for(rows: int, groups: int) -> int:
     """A tile for groups of `rows / groups` rows on average: large enough to fill the matmul, small enough not to compute mostly padding."""
     return row_tile(min(max(rows // max(groups, 1), ROW_TILES[0]), ROW_TILES[-1]))
 
 
-def make_tiles(group_ids: Int[Array, "G"], group_sizes: Int[Array, "G"], rows: int, tile: int) -> Tiles:
-    """Cuts every group into tiles of `tile` rows; the last of a group may overhang."""
-    groups = group_ids.shape[0]
-    most = rows // tile + min(groups, rows)
-    tiles_of_group = -(-group_sizes // tile)
-    last = jnp.cumsum(tiles_of_group)
-    first_row = jnp.cumsum(group_sizes) - group_sizes
-    i = jnp.arange(most)
-    group = jnp.minimum((last[None, :] <= i[:, None]).sum(1), groups - 1)
-    within = i - (last - tiles_of_group)[group]
-    return Tiles(group_ids[group], first_row[group] + within * tile, last[-1])
+def _over_groups(x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable) -> jax.Array:
+    """Runs `f(rows [tile, K], pick(pool id)) -> [tile, width]` over the tiles that exist, of the groups that have rows; float32 [M, width].
 
-
-def _over_tiles(x: jax.Array, width: int, tiles: Tiles, tile: int, f: Callable) -> jax.Array:
-    """Runs `f(rows [tile, K], pool id) -> [tile, width]` over the tiles that exist; float32 [M, width]."""
+    The last tile of a group may overhang.
+    """
     m, k = x.shape
+    tile = tile_for(m, group_ids.shape[0])
     x = jnp.pad(x.astype(jnp.float32), ((0, tile), (0, 0)))
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    with_rows = jnp.argsort(group_sizes == 0, stable=True)
+    count = (group_sizes > 0).sum()
 
-    def body(i, y):
-        rows = jax.lax.dynamic_slice(x, (tiles.starts[i], 0), (tile, k))
-        return jax.lax.dynamic_update_slice(y, f(rows, tiles.ids[i]), (tiles.starts[i], 0))
+    def one_tile(at, weights, y):
+        rows = jax.lax.dynamic_slice(x, (at, 0), (tile, k))
+        return jax.lax.dynamic_update_slice(y, f(rows, weights), (at, 0))
 
-    return jax.lax.fori_loop(0, tiles.total, body, jnp.zeros((m + tile, width), jnp.float32))[:m]
+    def one_group(j, y):
+        g = with_rows[j]
+        weights = pick(group_ids[g])
+        if m <= tile:  # no group has a second tile
+            return one_tile(starts[g], weights, y)
+        tiles = -(-group_sizes[g] // tile)
+        return jax.lax.fori_loop(0, tiles, lambda i, y: one_tile(starts[g] + i * tile, weights, y), y)
+
+    # A plain constant would be shared by all layers, and copied for each.
+    zeros = jnp.full((m + tile, width), jnp.minimum(count, 0), jnp.float32)
+    return jax.lax.fori_loop(0, count, one_group, zeros)[:m]
 
 
 def swiglu_rows(
@@ -82,9 +77,7 @@ def grouped_matmul(
     x_MK: Float[Array, "M K"], w_ZKN: Num[Array, "Z K N"], group_ids: Int[Array, "G"], group_sizes: Int[Array, "G"]
 ) -> Float[Array, "M N"]:
     """See `api.grouped_matmul`."""
-    tile = tile_for(x_MK.shape[0], group_ids.shape[0])
-    tiles = make_tiles(group_ids, group_sizes, x_MK.shape[0], tile)
-    return _over_tiles(x_MK, w_ZKN.shape[2], tiles, tile, lambda rows, i: rows @ _pick(w_ZKN, i))
+    return _over_groups(x_MK, w_ZKN.shape[2], group_ids, group_sizes, lambda i: _pick(w_ZKN, i), lambda rows, w: rows @ w)
 
 
 def grouped_swiglu(
@@ -99,12 +92,10 @@ def grouped_swiglu(
     z, d, _, f = w_in_ZD2F.shape
     w_in = w_in_ZD2F.reshape(z, d, 2 * f)
     dtype = x_MD.dtype
-    tile = tile_for(x_MD.shape[0], group_ids.shape[0])
-    tiles = make_tiles(group_ids, group_sizes, x_MD.shape[0], tile)
 
-    def expert(rows, i):
-        both = (rows @ _pick(w_in, i)).astype(dtype)
+    def expert(rows, weights):
+        both = (rows @ weights[0]).astype(dtype)
         hidden = act(both[:, :f]) * both[:, f:]
-        return hidden.astype(jnp.float32) @ _pick(w_out_ZFD, i)
+        return hidden.astype(jnp.float32) @ weights[1]
 
-    return _over_tiles(x_MD, d, tiles, tile, expert)
+    return _over_groups(x_MD, d, group_ids, group_sizes, lambda i: (_pick(w_in, i), _pick(w_out_ZFD, i)), expert)

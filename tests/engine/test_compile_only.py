@@ -62,7 +62,7 @@ def test_steps_compile(target, backend, which):
         step = steps.decode_step(spec, kernels, False)
         row = np.zeros(ROWS, np.int32)
         rest = (row, row, row, row, np.full(steps.EOS_SLOTS, -2, np.int32), sampling_params(ROWS))
-    program = compile_for(target, step.__wrapped__, params, bank, state, *rest, donate=(2,))
+    program = compile_for(target, step.__wrapped__, params, bank, state, *rest, donate=(2,), options=kernels.compiler_options())
     stats = program.memory_analysis()
     held = nbytes((params, bank, state))
     assert held <= stats.argument_size_in_bytes

@@ -286,9 +286,7 @@ def test_unfinished_bytes_come_out_in_the_end(tokenizer):
     assert decoder.push(tokenizer.encode("b")[0]) == "b"  # and the decoder begins anew
 
 
-@pytest.mark.parametrize(
-    "data", [b"\xff" * 400, b"\xf0\x9f" * 200, b"text \xf0\x9f\x98\x80" * 50, b"\xe4\xbd\xa0\xff" * 100]
-)
+@pytest.mark.parametrize("data", [b"\xff" * 400, b"\xf0\x9f" * 200, b"text \xf0\x9f\x98\x80" * 50, b"\xe4\xbd\xa0\xff" * 100])
 def test_cost_per_token_does_not_grow(tokenizer, data, monkeypatch):
     decoded = []
     decode = Tokenizer.decode
@@ -305,12 +303,8 @@ def test_cost_per_token_does_not_grow(tokenizer, data, monkeypatch):
 def sentencepiece_like() -> tokenizers.Tokenizer:
     """The decoder of Llama 2: words begin with U+2581, bytes have tokens of their own, a leading space is stripped."""
     pieces = ["<unk>", "▁", "▁Hello", "▁you", "lo", "é", *[f"<0x{byte:02X}>" for byte in range(256)]]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer = tokenizers.Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
     return tokenizer
 

@@ -4,7 +4,6 @@ XLA's CPU backend picks a matmul's emitter by its sizes, so this is a property o
 in the shipped model and in two others. What a model makes of it is tested in `tests/engine/test_invariance.py`.
 """
 
-import functools
 import json
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.cache.contiguous import KEY_BLOCK
+from jaxmoe.cache.contiguous import KEY_BLOCK, with_ones
 from jaxmoe.formats import store_numpy
 from jaxmoe.spec import ModelSpec
-from pallas_kernels.dense.api import dense, row_sum
+from pallas_kernels.dense.api import dense, row_sum, softmax
 from pallas_kernels.dense.cpu import ROW_TILES
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
@@ -157,45 +156,43 @@ def test_row_sum(width):
     check_rows(lambda x: np.asarray(step(x)), activations(DISTINCT, width[0], "float32"))
 
 
-SCORES, VALUES, SUMS = "bmc,bsc->bms", "bms,bsc->bmc", "bms,sn->bmn"
+@pytest.mark.parametrize("experts", sorted({layer.router.experts for spec in SPECS for layer in spec.layers if layer.router is not None}))
+def test_softmax(experts):
+    step = jax.jit(lambda x: softmax(x, CPU))
+    x = np.random.default_rng(4).standard_normal((512, experts), dtype=np.float32) * 3
+    whole = bits(step(x))
+    for rows in (1, 3, 4, 8, 16, 32, 128):
+        np.testing.assert_array_equal(bits(step(x[:rows])), whole[:rows], f"{rows} rows")
 
 
-@pytest.mark.parametrize("einsum", [SCORES, VALUES, SUMS])
+SCORES, VALUES = "kmc,ksc->kms", "kms,ksw->kmw"
+
+
+@pytest.mark.parametrize("einsum", [SCORES, VALUES])
 @pytest.mark.parametrize("shape", union(attention_shapes), ids=name)
 def test_attention(shape, einsum):
-    """`n` query tiles of each KV head at once, over one block of keys that all tiles of a head share."""
+    """The rows of one KV head, up to those of a long run of a wide group, over one block of keys, or of values with ones after them."""
     heads, c = shape
-    width = c if einsum == SCORES else KEY_BLOCK
     block = random((heads, KEY_BLOCK, c), "float32", seed=2)
-
-    @functools.partial(jax.jit, static_argnums=2)
-    def step(rows, block, n):
-        other = jnp.broadcast_to(block[:, None], (heads, n, KEY_BLOCK, c)).reshape(heads * n, KEY_BLOCK, c)
-        return jnp.einsum(einsum, rows, jnp.ones((KEY_BLOCK, 8)) if einsum == SUMS else other)
-
-    x = np.random.default_rng(3).standard_normal((heads, DISTINCT, width), dtype=np.float32)
-
-    def f(rows, n):
-        """rows [K, n * m, width] -> [K, n * m, out]"""
-        out = np.asarray(step(rows.reshape(heads * n, -1, width), block, n))
-        return out.reshape(heads, -1, out.shape[-1])
-
+    block = block if einsum == SCORES else with_ones(block)
+    step = jax.jit(lambda rows, block: jnp.einsum(einsum, rows, block))
+    x = np.random.default_rng(3).standard_normal((heads, DISTINCT, c if einsum == SCORES else KEY_BLOCK), dtype=np.float32)
     alone = []
     for i in range(DISTINCT):
-        rows = np.zeros((heads, ROW_TILES[0], width), np.float32)
+        rows = np.zeros((heads, ROW_TILES[0], x.shape[-1]), np.float32)
         rows[:, 0] = x[:, i]
-        alone.append(bits(f(rows, 1)[:, :1]))
+        alone.append(bits(step(rows, block)[:, :1]))
     alone = np.concatenate(alone, axis=1)
     assert len(np.unique(alone.reshape(-1, alone.shape[-1]), axis=0)) == DISTINCT * heads
-    for n, m in [(1, m) for m in ROW_TILES] + [(n, ROW_TILES[-1]) for n in (2, 3, 8)]:
-        for shift in range(m):
-            order = (np.arange(n * m) + shift) % DISTINCT
-            np.testing.assert_array_equal(bits(f(x[:, order], n)), alone[:, order], f"{n} tiles of {m}, turned by {shift}")
-        for at in (0, n * m // 2, n * m - 1):
+    for m in (*ROW_TILES, 48, 64, 128, 256, 512):
+        for shift in {0, 1, m - 1}:
+            order = (np.arange(m) + shift) % DISTINCT
+            np.testing.assert_array_equal(bits(step(x[:, order], block)), alone[:, order], f"{m} rows, turned by {shift}")
+        for at in (0, m // 2, m - 1):
             for hostile in (0.0, 1e30, np.nan):
-                rows = np.full((heads, n * m, width), hostile, np.float32)
+                rows = np.full((heads, m, x.shape[-1]), hostile, np.float32)
                 rows[:, at] = x[:, 0]
-                np.testing.assert_array_equal(bits(f(rows, n)[:, at]), alone[:, 0], f"row {at} of {n} tiles of {m} among {hostile}")
+                np.testing.assert_array_equal(bits(step(rows, block)[:, at]), alone[:, 0], f"row {at} of {m} among {hostile}")
 
 
 EXPERTS = 4
