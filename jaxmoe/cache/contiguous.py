@@ -25,15 +25,19 @@ _NONE_YET = -1e30
 
 @flax.struct.dataclass
 class KVState:
-    """Attributes: `k`, `v`: [L, B, K, S, C], float32 or bfloat16 held as uint16. S leaves room for one whole run past the last position."""
+    """Attributes: `k` [L, B, K, C, S] and `v` [L, B, K, S, C], float32 or bfloat16 held as uint16.
 
-    k: Num[Array, "L B K S C"]
+    S leaves room for one whole run past the last position. Keys lie transposed: on XLA's CPU backend few queries times [C, S] take a third of the
+    time of few queries times the transpose of [S, C].
+    """
+
+    k: Num[Array, "L B K C S"]
     v: Num[Array, "L B K S C"]
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical name of every axis of every leaf."""
-        axes = ("layers", "batch", "kv_heads", "positions", "head_dim")
-        return {"k": axes, "v": axes}
+        head = ("layers", "batch", "kv_heads")
+        return {"k": (*head, "head_dim", "positions"), "v": (*head, "positions", "head_dim")}
 
     def attend(
         self,
@@ -50,8 +54,9 @@ class KVState:
         Returns:
             Outputs in q's dtype (zeros in padding), and the state with the keys and values written.
         """
-        impl = _attend_runs if kernels.backend == "cpu" else _attend_gathered
-        return impl(self, spec, layer, q, k, v, batch)
+        if kernels.backend == "cpu":
+            return _attend_runs(self, spec, layer, q, k, v, batch, kernels.row_invariant)
+        return _attend_gathered(self, spec, layer, q, k, v, batch)
 
 
 def init_kv(spec: ModelSpec, rows: int, positions: int, max_run: int) -> KVState:
@@ -65,16 +70,16 @@ def init_kv(spec: ModelSpec, rows: int, positions: int, max_run: int) -> KVState
         raise ValueError(f"one contiguous cache needs equal key shapes in all layers, found {sorted(shapes)}")
     ((kv_heads, head_dim),) = shapes
     length = -(-(positions + max_run) // KEY_BLOCK) * KEY_BLOCK
-    shape = (spec.n_layers, rows, kv_heads, length, head_dim)
+    head = (spec.n_layers, rows, kv_heads)
     dtype = formats.leaf_dtype(spec.precision.kv)
-    return KVState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KVState(jnp.zeros((*head, head_dim, length), dtype), jnp.zeros((*head, length, head_dim), dtype))
 
 
 def _held(x: jax.Array, like: jax.Array) -> jax.Array:
     return formats.store(x, "bfloat16" if like.dtype == jnp.uint16 else "float32")
 
 
-def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch):
+def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, row_invariant: bool):
     """The CPU's way: one run after another, each over the key blocks that it can see."""
     run, (heads, c), kv_heads = batch.run, q.shape[1:], k.shape[1]
     group = heads // kv_heads
@@ -85,16 +90,16 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
         keys, values, out = carry
         at, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
 
-        def write(cache, new):
-            part = jax.lax.dynamic_slice_in_dim(new, at, run).transpose(1, 0, 2)[None, None]
-            return jax.lax.dynamic_update_slice(cache, _held(part, cache), (layer, seg, 0, pos, 0))
+        def write(cache, new, axes, where):
+            part = jax.lax.dynamic_slice_in_dim(new, at, run).transpose(axes)[None, None]
+            return jax.lax.dynamic_update_slice(cache, _held(part, cache), (layer, seg, 0, *where))
 
-        keys, values = write(keys, k), write(values, v)
+        keys, values = write(keys, k, (1, 2, 0), (0, pos)), write(values, v, (1, 0, 2), (pos, 0))
         q_run = jax.lax.dynamic_slice_in_dim(q, at, run).astype(jnp.float32) * spec.softmax_scale
         rows = q_run.reshape(run, kv_heads, group, c).transpose(1, 0, 2, 3).reshape(kv_heads, run * group, c)
         rows = jnp.pad(rows, ((0, 0), (0, m - run * group), (0, 0)))
         at_row = jnp.pad(pos + jnp.repeat(jnp.arange(run), group), (0, m - run * group))
-        o = _blocks(rows, at_row, keys, values, layer, seg, pos + batch.run_lengths[r], pos, spec.window)
+        o = _blocks(rows, at_row, keys, values, layer, seg, pos + batch.run_lengths[r], pos, spec.window, row_invariant)
         o = o[:, : run * group].reshape(kv_heads, run, group, c).transpose(1, 0, 2, 3)
         return keys, values, jax.lax.dynamic_update_slice(out, o.reshape(run, heads, c), (at, 0, 0))
 
@@ -106,41 +111,42 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
     return out.astype(q.dtype), KVState(keys, values)
 
 
-def with_ones(values: Float[Array, "K S C"]) -> Float[Array, "K S W"]:
-    """Values with columns of ones after them, so that one matmul gives both the weighted values and the sum of the weights.
+def widened(values: Float[Array, "K S C"], rows: int) -> Float[Array, "K S W"]:
+    """Values with columns of zeros after them where the product of `rows` rows with them would else be added up in another order than that of few.
 
-    W is a multiple of 64: XLA's CPU backend sums other widths of many rows in another order than those of few.
+    XLA's CPU backend does so for many rows unless the width is a multiple of 64.
     """
-    kv_heads, s, c = values.shape
-    ones = jnp.ones((kv_heads, s, -(-(c + 1) // 64) * 64 - c), values.dtype)
-    return jnp.concatenate([values, ones], axis=-1)
+    missing = -values.shape[2] % 64 if rows > ROW_TILES[-1] else 0
+    return jnp.pad(values, ((0, 0), (0, 0), (0, missing))) if missing else values
 
 
-def _blocks(rows, at_row, keys, values, layer, seg, end, first, window):
+def _blocks(rows, at_row, keys, values, layer, seg, end, first, window, row_invariant):
     """Attention of query rows [K, m, C] at positions `at_row` [m] over the blocks of one cache row; float32 [K, m, C]."""
     kv_heads, m, c = rows.shape
-
-    def block(cache, j):
-        part = jax.lax.dynamic_slice(cache, (layer, seg, 0, j * KEY_BLOCK, 0), (1, 1, kv_heads, KEY_BLOCK, c))[0, 0]
-        return formats.load(part, jnp.float32)
+    ones = jnp.ones((KEY_BLOCK, 8), jnp.float32)
 
     def step(j, carry):
-        top, o = carry
-        s = jnp.einsum("kmc,ksc->kms", rows, block(keys, j))
-        at_key = j * KEY_BLOCK + jnp.arange(KEY_BLOCK)
+        top, total, o = carry
+        at = j * KEY_BLOCK
+        k_block = jax.lax.dynamic_slice(keys, (layer, seg, 0, 0, at), (1, 1, kv_heads, c, KEY_BLOCK))[0, 0]
+        v_block = jax.lax.dynamic_slice(values, (layer, seg, 0, at, 0), (1, 1, kv_heads, KEY_BLOCK, c))[0, 0]
+        s = jnp.einsum("kmc,kcs->kms", rows, formats.load(k_block, jnp.float32))
+        at_key = at + jnp.arange(KEY_BLOCK)
         seen = at_key <= at_row[:, None]
         if window is not None:
             seen &= at_key > at_row[:, None] - window
         s = jnp.where(seen, s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(-1))
         p = jnp.exp(s - new_top[..., None])
-        o = o * jnp.exp(top - new_top)[..., None] + jnp.einsum("kms,ksw->kmw", p, with_ones(block(values, j)))
-        return new_top, o
+        keep = jnp.exp(top - new_top)
+        v_block = formats.load(v_block, jnp.float32)
+        o = o * keep[..., None] + jnp.einsum("kms,ksc->kmc", p, widened(v_block, m) if row_invariant else v_block)[..., :c]
+        return new_top, total * keep + jnp.einsum("kms,sn->kmn", p, ones)[..., 0], o
 
     start = 0 if window is None else jnp.maximum(first - window + 1, 0) // KEY_BLOCK
-    zero = (jnp.full((kv_heads, m), _NONE_YET), jnp.zeros((kv_heads, m, with_ones(jnp.zeros((1, 1, c))).shape[-1])))
-    _, o = jax.lax.fori_loop(start, -(-end // KEY_BLOCK), step, zero)
-    return o[..., :c] / o[..., c : c + 1]
+    zero = (jnp.full((kv_heads, m), _NONE_YET), jnp.zeros((kv_heads, m)), jnp.zeros((kv_heads, m, c)))
+    _, total, o = jax.lax.fori_loop(start, -(-end // KEY_BLOCK), step, zero)
+    return o / total[..., None]
 
 
 def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch):
@@ -148,14 +154,14 @@ def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch:
     run, (heads, c), kv_heads = batch.run, q.shape[1:], k.shape[1]
     rows = state.k.shape[1]
     seg = jnp.where(batch.segments >= 0, batch.segments, rows)
-    at = (layer, seg, slice(None), batch.positions)
-    keys = state.k.at[at].set(_held(k, state.k), mode="drop")
-    values = state.v.at[at].set(_held(v, state.v), mode="drop")
+    every = slice(None)
+    keys = state.k.at[layer, seg, every, every, batch.positions].set(_held(k, state.k), mode="drop")
+    values = state.v.at[layer, seg, every, batch.positions].set(_held(v, state.v), mode="drop")
     q_run = q.reshape(-1, run, kv_heads, heads // kv_heads, c)
     k_run = formats.load(keys[layer, batch.run_segments], q.dtype)
     v_run = formats.load(values[layer, batch.run_segments], q.dtype)
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    s = jnp.einsum("rqkgc,rksc->rkgqs", q_run, k_run, precision=exact, preferred_element_type=jnp.float32) * spec.softmax_scale
+    s = jnp.einsum("rqkgc,rkcs->rkgqs", q_run, k_run, precision=exact, preferred_element_type=jnp.float32) * spec.softmax_scale
     at_key, at_row = jnp.arange(s.shape[-1]), batch.positions.reshape(-1, 1, 1, run, 1)
     seen = at_key <= at_row
     if spec.window is not None:
