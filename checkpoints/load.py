@@ -20,10 +20,11 @@ import numpy as np
 import tensorstore as ts
 
 from checkpoints import store
-from checkpoints.convert import PROGRESS, convert, make_plan, read_config
+from checkpoints.convert import PROGRESS, convert
 from checkpoints.errors import CheckpointError
 from checkpoints.families import leaf_paths, unflatten
 from checkpoints.manifest import MANIFEST, SPEC, Manifest, read_manifest
+from checkpoints.plan import make_plan, read_config
 from checkpoints.safetensors_reader import SafetensorsFolder
 from jaxmoe import formats
 from jaxmoe.spec import Leaf, ModelSpec, SpecError

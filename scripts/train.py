@@ -15,7 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from jaxmoe.spec import ModelSpec  # noqa: E402
-from jaxmoe.train import card, loop, text  # noqa: E402
+from jaxmoe.train import card, loop  # noqa: E402
+from jaxmoe.train.corpus import build_corpus, load_corpus  # noqa: E402
 
 
 @dataclasses.dataclass
@@ -60,16 +61,16 @@ class Export:
 
 def export(args: Export) -> None:
     config = json.loads(args.config.read_text())
-    card.export(ModelSpec.from_hf(config), config, text.load_corpus(args.corpus), args.run, args.out, args.train)
+    card.export(ModelSpec.from_hf(config), config, load_corpus(args.corpus), args.run, args.out, args.train)
 
 
 def corpus(args: Corpus) -> None:
-    text.build_corpus(args.out)
+    build_corpus(args.out)
 
 
 def model(args: Model) -> None:
     spec = ModelSpec.from_hf(json.loads(args.config.read_text()))
-    data = text.load_corpus(args.corpus)
+    data = load_corpus(args.corpus)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("training", total=args.train.steps)

@@ -15,12 +15,13 @@ from checkpoints.families import flatten
 from jaxmoe import formats
 from jaxmoe.experts import ResidentBank
 from jaxmoe.spec import ModelSpec
-from jaxmoe.train import evaluate, loop, text
+from jaxmoe.train import evaluate, loop
+from jaxmoe.train.corpus import Corpus
 
 _FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def export(spec: ModelSpec, config: dict, corpus: text.Corpus, run: Path, out: Path, settings: loop.TrainConfig) -> dict:
+def export(spec: ModelSpec, config: dict, corpus: Corpus, run: Path, out: Path, settings: loop.TrainConfig) -> dict:
     """Writes the last state of `run` to `out`, then measures the rounded weights on held-out text and writes the card.
 
     Returns:
@@ -66,7 +67,7 @@ def export(spec: ModelSpec, config: dict, corpus: text.Corpus, run: Path, out: P
     return figures
 
 
-def card(spec: ModelSpec, corpus: text.Corpus, figures: dict) -> str:
+def card(spec: ModelSpec, corpus: Corpus, figures: dict) -> str:
     """The model card, in markdown."""
     router, experts = spec.moe
     s, lru = figures["settings"], figures["lru"]

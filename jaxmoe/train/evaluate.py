@@ -15,7 +15,7 @@ from jaxmoe.cache.full import FullState
 from jaxmoe.experts import ResidentBank
 from jaxmoe.nn.transformer import forward
 from jaxmoe.spec import ModelSpec
-from jaxmoe.train import text
+from jaxmoe.train.corpus import Corpus, windows
 from jaxmoe.train.loss import sequences, token_nll
 from pallas_kernels.dispatch import Kernels
 
@@ -36,7 +36,7 @@ def make_scorer(spec: ModelSpec, params: dict, bank: ResidentBank) -> Callable:
 
 
 def held_out(
-    score: Callable, corpus: text.Corpus, length: int = 512, rows: int = 8, most: int = 48
+    score: Callable, corpus: Corpus, length: int = 512, rows: int = 8, most: int = 48
 ) -> tuple[dict[str, dict[str, float]], dict[str, Int[np.ndarray, "L T A"]]]:
     """Loss per domain over windows of `length` tokens that don't overlap.
 
@@ -45,15 +45,15 @@ def held_out(
     """
     losses, routes = {}, {}
     for domain in corpus.streams["held_out"]:
-        windows = text.windows(corpus, domain, length, most=most)
+        held = windows(corpus, domain, length, most=most)
         total, ids = 0.0, []
-        for at in range(0, len(windows), rows):
-            part = windows[at : at + rows]
+        for at in range(0, len(held), rows):
+            part = held[at : at + rows]
             padded = np.concatenate([part, np.repeat(part[:1], rows - len(part), 0)])
             nll, chosen = score(jnp.asarray(padded))
             total += float(np.asarray(nll, np.float64)[: len(part)].sum())
             ids.append(np.asarray(chosen)[:, : len(part) * length])
-        tokens = len(windows) * length
+        tokens = len(held) * length
         per_token = corpus.manifest["domains"][domain]["held_out"]["bytes_per_token"]
         nats = total / tokens
         losses[domain] = {"nats_per_token": nats, "bits_per_byte": nats / math.log(2) / per_token, "tokens": tokens}

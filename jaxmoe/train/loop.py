@@ -23,8 +23,8 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxmoe.nn.transformer import init_params
 from jaxmoe.spec import ModelSpec, unstack_layers
-from jaxmoe.train import text
 from jaxmoe.train.bank import TrainBank
+from jaxmoe.train.corpus import Corpus, domain_weights, sample_batch
 from jaxmoe.train.loss import loss
 
 
@@ -167,7 +167,7 @@ class Checkpoints:
 
 
 def train(
-    spec: ModelSpec, corpus: text.Corpus, config: TrainConfig, folder: Path, save_every: int = 100, minutes: float | None = None
+    spec: ModelSpec, corpus: Corpus, config: TrainConfig, folder: Path, save_every: int = 100, minutes: float | None = None
 ) -> Iterator[tuple[TrainState, dict]]:
     """Runs or resumes a run; yields the state and the metrics (floats, with `seconds` of the step) after every step.
 
@@ -175,7 +175,7 @@ def train(
 
     Args:
         spec: the model; float32.
-        corpus: from `text.load_corpus`.
+        corpus: from `load_corpus`.
         config: settings.
         folder: where checkpoints and `metrics.jsonl` go.
         save_every: steps between checkpoints.
@@ -186,12 +186,12 @@ def train(
     state = init_state(spec, config)
     state = checkpoints.restore(state) or state
     step = make_step(spec, config)
-    weights = text.domain_weights(corpus)
+    weights = domain_weights(corpus)
     began = time.monotonic()
     with (folder / "metrics.jsonl").open("a") as log, contextlib.closing(checkpoints):
         for i in range(int(state.step), config.steps):
             at = time.monotonic()
-            tokens = text.sample_batch(corpus, config.seed, i, config.batch, config.length, weights)
+            tokens = sample_batch(corpus, config.seed, i, config.batch, config.length, weights)
             state, metrics = step(state, jnp.asarray(tokens))
             row = {k: float(v) for k, v in metrics.items()} | {"step": i + 1, "seconds": time.monotonic() - at}
             log.write(json.dumps(row) + "\n")

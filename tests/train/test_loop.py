@@ -10,8 +10,10 @@ from checkpoints.load import load_hf_or_checkpoint
 from jaxmoe.engine.generate import prompt_logits
 from jaxmoe.engine.model import load_model
 from jaxmoe.spec import ModelSpec
-from jaxmoe.train import card, loop, text
+from jaxmoe.train import card, loop
+from jaxmoe.train.corpus import build_corpus, load_corpus, windows
 from jaxmoe.train.evaluate import lru_hit_rate
+from jaxmoe.train.sources import Domain
 from pallas_kernels.dispatch import Kernels
 
 CONFIG = dict(
@@ -27,9 +29,9 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     line = "the quick brown fox jumps over the lazy dog, says line {}.\n"
     documents = [(f"d{i}", "".join(line.format(i * j) for j in range(30))) for i in range(60)]
-    domain = text.Domain("toy", "CC0-1.0", "foxes", lambda root: iter(documents))
-    text.build_corpus(folder, [domain], vocab_size=300, held_out=0.2)
-    return text.load_corpus(folder)
+    domain = Domain("toy", "CC0-1.0", "foxes", lambda root: iter(documents))
+    build_corpus(folder, [domain], vocab_size=300, held_out=0.2)
+    return load_corpus(folder)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_the_export_is_the_trained_model(corpus, trained, tmp_path):
     assert "toy" in (tmp_path / "hf/README.md").read_text()
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "qwen3_moe"
     model = load_model(load_hf_or_checkpoint(tmp_path / "hf", tmp_path / "cache"), "float32", Kernels("cpu"))
-    window = text.windows(corpus, "toy", 64)[0]
+    window = windows(corpus, "toy", 64)[0]
     logits = prompt_logits(model, window[:-1].tolist(), 32)
     nll = jax.nn.logsumexp(logits, -1) - logits[np.arange(64), window[1:]]
     assert abs(float(nll.mean()) - figures["held_out"]["toy"]["nats_per_token"]) < 0.5
