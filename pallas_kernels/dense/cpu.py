@@ -2,9 +2,9 @@
 
 XLA's CPU backend picks a matmul kernel by the sizes. On the machines measured, a product of few rows (2 to 48) adds up K in two or more blocks
 when the weights are large, one of many rows adds it up in one, and a product of one row is another emitter still. So dots of few rows here have 4,
-8, 16 or 32, a class within which each row's bits are the same. Many rows are one dot where a split of K into equal parts, added in order, gives the
-bits of that class (`_parts` finds out, on the machine it runs on), else a loop over tiles of 32 rows. A test holds every dot shape of several models
-to it: `tests/pallas_kernels/test_row_invariance.py`.
+8, 16 or 32, a class within which each row's bits are the same. Many rows are one dot where a split of K into equal parts, added in order, gives
+the bits of that class (`same_order` finds out, on the machine it runs on), else a loop over tiles of 32 rows. A test holds every dot shape of
+several models to it: `tests/pallas_kernels/test_row_invariance.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def dense(
     if not row_invariant:
         return _dot(x, w, transposed)
     n = w.shape[0 if transposed else 1]
-    if rows > ROW_TILES[-1] and (found := _parts(rows, x.shape[1], n, transposed)):
+    if rows > ROW_TILES[-1] and (found := same_order(rows, x.shape[1], n, transposed)):
         parts, wide = found
         more = ((0, wide - n), (0, 0))
         return _dot_in_parts(x, jnp.pad(w, more if transposed else more[::-1]), transposed, parts)[:, :n]
@@ -79,11 +79,11 @@ _WIDE = 64
 """Columns to which narrow weights are widened with zeros where that finds a kernel that adds up in the same order."""
 
 _PROBED_WEIGHTS = 2**24
-"""Elements of the largest weights for which `_parts` runs a probe; larger ones go by tiles."""
+"""Elements of the largest weights for which `same_order` runs a probe; larger ones go by tiles."""
 
 
 @functools.cache
-def _parts(rows: int, k: int, n: int, transposed: bool = False) -> tuple[int, int] | None:
+def same_order(rows: int, k: int, n: int, transposed: bool = False) -> tuple[int, int] | None:
     """Into how many parts K must be split, and how wide the weights must be, for one dot of all rows to have the bits of tiles.
 
     Runs the dots in question once on random values (which kernel runs depends on sizes alone) and compares all rows.

@@ -7,28 +7,49 @@ overhangs its group computes rows of the next one with the wrong matrix; the nex
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
-from pallas_kernels.dense.cpu import ROW_TILES, row_tile
+from pallas_kernels.dense.cpu import ROW_TILES, row_tile, same_order
+
+_LARGE_TILES = (128, 64)
 
 
-def tile_for(rows: int, groups: int) -> int:
-    """A tile for groups of `rows / groups` rows on average: large enough to fill the matmul, small enough not to compute mostly padding."""
-    return row_tile(min(max(rows // max(groups, 1), ROW_TILES[0]), ROW_TILES[-1]))
+class Tiling(NamedTuple):
+    """Rows of a tile, and into how many parts K of each matrix is cut for a tile's dots to have the bits of small tiles'."""
+
+    rows: int
+    parts: tuple[int, ...]
 
 
-def _over_groups(x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable) -> jax.Array:
+def tiling(rows: int, groups: int, shapes: Sequence[tuple[int, ...]]) -> Tiling:
+    """A tile for groups of `rows / groups` rows on average: large enough to fill the matmul, small enough not to compute mostly padding.
+
+    Args:
+        rows, groups: how many there are.
+        shapes: [K, N] of the matrices that a tile is multiplied with.
+    """
+    average = rows // groups
+    for tile in _LARGE_TILES:
+        if average >= tile:
+            found = [same_order(tile, k, n) for k, n in shapes]
+            if all(f is not None and f[1] == n for f, (_, n) in zip(found, shapes, strict=True)):
+                return Tiling(tile, tuple(f[0] for f in found if f is not None))
+    return Tiling(row_tile(min(max(average, ROW_TILES[0]), ROW_TILES[-1])), (1,) * len(shapes))
+
+
+def _over_groups(x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable, tile: int):
     """Runs `f(rows [tile, K], pick(pool id)) -> [tile, width]` over the tiles that exist, of the groups that have rows; float32 [M, width].
 
     The last tile of a group may overhang.
     """
     m, k = x.shape
-    tile = tile_for(m, group_ids.shape[0])
     x = jnp.pad(x.astype(jnp.float32), ((0, tile), (0, 0)))
     starts = jnp.cumsum(group_sizes) - group_sizes
     with_rows = jnp.argsort(group_sizes == 0, stable=True)
@@ -61,23 +82,32 @@ def swiglu_rows(
     rows = jnp.pad(x_D.astype(jnp.float32), ((0, ROW_TILES[0] - 1), (0, 0)))
 
     def expert(i, y):
-        both = (rows @ _pick(w_in, ids_A[i])).astype(dtype)
+        both = _dot(rows, _pick(w_in, ids_A[i])).astype(dtype)
         hidden = act(both[:, :f]) * both[:, f:]
-        out = hidden.astype(jnp.float32) @ _pick(w_out_ZFD, ids_A[i])
+        out = _dot(hidden.astype(jnp.float32), _pick(w_out_ZFD, ids_A[i]))
         return jax.lax.dynamic_update_slice(y, out[:1], (i, 0))
 
     return jax.lax.fori_loop(0, ids_A.shape[0], expert, jnp.zeros((ids_A.shape[0], d), jnp.float32))
 
 
-def _pick(pool: jax.Array, i: Int[Array, ""]) -> jax.Array:
-    return formats.load(jax.lax.dynamic_index_in_dim(pool, i, 0, False), jnp.float32)
+def _pick(pool: jax.Array, i: Int[Array, ""], parts: int = 1) -> list[jax.Array]:
+    """One matrix [K, N] of the pool, cut into parts of K."""
+    _, k, n = pool.shape
+    sizes = (1, k // parts, n)
+    return [formats.load(jax.lax.dynamic_slice(pool, (i, at, 0), sizes)[0], jnp.float32) for at in range(0, k, k // parts)]
+
+
+def _dot(rows: jax.Array, weights: list[jax.Array]) -> jax.Array:
+    """Rows times a matrix in parts, added in order."""
+    return functools.reduce(jnp.add, [x @ w for x, w in zip(jnp.split(rows, len(weights), axis=1), weights, strict=True)])
 
 
 def grouped_matmul(
     x_MK: Float[Array, "M K"], w_ZKN: Num[Array, "Z K N"], group_ids: Int[Array, "G"], group_sizes: Int[Array, "G"]
 ) -> Float[Array, "M N"]:
     """See `api.grouped_matmul`."""
-    return _over_groups(x_MK, w_ZKN.shape[2], group_ids, group_sizes, lambda i: _pick(w_ZKN, i), lambda rows, w: rows @ w)
+    tile, (parts,) = tiling(x_MK.shape[0], group_ids.shape[0], (w_ZKN.shape[1:],))
+    return _over_groups(x_MK, w_ZKN.shape[2], group_ids, group_sizes, lambda i: _pick(w_ZKN, i, parts), _dot, tile)
 
 
 def grouped_swiglu(
@@ -93,9 +123,14 @@ def grouped_swiglu(
     w_in = w_in_ZD2F.reshape(z, d, 2 * f)
     dtype = x_MD.dtype
 
-    def expert(rows, weights):
-        both = (rows @ weights[0]).astype(dtype)
-        hidden = act(both[:, :f]) * both[:, f:]
-        return hidden.astype(jnp.float32) @ weights[1]
+    tile, (parts_in, parts_out) = tiling(x_MD.shape[0], group_ids.shape[0], ((d, 2 * f), (f, d)))
 
-    return _over_groups(x_MD, d, group_ids, group_sizes, lambda i: (_pick(w_in, i), _pick(w_out_ZFD, i)), expert)
+    def pick(i):
+        return _pick(w_in, i, parts_in), _pick(w_out_ZFD, i, parts_out)
+
+    def expert(rows, weights):
+        both = _dot(rows, weights[0]).astype(dtype)
+        hidden = act(both[:, :f]) * both[:, f:]
+        return _dot(hidden.astype(jnp.float32), weights[1])
+
+    return _over_groups(x_MD, d, group_ids, group_sizes, pick, expert, tile)
