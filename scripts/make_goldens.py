@@ -1,8 +1,10 @@
-"""Runs tiny random models in transformers and keeps their logits in tests/goldens, for machines that have no torch to compare with.
+"""Runs models in transformers and keeps what they gave in tests/goldens, for machines that have no torch to compare with.
 
-    python scripts/make_goldens.py [--out FOLDER]
+    python scripts/make_goldens.py [--only NAME] [--out FOLDER]         # tiny random models
+    python scripts/make_goldens.py --only shipped [--corpus CORPUS]     # the model in checkpoints/default
 
-Needs the `bench` extra. A model's weights follow from its config alone, so that only logits are kept; a test makes the same weights again.
+Needs the `bench` extra. A random model's weights follow from its config alone, so that only logits are kept; a test makes the same weights again.
+The shipped model's golden takes its held-out tokens from a corpus of `scripts/train.py corpus`, or again from the golden that is there.
 """
 
 from __future__ import annotations
@@ -28,9 +30,12 @@ if importlib.util.find_spec("checkpoints") is None:
 from safetensors.numpy import save_file
 
 from checkpoints.families import LAYOUTS, hf_tensors
+from jaxmoe.report.command import run_command
 from jaxmoe.spec import ModelSpec
 
 GOLDENS = ROOT / "tests" / "goldens"
+
+SHIPPED = ROOT / "checkpoints" / "default"
 
 _TINY: dict[str, Any] = {
     "vocab_size": 61,
@@ -84,13 +89,43 @@ _LENGTHS = (41, 37)
 SMALLEST_GAP = 1e-4
 """Between the last chosen expert's logit and the first one left out: less, and rounding may choose another. Seeds are tried until one keeps it."""
 
+SHIPPED_CASE = "shipped"
+"""The golden of the model in checkpoints/default."""
+
+DOMAINS = ("austen", "python_code", "sqlite_docs", "wordnet")
+"""Whose held-out text the shipped model is scored on."""
+
+WINDOW = 500
+"""Tokens of each domain: they end within a block of keys and within a run of the engine's."""
+
+SAMPLED = 24
+"""Logits kept of each position: all of them would be 32 MB."""
+
+NEW_TOKENS = 256
+
+PROMPTS = (
+    "In the beginning God created the heaven and the earth. And the earth was without form, and void;",
+    "def main():\n    parser = argparse.ArgumentParser(description=__doc__)\n",
+    "=head1 DESCRIPTION\n\nThis function returns",
+    "HAMLET.\nTo be, or not to be, that is the question:\n",
+    "a large",
+    "The SELECT statement retrieves rows from zero or more tables.",
+    "func (b *Buffer) Write(p []byte) (n int, err error) {\n",
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune",
+)
+"""What the shipped model continues: lines of the kinds of text it was trained on, of many lengths, so that a batch of them is padded."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Runs tiny random models in transformers and keeps their logits."""
+    """Runs models in transformers and keeps what they gave."""
 
     out: Path = GOLDENS
     """Where the files go."""
+    only: str | None = None
+    """One case's name, or "shipped"; all tiny random models if not given."""
+    corpus: Path | None = None
+    """For "shipped": whose held-out text to take; the tokens of the golden that is there if not given."""
 
 
 def uniform(shape: tuple[int, ...], seed: int) -> np.ndarray:
@@ -179,9 +214,6 @@ def run_case(name: str, seed: int) -> tuple[dict[str, np.ndarray], float]:
 
 def make(name: str, out: Path) -> int:
     """Writes NAME.npz (ids and logits) and NAME.json (config, seed and provenance); returns their bytes."""
-    import torch
-    import transformers
-
     for seed in range(20):
         arrays, gap = run_case(name, seed)
         if gap >= SMALLEST_GAP:
@@ -192,21 +224,166 @@ def make(name: str, out: Path) -> int:
         "config": CASES[name],
         "seed": seed,
         "weights_sha256": digest(CASES[name], seed),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__},
+        "versions": versions(),
         "smallest_router_gap": round(gap, 6),
     }
+    return write(name, out, made, arrays)
+
+
+def versions() -> dict[str, str]:
+    """Of what computes a golden."""
+    import torch
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+
+
+def write(name: str, out: Path, made: dict, arrays: dict[str, np.ndarray]) -> int:
+    """Writes a golden's two files; returns their bytes."""
     (out / f"{name}.json").write_text(json.dumps(made, indent=1) + "\n")
     np.savez_compressed(out / f"{name}.npz", **arrays)
     return sum((out / f"{name}.{kind}").stat().st_size for kind in ("json", "npz"))
 
 
-def main() -> int:
-    """Makes every case's files."""
-    args = tyro.cli(Arguments, description=__doc__)
+# --- the shipped model -----------------------------------------------------------------------------------------------
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sampled_ids(vocab: int) -> np.ndarray:
+    """int32 [4, WINDOW, SAMPLED] ids whose logits are kept, others at every position."""
+    shape = (len(DOMAINS), WINDOW, SAMPLED)
+    return (np.random.PCG64(4).random_raw(math.prod(shape)) % np.uint64(vocab)).astype(np.int32).reshape(shape)
+
+
+def summary(logits: np.ndarray, sampled: np.ndarray) -> dict[str, np.ndarray]:
+    """What is kept of logits [T, V]: `argmax` [T], `top` [T, 2] the largest logit and the next, `lse` [T], `sampled` [T, SAMPLED] of those ids."""
+    largest = logits.max(1)
+    return {
+        "argmax": logits.argmax(1).astype(np.uint16),
+        "top": np.sort(logits, axis=1)[:, :-3:-1],
+        "lse": (largest + np.log(np.exp(logits.astype(np.float64) - largest[:, None]).sum(1))).astype(np.float32),
+        "sampled": np.take_along_axis(logits, sampled, axis=1),
+    }
+
+
+def held_out_ids(corpus: Path | None, out: Path, tokenizer_digest: str) -> np.ndarray:
+    """uint16 [4, WINDOW] tokens from the middle of each domain's held-out text, or those of the golden in `out`.
+
+    Raises:
+        ValueError: neither is there, or it was written by another tokenizer.
+    """
+    if corpus is None:
+        if not (out / f"{SHIPPED_CASE}.npz").exists():
+            raise ValueError(f"{out} has no {SHIPPED_CASE}.npz to take tokens from: give --corpus, a folder that `scripts/train.py corpus` wrote")
+        with np.load(out / f"{SHIPPED_CASE}.npz") as arrays:
+            ids = arrays["ids"]
+        tokenizer = json.loads((out / f"{SHIPPED_CASE}.json").read_text())["tokenizer_sha256"]
+    else:
+        from jaxmoe.train.corpus import load_corpus
+
+        opened = load_corpus(corpus)
+        streams = opened.streams["held_out"]
+        if missing := [d for d in DOMAINS if d not in streams or len(streams[d]) < 2 * WINDOW]:
+            raise ValueError(f"{corpus} has no held-out text, or too little, of {', '.join(missing)}")
+        ids = np.stack([streams[d][len(streams[d]) // 2 :][:WINDOW] for d in DOMAINS])
+        tokenizer = opened.manifest["tokenizer_sha256"]
+    if tokenizer != tokenizer_digest:
+        raise ValueError(f"the tokens of {corpus or out} are of another tokenizer than the model's: give --corpus with one of the model's")
+    return ids
+
+
+def generate(model, prompts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy text of prompts as one batch, padded on the left.
+
+    Returns:
+        int16 [R, NEW_TOKENS] ids, -1 after an end of text, and float32 [R, NEW_TOKENS] by how much each one's logit was the largest.
+    """
+    import torch
+
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    end = model.config.eos_token_id
+    made = model.generate(
+        ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        eos_token_id=end,
+        pad_token_id=end,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    new = made.sequences[:, longest:].numpy()
+    top = torch.stack(made.logits, 1).float().topk(2).values.numpy()
+    ended = np.cumsum(new == end, axis=1) - (new == end) > 0
+    text, gaps = np.full((len(prompts), NEW_TOKENS), -1, np.int16), np.full((len(prompts), NEW_TOKENS), np.inf, np.float32)
+    text[:, : new.shape[1]] = np.where(ended, -1, new)
+    gaps[:, : new.shape[1]] = np.where(ended, np.inf, top[..., 0] - top[..., 1])
+    return text, gaps
+
+
+def make_shipped(out: Path, corpus: Path | None) -> int:
+    """Writes shipped.npz and shipped.json; returns their bytes.
+
+    The arrays: `ids`, what `summary` keeps of their logits, `router_gap` [4, WINDOW] of `run_transformers`; `text` and `text_gap` of `generate`, each
+    prompt alone, and `text_batch` where transformers gave other ids to all prompts as one batch (near a tie, its padding can decide).
+    """
+    import torch
+    import transformers
+
+    tokenizer_digest = file_digest(SHIPPED / "tokenizer.json")
+    ids = held_out_ids(corpus, out, tokenizer_digest)
+    torch.set_num_threads(1)  # a model this small is faster without the pool
+    model = load_transformers(SHIPPED)
+    rows: list[dict[str, np.ndarray]] = []
+    for window, sampled in zip(ids, sampled_ids(model.config.vocab_size), strict=True):
+        logits, gaps = run_transformers(model, window)
+        rows.append({**summary(logits, sampled), "router_gap": gaps})
+    arrays = {"ids": ids} | {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+    encode = transformers.AutoTokenizer.from_pretrained(SHIPPED).encode
+    prompts = [encode(prompt) for prompt in PROMPTS]
+    alone = [generate(model, [prompt]) for prompt in prompts]
+    arrays["text"], arrays["text_gap"] = (np.concatenate(a) for a in zip(*alone, strict=True))
+    batch, _ = generate(model, prompts)
+    differs = {i: int(np.argmax(row)) for i, row in enumerate(batch != arrays["text"]) if row.any()}
+    if differs:
+        arrays["text_batch"] = batch
+    made = {
+        "model_sha256": file_digest(SHIPPED / "model.safetensors"),
+        "tokenizer_sha256": tokenizer_digest,
+        "versions": versions(),
+        "domains": DOMAINS,
+        "prompts": PROMPTS,
+        "smallest_router_gap": float(f"{arrays['router_gap'].min():.3g}"),
+        "smallest_text_gap": float(f"{arrays['text_gap'].min():.3g}"),
+        "batch_agrees": not differs,
+        "batch_differs": [{"prompt": i, "step": step, "gap": float(f"{arrays['text_gap'][i, step]:.3g}")} for i, step in differs.items()],
+    }
+    return write(SHIPPED_CASE, out, made, arrays)
+
+
+def run(args: Arguments) -> None:
+    """Makes the files asked for."""
+    if args.only not in (None, SHIPPED_CASE, *CASES):
+        raise ValueError(f"--only {args.only}: there is no such case; choose one of {', '.join((SHIPPED_CASE, *CASES))}")
+    if args.corpus is not None and args.only != SHIPPED_CASE:
+        raise ValueError(f"--corpus is for --only {SHIPPED_CASE}: the tiny models' tokens are random")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in CASES:
-        print(f"{name}: {make(name, args.out):,} bytes")
-    return 0
+    for name in CASES if args.only is None else (args.only,):
+        print(f"{name}: {make_shipped(args.out, args.corpus) if name == SHIPPED_CASE else make(name, args.out):,} bytes")
+
+
+def main() -> int:
+    """Runs; gives the exit code."""
+    args = tyro.cli(Arguments, description=__doc__)
+    return run_command(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """The same model in transformers and here, side by side: logits in float32 and bfloat16, and greedy text. Needs the `bench` extra."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 from checkpoints.convert import convert
-from checkpoints.load import open_checkpoint
+from checkpoints.load import load_hf_or_checkpoint, open_checkpoint
 from jaxmoe.engine.generate import Engine, Request, prompt_logits
 from jaxmoe.engine.model import load_model
+from jaxmoe.engine.text import Tokenizer
 from pallas_kernels.dispatch import Kernels
 from scripts import make_goldens
 from tests.models import prefill_logits
@@ -19,6 +22,16 @@ CASES = {"qwen3_moe_normalized": 4, "olmoe_clipped": 4, "mixtral_windowed": 3}
 """Cases, each with a seed of weights whose greedy text doesn't soon repeat itself."""
 
 NEW_TOKENS = 64
+
+GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
+
+TEXTS = (
+    *make_goldens.PROMPTS[:2],
+    "na\N{LATIN SMALL LETTER I WITH DIAERESIS}ve \u6771\u4eac \N{OWL}\u200d\r\n\x00e\u0301",
+    "  1234567890 \t\n\n\n    x_1 != 3.14e-05;   ",
+    "<|im_start|>user\nHello there<|im_end|>\n<|endoftext|>",
+)
+"""Prose, code, characters of several bytes, white space and digits, and special tokens."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,3 +100,24 @@ def test_greedy_text(case):
     alone = [engine.generate([r])[0][0] for r in requests]
     assert [r.ids for r in together] == expected
     assert [r.ids for r in alone] == expected
+
+
+def test_the_shipped_model(tmp_path):
+    """Every logit of 1,000 held-out tokens; and the folder is one that transformers takes as it is."""
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(make_goldens.SHIPPED, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(make_goldens.SHIPPED), Tokenizer(make_goldens.SHIPPED)
+    assert [ours.encode(text) for text in TEXTS] == [theirs.encode(text) for text in TEXTS]
+    with np.load(GOLDENS / "shipped.npz") as arrays:
+        windows = arrays["ids"][:2]
+    exact = make_goldens.load_transformers(make_goldens.SHIPPED)
+    model = load_model(load_hf_or_checkpoint(make_goldens.SHIPPED, tmp_path), "float32", Kernels("cpu"))
+    whole = 0
+    for ids in windows:
+        expected, gaps = make_goldens.run_transformers(exact, ids)
+        got = prompt_logits(model, ids.tolist())
+        assert got.shape == expected.shape == (make_goldens.WINDOW, 4096)
+        held = np.abs(got - expected).max(1) <= 1e-4
+        assert held.all() or gaps[np.argmin(held)] < 1e-5  # rounding may choose a token's experts, and so what comes after it
+        whole += held.all()
+    assert whole >= 1
