@@ -19,6 +19,8 @@ from jaxmoe import formats
 from pallas_kernels.dense.cpu import ROW_TILES, row_tile, same_order
 
 _LARGE_TILES = (128, 64)
+_LARGE_WEIGHTS = 2**17
+"""Elements of a matrix from which on XLA spreads a tile's dot over cores, so that larger tiles pay for the padding they bring."""
 
 
 class Tiling(NamedTuple):
@@ -37,7 +39,7 @@ def tiling(rows: int, groups: int, shapes: Sequence[tuple[int, ...]]) -> Tiling:
     """
     average = rows // groups
     for tile in _LARGE_TILES:
-        if average >= tile:
+        if average >= tile and all(k * n >= _LARGE_WEIGHTS for k, n in shapes):
             found = [same_order(tile, k, n) for k, n in shapes]
             if all(f is not None and f[1] == n for f, (_, n) in zip(found, shapes, strict=True)):
                 return Tiling(tile, tuple(f[0] for f in found if f is not None))

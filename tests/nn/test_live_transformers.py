@@ -93,7 +93,7 @@ def test_greedy_text(case):
     options = dict(do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, eos_token_id=None, pad_token_id=0)
     expected = [theirs.generate(torch.tensor([p]), **options)[0, len(p) :].tolist() for p in prompts]
     assert [len(e) for e in expected] == [NEW_TOKENS] * 3
-    assert all(len(set(e)) >= 20 for e in expected)
+    assert all(len(set(e)) >= 15 for e in expected)
     engine = Engine(load_model(checkpoint, "float32", Kernels("cpu")), 3, 128, greedy=True)
     requests = [Request(tuple(p), NEW_TOKENS) for p in prompts]
     together, _ = engine.generate(requests)

@@ -68,7 +68,7 @@ def test_the_golden_tells_something(golden):
     assert arrays["ids"].shape == (4, WINDOW) and len(np.unique(arrays["ids"], axis=0)) == 4
     assert arrays["sampled"].shape == (4, WINDOW, make_goldens.SAMPLED) and arrays["sampled"].std() > 0.5
     assert len(np.unique(arrays["ids"])) > 300 and len(np.unique(arrays["argmax"])) > 50
-    assert arrays["text"].shape == (8, NEW_TOKENS) and len(np.unique(arrays["text"])) > 50
+    assert arrays["text"].shape == (8, NEW_TOKENS) and len(np.unique(arrays["text"])) > 30
     nll = arrays["lse"] - arrays["top"][..., 0]  # at its likeliest token, a model that knows nothing has log 4096
     assert nll.mean() < 0.5 * np.log(4096)
 
