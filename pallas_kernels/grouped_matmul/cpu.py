@@ -46,6 +46,14 @@ def tiling(rows: int, groups: int, shapes: Sequence[tuple[int, ...]]) -> Tiling:
     return Tiling(row_tile(min(max(average, ROW_TILES[0]), ROW_TILES[-1])), (1,) * len(shapes))
 
 
+def _one_row(shapes: Sequence[tuple[int, ...]]) -> Tiling:
+    """The tiling of a single row: itself, where that has the bits of small tiles."""
+    found = [same_order(1, k, n) for k, n in shapes]
+    if all(f is not None and f[1] == n for f, (_, n) in zip(found, shapes, strict=True)):
+        return Tiling(1, tuple(f[0] for f in found if f is not None))
+    return Tiling(ROW_TILES[0], (1,) * len(shapes))
+
+
 def _over_groups(x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable, tile: int):
     """Runs `f(rows [tile, K], pick(pool id)) -> [tile, width]` over the tiles that exist, of the groups that have rows; float32 [M, width].
 
@@ -81,12 +89,13 @@ def swiglu_rows(
     z, d, _, f = w_in_ZD2F.shape
     w_in = w_in_ZD2F.reshape(z, d, 2 * f)
     dtype = x_D.dtype
-    rows = jnp.pad(x_D.astype(jnp.float32), ((0, ROW_TILES[0] - 1), (0, 0)))
+    tile, (parts_in, parts_out) = _one_row(((d, 2 * f), (f, d)))
+    rows = jnp.pad(x_D.astype(jnp.float32), ((0, tile - 1), (0, 0)))
 
     def expert(i, y):
-        both = _dot(rows, _pick(w_in, ids_A[i])).astype(dtype)
+        both = _dot(rows, _pick(w_in, ids_A[i], parts_in)).astype(dtype)
         hidden = act(both[:, :f]) * both[:, f:]
-        out = _dot(hidden.astype(jnp.float32), _pick(w_out_ZFD, ids_A[i]))
+        out = _dot(hidden.astype(jnp.float32), _pick(w_out_ZFD, ids_A[i], parts_out))
         return jax.lax.dynamic_update_slice(y, out[:1], (i, 0))
 
     return jax.lax.fori_loop(0, ids_A.shape[0], expert, jnp.zeros((ids_A.shape[0], d), jnp.float32))
