@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxmoe import formats
 from pallas_kernels.dense.cpu import ROW_TILES, row_tile, same_order
 
-_LARGE_TILES = (128, 64)
+_LARGE_TILES = (64, 96, 128)
 _LARGE_WEIGHTS = 2**17
 """Elements of a matrix from which on XLA spreads a tile's dot over cores, so that larger tiles pay for the padding they bring."""
 
@@ -38,20 +38,25 @@ def tiling(rows: int, groups: int, shapes: Sequence[tuple[int, ...]]) -> Tiling:
         shapes: [K, N] of the matrices that a tile is multiplied with.
     """
     average = rows // groups
-    for tile in _LARGE_TILES:
-        if average >= tile and all(k * n >= _LARGE_WEIGHTS for k, n in shapes):
-            found = [same_order(tile, k, n) for k, n in shapes]
-            if all(f is not None and f[1] == n for f, (_, n) in zip(found, shapes, strict=True)):
-                return Tiling(tile, tuple(f[0] for f in found if f is not None))
+    if average > ROW_TILES[-1] and all(k * n >= _LARGE_WEIGHTS for k, n in shapes):
+        # A quarter more than the average: evenly routed groups of that size rarely need a second tile.
+        tile = next((t for t in _LARGE_TILES if t >= average + average // 4), _LARGE_TILES[-1])
+        if (parts := _same_parts(tile, shapes)) is not None:
+            return Tiling(tile, parts)
     return Tiling(row_tile(min(max(average, ROW_TILES[0]), ROW_TILES[-1])), (1,) * len(shapes))
+
+
+def _same_parts(rows: int, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Parts of K with which a dot of these rows has the bits of small tiles' with every matrix as it is; None if there are none."""
+    found = [same_order(rows, k, n) for k, n in shapes]
+    parts = [f[0] for f, (_, n) in zip(found, shapes, strict=True) if f is not None and f[1] == n]
+    return tuple(parts) if len(parts) == len(shapes) else None
 
 
 def _one_row(shapes: Sequence[tuple[int, ...]]) -> Tiling:
     """The tiling of a single row: itself, where that has the bits of small tiles."""
-    found = [same_order(1, k, n) for k, n in shapes]
-    if all(f is not None and f[1] == n for f, (_, n) in zip(found, shapes, strict=True)):
-        return Tiling(1, tuple(f[0] for f in found if f is not None))
-    return Tiling(ROW_TILES[0], (1,) * len(shapes))
+    parts = _same_parts(1, shapes)
+    return Tiling(ROW_TILES[0], (1,) * len(shapes)) if parts is None else Tiling(1, parts)
 
 
 def _over_groups(x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable, tile: int):
