@@ -1,4 +1,4 @@
-# make help lists the targets. Two variables: PYTHON (which interpreter makes the venv), VENV (where it lies).
+# make help lists the targets. Variables: PYTHON (which interpreter makes the venv), VENV (where it lies), WORKERS (test processes).
 PYTHON ?= python3
 VENV ?= .venv
 
@@ -12,6 +12,9 @@ LINT_STAMP := $(VENV)/.installed-lint
 # Without an accelerator in sight, jax's plugins (the tests install them as compilers) need not look for one.
 PLATFORM := $(if $(wildcard /dev/nvidia0 /dev/accel* /dev/vfio/0),,JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu})
 
+# Two processes halve the wait; an accelerator is for one.
+WORKERS ?= $(if $(JAX_PLATFORMS),1,2)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo test lint bench clean
@@ -24,7 +27,7 @@ demo: $(DEMO_STAMP) ## generate text with the small model that ships
 	$(PLATFORM) $(BIN)/python scripts/generate.py --prompt "And it came to pass, that" --max-new-tokens 64 --temperature 0.7 --top-p 0.9
 
 test: $(TEST_STAMP) ## run all tests; those marked `device` need e.g. JAX_PLATFORMS=cuda,cpu
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
 
 lint: $(LINT_STAMP) ## ruff, mypy and the import floors
 	$(BIN)/python -m ruff check .

@@ -32,8 +32,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 """What XLA wants to know of a GPU it cannot see; from NVIDIA's data sheet and deviceQuery of an H100 SXM."""
 
-_TPU_ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
-"""Keeps libtpu from asking a metadata server about a machine that is not there."""
+_TPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""Keeps libtpu from asking a metadata server about a machine that is not there, and from locking out other processes that only compile."""
 
 
 class MissingCompiler(ImportError):

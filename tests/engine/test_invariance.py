@@ -189,7 +189,7 @@ def programs(engine: Engine) -> tuple[Callable, Callable]:
 
 
 def run_programs(engine: Engine, requests: list[Request], bucket: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Prefills in one step of `bucket` tokens and decodes one chunk: (tokens [CHUNK + 1, n], the cached keys and values)."""
+    """Prefills in one step of `bucket` tokens and decodes one chunk: (tokens [CHUNK + 1, n], the cached keys and values, both [..., S, C])."""
     prefill, decode = programs(engine)
     params, (fixed, _), n = engine.model.params, engine.model.bank.split(), len(requests)
     rows = steps.bucket(n, steps.ROW_BUCKETS)
@@ -205,7 +205,7 @@ def run_programs(engine: Engine, requests: list[Request], bucket: int) -> tuple[
     first = np.asarray(first)[:n]
     given = [steps.pad_to(x, rows) for x in (range(n), first, lengths, [steps.CHUNK] * n)]
     out, state = decode(params, fixed, state, *given, steps.pad_to((), steps.EOS_SLOTS, -2), sampling(rows))
-    return np.concatenate([first[None], np.asarray(out)[:, :n]]), [np.asarray(state.layers.k), np.asarray(state.layers.v)]
+    return np.concatenate([first[None], np.asarray(out)[:, :n]]), [np.asarray(state.layers.k).swapaxes(-1, -2), np.asarray(state.layers.v)]
 
 
 def test_generation_alone_and_in_a_batch(engine):

@@ -121,7 +121,7 @@ def bits(x) -> np.ndarray:
     return x.view(np.uint32)
 
 
-LARGE = 2**22
+LARGE = 2**21
 """Weights of more elements than this are tried in fewer ways: each takes tens of milliseconds, and what is left out is tried on smaller ones."""
 
 

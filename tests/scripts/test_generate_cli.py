@@ -262,7 +262,7 @@ def test_the_shipped_model_in_a_process_of_its_own(tmp_path):
 def test_an_error_in_a_process_of_its_own(model, tmp_path):
     """What other libraries write on standard error would show here."""
     (write_model(tmp_path / "hf", shards=2) / "model-00001-of-00002.safetensors").unlink()
-    done = shell("hf", "--cache", "cache", "--prompt", "a", cwd=tmp_path)
+    done = shell("hf", "--cache", "cache", "--prompt", "a", "--max-new-tokens", "4", cwd=tmp_path)
     check_refused(commands.Done(done.returncode, done.stdout, done.stderr), "model-00001-of-00002.safetensors: missing")
     assert os.listdir(tmp_path) == ["hf"]
 
