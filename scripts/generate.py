@@ -214,7 +214,7 @@ def report(args: Arguments, model, engine, results, timings, load_seconds: float
         f"first token {1e3 * timings.first_token_seconds:.1f} ms, load {load_seconds:.1f} s, compile {timings.compile_seconds:.1f} s\n"
         f"device bytes {sum(sizes.values()) / 1e6:,.1f} MB; decode reads {achieved:.1f} GB/s of {ceiling:.1f} measured "
         f"({bound['percent']:.0f} %)[/dim]",
-        highlight=False,
+        highlight=False, soft_wrap=True,
     )
     if args.json is None:
         return

@@ -179,8 +179,8 @@ class Engine:
             self._prefill(self.empty_state(), batch, sampling_params(steps.LOGIT_ROWS), np.zeros(steps.LOGIT_ROWS, np.int32))
         for rows in self.row_buckets():
             progress(f"decode of {rows}")
-            nothing = np.zeros(rows, np.int32)
-            jax.block_until_ready(self._decode(self.empty_state(), nothing, nothing, nothing, nothing, sampling_params(rows))[0])
+            nothing, one = np.zeros(rows, np.int32), np.ones(rows, np.int32)  # one real step: XLA's CPU kernels are set up when they first run
+            jax.block_until_ready(self._decode(self.empty_state(), nothing, nothing, nothing, one, sampling_params(rows))[0])
         return time.perf_counter() - began
 
     def _prefill(self, state, batch, sampling: SamplingParams, positions):
