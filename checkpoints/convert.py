@@ -376,8 +376,7 @@ def _sync(folder: Path) -> None:
     """
     with ThreadPoolExecutor(_SYNCING) as pool:
         for root, _, names in os.walk(folder):
-            for _ in pool.map(_sync_file, [os.path.join(root, name) for name in names]):
-                pass
+            list(pool.map(_sync_file, [os.path.join(root, name) for name in names]))  # raises what a thread raised
             _sync_file(root)
 
 

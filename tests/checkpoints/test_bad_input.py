@@ -135,7 +135,8 @@ def test_refused_before_the_first_byte(tmp_path, damage, message):
 
 def test_undamaged_it_converts(tmp_path):
     """So that the cases above fail for their own reason."""
-    convert(hf_folders.tiny(tmp_path / "hf", "qwen3_moe", shards=3), tmp_path / "deep" / "out")
+    manifest = convert(hf_folders.tiny(tmp_path / "hf", "qwen3_moe", shards=3), tmp_path / "deep" / "out")
+    assert manifest.leaves and {p.name for p in (tmp_path / "deep").iterdir()} == {"out"}
 
 
 def test_several_dtypes_convert_when_one_is_chosen(tmp_path):
