@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Array
 
 import jaxmoe
+from checkpoints.manifest import write_text
 
 FORMAT = 1
 BOUND_KINDS = ("bandwidth", "compute", "link", "overlapped", "serial", "capacity")
@@ -222,7 +223,7 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     if path.suffix != ".json":
         raise ValueError(f"a record goes to a .json file, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomic(path, json.dumps(_plain(record, ""), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(_plain(record, ""), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def check_path(path: str | Path) -> None:
@@ -268,19 +269,6 @@ def _read_record(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a record of format {FORMAT}: its format is {found!r}")
     _require(record, [field.name for field in dataclasses.fields(Record)], str(path))
     return record
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    # In the same folder, since a rename is atomic only within a file system; not .json, so that no reader takes it.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- Ceilings
@@ -441,5 +429,5 @@ def update_readme(path: str | Path, name: str, markdown: str) -> bool:
         raise ValueError(f"{path} has no {end} after {begin}")
     new = f"{before}{begin}\n{markdown.strip()}\n{end}{after}"
     if new != text:
-        _write_atomic(path, new)
+        write_text(path, new)
     return new != text

@@ -21,8 +21,6 @@ from jaxmoe import formats
 ROW_TILES = (4, 8, 16, 32)
 """Row counts whose results agree bit for bit."""
 
-_UNROLL = 4
-
 
 def row_tile(rows: int) -> int:
     """The smallest allowed tile that covers `rows`, else the largest."""
@@ -51,9 +49,8 @@ def dense(
         return _dot_in_parts(x, jnp.pad(w, more if transposed else more[::-1]), transposed, parts)[:, :n]
     tile = row_tile(rows)
     tiles = pad_rows(x, tile).reshape(-1, tile, x.shape[1])
-    if tiles.shape[0] <= _UNROLL:
-        out = [_dot(tiles[i], w, transposed) for i in range(tiles.shape[0])]
-        return (out[0] if len(out) == 1 else jnp.concatenate(out))[:rows]
+    if tiles.shape[0] == 1:
+        return _dot(tiles[0], w, transposed)[:rows]
     return jax.lax.map(lambda t: _dot(t, w, transposed), tiles).reshape(-1, n)[:rows]
 
 

@@ -1,8 +1,9 @@
 """Grouped matmul on the CPU: a loop over the groups that have rows, each a few plain dots of row tiles with the group's matrix.
 
 `jax.lax.ragged_dot` computes every group for every row on this backend. Here a group reads its matrix once and nothing else, an empty group
-costs nothing, and each row's bits do not depend on the other rows (tiles have the sizes of `pallas_kernels.dense.cpu.ROW_TILES`). A tile that
-overhangs its group computes rows of the next one with the wrong matrix; the next group's own tiles, which come later, write over them.
+costs nothing, and each row's bits do not depend on the other rows (tiles have sizes of `pallas_kernels.dense.cpu.ROW_TILES`, or others that
+`same_order` found to have their bits). A tile that overhangs its group computes rows of the next one with the wrong matrix; the next group's own
+tiles, which come later, write over them.
 
 What bounds it with few rows: XLA's CPU backend multiplies with whole buffers only, so that picking a matrix out of the pool copies it. On two cores
 one row times a picked matrix of 4 MB takes 323 us, and 142 us, the speed of the memory, by `lax.switch` over matrices that are arrays of their own;
@@ -142,7 +143,6 @@ def grouped_swiglu(
     z, d, _, f = w_in_ZD2F.shape
     w_in = w_in_ZD2F.reshape(z, d, 2 * f)
     dtype = x_MD.dtype
-
     tile, (parts_in, parts_out) = tiling(x_MD.shape[0], group_ids.shape[0], ((d, 2 * f), (f, d)))
 
     def pick(i):
