@@ -88,19 +88,20 @@ class Checkpoint:
         `restore_params`."""
         return self._restore("experts.", spec, sharding, dtype)
 
-    def read_expert(self, layer: int, expert: int, dtype: str | None = None) -> dict[str, np.ndarray]:
+    def read_expert(self, layer: int, expert: int, dtype: str | None = None, verify: bool = False) -> dict[str, np.ndarray]:
         """One expert as numpy arrays; only its chunks are read.
 
         Args:
             layer: the model's layer index.
             expert: which of the layer's E.
             dtype: as for `read`.
+            verify: compare what was read with the manifest's checksums.
 
         Returns:
             `{gate [D, F], up [D, F], down [F, D]}`.
 
         Raises:
-            CheckpointError: no such expert, or a damaged chunk.
+            CheckpointError: no such expert, a damaged chunk, or a checksum that fails.
         """
         first = f"experts.{layer}.gate"
         if first not in self.manifest.leaves:
@@ -110,7 +111,14 @@ class Checkpoint:
         count = self.manifest.leaves[first].shape[0]
         if not 0 <= expert < count:
             raise CheckpointError(f"{self.folder}: layer {layer} has experts 0 to {count - 1}, {expert} was asked for")
-        return {name: self.read(f"experts.{layer}.{name}", (expert,), dtype) for name in ("gate", "up", "down")}
+        out = {}
+        for name in ("gate", "up", "down"):
+            path = f"experts.{layer}.{name}"
+            data = store.read_array(self.folder, path, self._array(path), (expert,))
+            if verify:
+                self._check_unit(path, expert, data)
+            out[name] = formats.store_numpy(data, dtype or self.manifest.dtype)
+        return out
 
     def restore_bank(
         self, spec: ModelSpec | None = None, dtype: str | None = None, sharding: Placement = None
@@ -172,6 +180,14 @@ class Checkpoint:
                         f"{self.folder}: {which} has checksum {crc:08x}, the manifest says {expected}"
                     )
 
+    def _check_unit(self, path: str, expert: int, data: np.ndarray) -> None:
+        """Compares one expert's matrix [.., ..], in the dtype on disk, with its checksum."""
+        record, crc = self.manifest.leaves[path], 0
+        for axis, start, stop in store.unit_chunks(data.shape, record.chunk[1:]):
+            crc = zlib.crc32(np.ascontiguousarray(data[(slice(None),) * axis + (slice(start, stop),)]).data, crc)
+        if f"{crc:08x}" != record.crc32[expert]:
+            raise CheckpointError(f"{self.folder}: leaf {path}, expert {expert}, has checksum {crc:08x}, the manifest says {record.crc32[expert]}")
+
     def _array(self, path: str) -> ts.TensorStore:
         if path not in self.manifest.leaves:
             raise CheckpointError(f"{self.folder}: there is no leaf {path}")
@@ -201,14 +217,14 @@ class Checkpoint:
 
     def _bank_in(self, leaf: Leaf, index: tuple, dtype: str) -> np.ndarray:
         layers, experts, embed, pair, hidden = index
-        out = _aligned_empty(_shape_of(leaf.shape, index), leaf.dtype)
+        out = formats.aligned_empty(_shape_of(leaf.shape, index), leaf.dtype)
         for j, name in enumerate(("gate", "up")[pair]):
             self._fill(out[:, :, :, j], name, layers, experts, (embed, hidden), dtype)
         return out
 
     def _bank_out(self, leaf: Leaf, index: tuple, dtype: str) -> np.ndarray:
         layers, experts, hidden, embed = index
-        out = _aligned_empty(_shape_of(leaf.shape, index), leaf.dtype)
+        out = formats.aligned_empty(_shape_of(leaf.shape, index), leaf.dtype)
         self._fill(out, "down", layers, experts, (hidden, embed), dtype)
         return out
 
@@ -228,14 +244,6 @@ def _blocks(span: slice, count: int, step: int) -> Iterator[slice]:
 
 def _shape_of(shape: tuple[int, ...], index: tuple) -> tuple[int, ...]:
     return tuple(len(range(*part.indices(n))) for n, part in zip(shape, index, strict=True))
-
-
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
-    """An uninitialised array on a boundary on which jax's CPU backend takes memory over instead of copying it."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    raw = np.empty(size + alignment, np.uint8)
-    start = -raw.ctypes.data % alignment
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _build(leaf: Leaf, sharding: Placement, read: Callable[[tuple], np.ndarray]) -> jax.Array:

@@ -6,6 +6,8 @@ A uint16 leaf is therefore always bfloat16 here. Quantized leaves join this file
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -66,3 +68,11 @@ def load_numpy(leaf: np.ndarray) -> np.ndarray:
     if leaf.dtype == np.uint16:
         return leaf.view(ml_dtypes.bfloat16).astype(np.float32)
     return leaf.astype(np.float32, copy=False)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) -> np.ndarray:
+    """An uninitialised array on a boundary on which jax's CPU backend takes memory over instead of copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + size].view(dtype).reshape(shape)

@@ -7,6 +7,9 @@ from typing import Literal
 
 import jax
 
+ROW_SLACK = 128
+"""Rows that a grouped matmul which writes into a given array may read and write past its last group: the largest row tile."""
+
 Backend = Literal["reference", "cpu", "gpu", "tpu"]
 
 

@@ -218,7 +218,6 @@ def report(args: Arguments, model, engine, results, timings, load_seconds: float
     )
     if args.json is None:
         return
-    layers = engine.empty_state().layers
     seconds = {n: getattr(timings, f"{n}_seconds") for n in ("prefill", "decode", "first_token")} | {"load": load_seconds}
     made = record.make_record(
         name="generate",
@@ -231,7 +230,7 @@ def report(args: Arguments, model, engine, results, timings, load_seconds: float
         seeds={"sampling": args.seed},
         timings={name: record.timing([value]) for name, value in seconds.items()},
         compile_seconds=timings.compile_seconds,
-        bytes=sizes | {"kv": layers.k.nbytes + layers.v.nbytes},
+        bytes=sizes | {"kv": engine.kv_bytes()},
         counters={"prompt_tokens": timings.prompt_tokens, "decode_tokens": timings.decode_tokens, "decode_steps": timings.decode_steps}
         | {"prefill_tokens_per_second": prefill_rate, "decode_tokens_per_second": decode_rate},
         bound=bound,

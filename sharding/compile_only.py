@@ -7,13 +7,15 @@ in as callables.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+from jax._src.lib import xla_client
 from jax.experimental import topologies
 
 H100 = """
@@ -97,3 +99,64 @@ def compile_for(target: str, f: Callable, *args: Any, donate: tuple[int, ...] = 
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on)
 
     return jax.jit(f, donate_argnums=donate).lower(*jax.tree.map(place, args)).compile(compiler_options=options)
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program and the bytes it needs."""
+
+    text: str
+    """The optimized HLO; arrays in host memory have `S(5)` in their layouts."""
+    argument_size: int
+    """Bytes of arguments on the device."""
+    host_argument_size: int
+    """Bytes of arguments in host memory."""
+    temp_size: int
+    """Bytes on the device that only live during the program."""
+    host_temp_size: int
+    """The same in host memory."""
+    alias_size: int
+    """Bytes of donated arguments that results are written over."""
+
+
+def compile_with_host(
+    target: str, f: Callable, *args: Any, host: Collection[int], donate: tuple[int, ...] = (), options: dict[str, Any] | None = None
+) -> Compiled:
+    """Compiles `f(*args)` for one device of `target`, with some arguments in the host's pinned memory.
+
+    Compile-only GPU devices know no memory kinds: jax drops `pinned_host` on them without a word, and a host operand would compile as a device
+    one. For 'h100' the program is therefore lowered with shardings of the CPU, which keep the kind, and the module handed to XLA's CUDA compiler.
+
+    Args:
+        target, f, args, donate, options: see `compile_for`.
+        host: which arguments live in `pinned_host`, with all of their leaves.
+
+    Raises:
+        MissingCompiler, ValueError: see `devices`.
+    """
+    device = devices(target)[0]
+    shown = jax.devices("cpu")[0] if target == "h100" else device
+    on_device = jax.sharding.SingleDeviceSharding(shown)
+    on_host = jax.sharding.SingleDeviceSharding(shown, memory_kind="pinned_host")
+
+    def place(i, arg):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_host if i in host else on_device), arg)
+
+    traced = jax.jit(f, donate_argnums=donate).trace(*(place(i, arg) for i, arg in enumerate(args)))
+    if target == "h100":
+        settings = xla_client.CompileOptions()
+        settings.env_option_overrides = list((options or {}).items())
+        module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+        program = device.client.compile(module, xla_client.DeviceList((device,)), settings)
+        text, stats = program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats()
+    else:
+        program = traced.lower().compile(compiler_options=options)
+        text, stats = program.as_text(), program.memory_analysis()
+    return Compiled(
+        text=text,
+        argument_size=stats.argument_size_in_bytes,
+        host_argument_size=stats.host_argument_size_in_bytes,
+        temp_size=stats.temp_size_in_bytes,
+        host_temp_size=stats.host_temp_size_in_bytes,
+        alias_size=stats.alias_size_in_bytes,
+    )

@@ -81,14 +81,13 @@ def prefill_logits(
 ) -> list[np.ndarray]:
     """float32 logits [len(ids), V] of each request, prefilled by a schedule in steps of `tokens`."""
     run = steps.run_length(tokens)
-    bank, moving = model.bank.split()
     layers = init_kv(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
-    state = steps.EngineState(layers, jax.tree.map(jnp.copy, moving))
+    state = steps.EngineState(layers, model.bank.init_state())
     step = steps.logits_step(model.spec, model.kernels)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]
     for pieces in schedule:
         batch = make_batch([(i, start, requests[i][start:stop]) for i, start, stop in pieces], run, tokens, list(range(tokens)))
-        logits, state = step(model.params, bank, state, batch)
+        logits, state = step(model.params, model.bank, state, batch)
         for token, (i, position) in enumerate(zip(batch.segments, batch.positions, strict=True)):
             if i >= 0:
                 out[i][position] = logits[token]
@@ -97,9 +96,8 @@ def prefill_logits(
 
 def decode_logits(model: Model, requests: list[list[int]], bucket: int, rows: int | None = None, positions: int = 512) -> list[np.ndarray]:
     """The same, every request fed one token at a time from its first on, all requests together in steps of `bucket` rows."""
-    bank, moving = model.bank.split()
     layers = init_kv(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
-    state = steps.EngineState(layers, jax.tree.map(jnp.copy, moving))
+    state = steps.EngineState(layers, model.bank.init_state())
     step = steps.logits_step(model.spec, model.kernels)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]
     for position in range(max(map(len, requests))):
@@ -111,7 +109,7 @@ def decode_logits(model: Model, requests: list[list[int]], bucket: int, rows: in
             np.asarray([position] * len(going) + [0] * rest, np.int32),
             np.arange(bucket) < len(going),
         )
-        logits, state = step(model.params, bank, state, batch)
+        logits, state = step(model.params, model.bank, state, batch)
         for i, row in zip(going, np.asarray(logits), strict=False):
             out[i][position] = row
     return out

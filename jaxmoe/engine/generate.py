@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.cache.batch import make_batch
@@ -143,7 +143,8 @@ def positions_bucket(n: int) -> int:
 class Engine:
     """Compiled programs and an empty cache for up to `rows` sequences of up to `positions` tokens.
 
-    It owns no hidden state between calls: every `generate` starts from an empty cache.
+    Every `generate` starts from an empty cache of keys and values. Experts that a bank has brought to the device stay there from call to call; they
+    change how fast a call is, not what it gives.
     """
 
     def __init__(self, model: Model, rows: int, positions: int, greedy: bool, eos: Sequence[int] = ()):
@@ -153,12 +154,19 @@ class Engine:
         self.positions = min(positions_bucket(positions), positions_bucket(model.spec.max_positions))
         self.eos = tuple(eos)
         self._eos = steps.pad_to(self.eos, steps.EOS_SLOTS, -2)
-        self._bank, self._moving = model.bank.split()
+        self._moving: Any = None
 
-    def empty_state(self) -> steps.EngineState:
-        """A state with an empty cache of the size that the programs were compiled for."""
-        layers = init_kv(self.model.spec, self.rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
-        return steps.EngineState(layers, jax.tree.map(jnp.copy, self._moving))
+    def start(self) -> steps.EngineState:
+        """A state with an empty cache of the size that the programs were compiled for, and the experts as the last call left them."""
+        moving, self._moving = self._moving, None  # steps take the arrays: an error on the way leaves nothing to go on with
+        return steps.EngineState(self._empty_cache(), self.model.bank.init_state() if moving is None else moving)
+
+    def _empty_cache(self):
+        return init_kv(self.model.spec, self.rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+
+    def kv_bytes(self) -> int:
+        """Bytes of the cache of keys and values."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(self._empty_cache)))
 
     def token_buckets(self) -> tuple[int, ...]:
         """Prefill buckets that this engine's prompts can need."""
@@ -176,21 +184,24 @@ class Engine:
         for tokens in sizes:
             progress(f"prefill of {tokens}")
             batch = make_batch([(0, 0, [0])], steps.run_length(tokens), tokens, n_logits=steps.LOGIT_ROWS)
-            self._prefill(self.empty_state(), batch, sampling_params(steps.LOGIT_ROWS), np.zeros(steps.LOGIT_ROWS, np.int32))
+            _, state = self._prefill(self.start(), batch, sampling_params(steps.LOGIT_ROWS), np.zeros(steps.LOGIT_ROWS, np.int32))
+            self._moving = self.model.bank.forget(state.bank)
         for rows in self.row_buckets():
             progress(f"decode of {rows}")
             nothing, one = np.zeros(rows, np.int32), np.ones(rows, np.int32)  # one real step: XLA's CPU kernels are set up when they first run
-            jax.block_until_ready(self._decode(self.empty_state(), nothing, nothing, nothing, one, sampling_params(rows))[0])
+            out, state = self._decode(self.start(), nothing, nothing, nothing, one, sampling_params(rows))
+            jax.block_until_ready(out)
+            self._moving = self.model.bank.forget(state.bank)
         return time.perf_counter() - began
 
     def _prefill(self, state, batch, sampling: SamplingParams, positions):
         step = steps.prefill_step(self.model.spec, self.model.kernels, self.greedy)
-        tokens, state = step(self.model.params, self._bank, state, batch, sampling, positions)
+        tokens, state = step(self.model.params, self.model.bank, state, batch, sampling, positions)
         return np.asarray(tokens), state
 
     def _decode(self, state, rows, tokens, positions, budget, sampling: SamplingParams):
         step = steps.decode_step(self.model.spec, self.model.kernels, self.greedy)
-        return step(self.model.params, self._bank, state, rows, tokens, positions, budget, self._eos, sampling)
+        return step(self.model.params, self.model.bank, state, rows, tokens, positions, budget, self._eos, sampling)
 
     def generate(
         self,
@@ -224,7 +235,7 @@ class Engine:
                 raise RequestError(f"request {i} has temperature {r.sampling.temperature}, but this engine was made greedy")
         rows = [_Row(r, tokenizer, self.eos) for r in requests]
         timings = Timings(prompt_tokens=sum(len(r.prompt_ids) for r in requests))
-        state = self.empty_state()
+        state = self.start()
         began = time.perf_counter()
         for batch, ended in self._prefill_batches(requests):
             sampling = self._sampling([requests[i] for i in ended], steps.LOGIT_ROWS)
@@ -234,7 +245,8 @@ class Engine:
                 timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - began
                 on_text(i, rows[i].push(int(token)))
         timings.prefill_seconds = time.perf_counter() - began
-        self._decode_all(rows, state, timings, on_text)
+        state = self._decode_all(rows, state, timings, on_text)
+        self._moving = state.bank
         return [row.result for row in rows], timings
 
     def _prefill_batches(self, requests: Sequence[Request]):
@@ -262,7 +274,7 @@ class Engine:
                 last.append((used - 1) * run + (len(ids) - 1) % run)
             yield make_batch(pieces, run, tokens, last or [0], steps.LOGIT_ROWS), ended
 
-    def _decode_all(self, rows: list[_Row], state: steps.EngineState, timings: Timings, on_text) -> None:
+    def _decode_all(self, rows: list[_Row], state: steps.EngineState, timings: Timings, on_text) -> steps.EngineState:
         """Decodes until every row has ended, in chunks; ended rows leave the batch between chunks."""
         began = time.perf_counter()
         while live := [i for i, row in enumerate(rows) if row.result.finish_reason is None]:
@@ -282,6 +294,7 @@ class Engine:
                         timings.decode_tokens += 1
                         on_text(i, rows[i].push(int(token)))
         timings.decode_seconds = time.perf_counter() - began
+        return state
 
     def _sampling(self, requests: Sequence[Request], n: int) -> SamplingParams:
         """Sampling arrays for n rows, padded with the last request's values."""
@@ -298,13 +311,12 @@ def prompt_logits(model: Model, ids: Sequence[int], tokens: int = 512) -> np.nda
     if len(ids) > model.spec.max_positions:
         raise RequestError(f"{len(ids)} tokens are more than the model's {model.spec.max_positions} positions")
     run = steps.run_length(tokens)
-    bank, moving = model.bank.split()
-    state = steps.EngineState(init_kv(model.spec, 1, positions_bucket(len(ids)), run), jax.tree.map(jnp.copy, moving))
+    state = steps.EngineState(init_kv(model.spec, 1, positions_bucket(len(ids)), run), model.bank.init_state())
     step = steps.logits_step(model.spec, model.kernels)
     out = []
     for at in range(0, len(ids), tokens):
         part = list(ids[at : at + tokens])
         batch = make_batch([(0, at, part)], run, tokens, list(range(len(part))), tokens)
-        logits, state = step(model.params, bank, state, batch)
+        logits, state = step(model.params, model.bank, state, batch)
         out.append(np.asarray(logits)[: len(part)])
     return np.concatenate(out)

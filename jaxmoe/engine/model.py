@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from checkpoints.load import Checkpoint
-from jaxmoe.experts import ResidentBank
+from jaxmoe.experts import ResidentBank, SlotBank, host_store
+from jaxmoe.residency import find_policy
+from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec, stack_layers
 from pallas_kernels.dispatch import Kernels
 
@@ -31,7 +35,7 @@ class Model:
         def count(tree) -> int:
             return sum(x.nbytes for x in jax.tree.leaves(tree))
 
-        return {"params": count(self.params), "experts": count(self.bank)}
+        return {"params": count(self.params), "experts": self.bank.device_bytes}
 
     def bytes_per_token(self, rows: int = 1) -> int:
         """Bytes of weights that one decode step of `rows` sequences has to read, if no two sequences share an expert.
@@ -45,7 +49,33 @@ class Model:
         return dense + min(rows * router.active, router.experts) * sum(self.spec.expert_bytes())
 
 
-def load_model(checkpoint: Checkpoint, dtype: str, kernels: Kernels, unroll: bool | None = None) -> Model:
+@dataclasses.dataclass(frozen=True)
+class Offload:
+    """How a model's experts are kept in host memory and brought to the device.
+
+    Attributes:
+        slots: slots of each MoE layer; one number for all.
+        staging: slots that all layers share, for experts that pass through.
+        policy: a name of `jaxmoe.residency.POLICIES`.
+        profile: [L, E] how much each expert is used, for policies that need it.
+        fill: a name of `pallas_kernels.expert_fill.api.METHODS`; None for the backend's.
+    """
+
+    slots: int | tuple[int, ...]
+    staging: int = 2
+    policy: str = DEFAULT
+    profile: Any = None
+    fill: str | None = None
+
+
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: str,
+    kernels: Kernels,
+    unroll: bool | None = None,
+    offload: Offload | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Model:
     """Restores a converted checkpoint onto the default device.
 
     Args:
@@ -53,6 +83,8 @@ def load_model(checkpoint: Checkpoint, dtype: str, kernels: Kernels, unroll: boo
         dtype: 'float32' or 'bfloat16', how weights are held and activations computed.
         kernels: which implementations run.
         unroll: keep one array a layer instead of scanning over stacked ones; the CPU's default, where it spares copies.
+        offload: keep the experts in host memory, and bring them to the device as they are asked for.
+        progress: called with experts read and experts in all, with `offload`.
 
     On the CPU a tied embedding gets a transposed copy as the output matrix: XLA there multiplies few rows with [V, D] at half the speed of [D, V].
     """
@@ -62,6 +94,41 @@ def load_model(checkpoint: Checkpoint, dtype: str, kernels: Kernels, unroll: boo
     params = stack_layers(spec, layered, tuple if unroll else jnp.stack)
     if kernels.backend == "cpu" and "lm_head" not in params:
         params["lm_head"] = {"kernel": jnp.array(params["embed"]["table"].T)}
+    if offload is not None:
+        return Model(spec, params, slot_bank(spec, read_store(checkpoint, spec, progress), offload), kernels, checkpoint.folder)
     arrays = checkpoint.restore_bank(spec)
     bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation)
     return Model(spec, params, bank, kernels, checkpoint.folder)
+
+
+def read_store(checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+    """Every expert's record in host memory; each is compared with its checksum as it is read."""
+
+    def read(moe_layer: int, expert: int):
+        return checkpoint.read_expert(spec.moe_layers[moe_layer], expert, spec.precision.params, verify=True)
+
+    return host_store.read_records(spec, read, progress)
+
+
+def slot_bank(spec: ModelSpec, records: np.ndarray, offload: Offload) -> SlotBank:
+    """A slot bank over records of `read_store`.
+
+    Raises:
+        ValueError: slots that the model can't run with, or an unknown policy.
+    """
+    router, experts = spec.moe
+    layers = len(spec.moe_layers)
+    slots = (offload.slots,) * layers if isinstance(offload.slots, int) else offload.slots
+    if len(slots) != layers:
+        raise ValueError(f"slots are given for {len(slots)} layers, the model has {layers} with experts")
+    if not all(router.active <= n <= router.experts for n in slots):
+        raise ValueError(f"{min(slots)} to {max(slots)} slots a layer: the model needs {router.active} to {router.experts}")
+    if offload.staging < 1:
+        raise ValueError(f"{offload.staging} staging slots: at least one is needed")
+    if find_policy(offload.policy).needs_profile and offload.profile is None:
+        raise ValueError(f"the policy {offload.policy!r} needs a profile of how much each expert is used: give a trace")
+    profile = None if offload.profile is None else jnp.asarray(offload.profile, jnp.float32)
+    return SlotBank(
+        host_store.pinned(records), profile=profile, slots=tuple(slots), staging=offload.staging, experts=router.experts,
+        entries=host_store.entry_shapes(spec), activation=experts.activation, policy=offload.policy, fill=offload.fill,
+    )  # fmt: skip

@@ -65,7 +65,9 @@ class EngineState:
 
 
 def _forward(spec: ModelSpec, params, bank, state: EngineState, batch: Batch, kernels: Kernels):
-    logits, bank, layers, _ = forward(spec, params, bank.join(state.bank), state.layers, batch, kernels)
+    bank = bank.join(state.bank)
+    bank = bank.in_order() if batch.run > 1 else bank
+    logits, bank, layers, _ = forward(spec, params, bank, state.layers, batch, kernels)
     return logits, EngineState(layers, bank.split()[1])
 
 

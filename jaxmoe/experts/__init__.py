@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from jaxmoe.experts.resident import ResidentBank
+from jaxmoe.experts.slots import SlotBank
 
 ExpertBank = Any
-"""A pytree with `expert_ffn`, `split` and `join`. A bank splits into a fixed part, which steps only read, and a moving part, which they carry, donate
-and return; carrying the fixed part too would copy it out of every program."""
+"""A pytree with `expert_ffn`, `init_state`, `forget`, `split`, `join` and `in_order`. A bank splits into a fixed part, which steps only read, and a
+moving part, which they carry, donate and return; carrying the fixed part too would copy it out of every program."""
 
-__all__ = ["ExpertBank", "ResidentBank", "expert_ffn"]
+__all__ = ["ExpertBank", "ResidentBank", "SlotBank", "expert_ffn"]
 
 
 def expert_ffn(bank: ExpertBank, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels):

@@ -41,6 +41,23 @@ class ResidentBank:
         """The bank whose `split` gave this fixed part and `moving`."""
         return self
 
+    def in_order(self) -> ResidentBank:
+        """The bank for steps whose tokens come one after another: the same."""
+        return self
+
+    def init_state(self) -> tuple:
+        """The moving part at the beginning."""
+        return ()
+
+    def forget(self, moving: tuple) -> tuple:
+        """The moving part as if nothing had been run."""
+        return moving
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the experts on the device."""
+        return self.w_in.nbytes + self.w_out.nbytes
+
     def expert_ffn(
         self,
         moe_layer: Int[Array, ""],

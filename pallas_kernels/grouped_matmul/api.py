@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.dispatch import Kernels
+from pallas_kernels.dispatch import ROW_SLACK, Kernels
 from pallas_kernels.grouped_matmul import cpu, reference
 
 
@@ -52,6 +52,8 @@ def grouped_swiglu(
     group_sizes: Int[Array, "G"],
     act: Callable,
     kernels: Kernels,
+    starts: Int[Array, "G"] | None = None,
+    into: Float[Array, "M D"] | None = None,
 ) -> Float[Array, "M D"]:
     """A gated feed-forward per group, in one pass: `(act(x @ w_in[:, 0]) * (x @ w_in[:, 1])) @ w_out`.
 
@@ -62,6 +64,9 @@ def grouped_swiglu(
         group_ids, group_sizes: as in `grouped_matmul`.
         act: the gate's activation, elementwise.
         kernels: which implementation.
+        starts: first row of each group, where the groups given here are some of those that the rows are sorted by.
+        into: what to write the groups' rows into. Rows before the first group given here are kept; those after the last one hold values of no
+            meaning, so that calls for several parts of the groups go in the order of the rows. M must leave `ROW_SLACK` rows past the last group.
 
     Returns:
         float32 [M, D]; padding rows hold values of no meaning.
@@ -71,9 +76,12 @@ def grouped_swiglu(
     """
     _check_groups(x_MD, group_ids, group_sizes)
     _check_swiglu(x_MD, w_in_ZD2F, w_out_ZFD)
+    _check((starts is None) == (into is None), "`starts` and `into` together")
+    if into is not None:
+        _check(into.shape == x_MD.shape and x_MD.shape[0] > ROW_SLACK, f"as many rows to write into, above {ROW_SLACK}", into.shape, x_MD.shape)
     if kernels.backend == "cpu":
-        return cpu.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act)
-    return reference.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act).astype(jnp.float32)
+        return cpu.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act, starts, into)
+    return reference.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act, starts, into).astype(jnp.float32)
 
 
 def swiglu_rows(x_D, w_in_ZD2F, w_out_ZFD, ids_A: Int[Array, "A"], act: Callable, kernels: Kernels) -> Float[Array, "A D"]:

@@ -22,8 +22,9 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
 from pallas_kernels.dense.cpu import ROW_TILES, row_tile, same_order
+from pallas_kernels.dispatch import ROW_SLACK
 
-_LARGE_TILES = (64, 96, 128)
+_LARGE_TILES = (64, 96, ROW_SLACK)
 _LARGE_WEIGHTS = 2**17
 """Elements of a matrix from which on XLA spreads a tile's dot over cores, so that larger tiles pay for the padding they bring."""
 
@@ -64,14 +65,19 @@ def _one_row(shapes: Sequence[tuple[int, ...]]) -> Tiling:
     return Tiling(ROW_TILES[0], (1,) * len(shapes)) if parts is None else Tiling(1, parts)
 
 
-def _over_groups(x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable, tile: int):
+def _over_groups(
+    x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable, tile: int,
+    starts: jax.Array | None = None, into: jax.Array | None = None,
+):  # fmt: skip
     """Runs `f(rows [tile, K], pick(pool id)) -> [tile, width]` over the tiles that exist, of the groups that have rows; float32 [M, width].
 
     The last tile of a group may overhang.
     """
     m, k = x.shape
-    x = jnp.pad(x.astype(jnp.float32), ((0, tile), (0, 0)))
-    starts = jnp.cumsum(group_sizes) - group_sizes
+    x = x.astype(jnp.float32)
+    if into is None:
+        x = jnp.pad(x, ((0, tile), (0, 0)))
+    starts = jnp.cumsum(group_sizes) - group_sizes if starts is None else starts
     with_rows = jnp.argsort(group_sizes == 0, stable=True)
     count = (group_sizes > 0).sum()
 
@@ -82,14 +88,14 @@ def _over_groups(x: jax.Array, width: int, group_ids: jax.Array, group_sizes: ja
     def one_group(j, y):
         g = with_rows[j]
         weights = pick(group_ids[g])
-        if m <= tile:  # no group has a second tile
+        if m <= tile and into is None:  # no group has a second tile
             return one_tile(starts[g], weights, y)
         tiles = -(-group_sizes[g] // tile)
         return jax.lax.fori_loop(0, tiles, lambda i, y: one_tile(starts[g] + i * tile, weights, y), y)
 
     # A plain constant would be shared by all layers, and copied for each.
-    zeros = jnp.full((m + tile, width), jnp.minimum(count, 0), jnp.float32)
-    return jax.lax.fori_loop(0, count, one_group, zeros)[:m]
+    y = jnp.full((m + tile, width), jnp.minimum(count, 0), jnp.float32) if into is None else into
+    return jax.lax.fori_loop(0, count, one_group, y)[:m]
 
 
 def swiglu_rows(
@@ -138,6 +144,8 @@ def grouped_swiglu(
     group_ids: Int[Array, "G"],
     group_sizes: Int[Array, "G"],
     act: Callable,
+    starts: Int[Array, "G"] | None = None,
+    into: Float[Array, "M D"] | None = None,
 ) -> Float[Array, "M D"]:
     """See `api.grouped_swiglu`. In bfloat16 the gate, up and hidden values are rounded where a separate op would have rounded them."""
     z, d, _, f = w_in_ZD2F.shape
@@ -153,4 +161,4 @@ def grouped_swiglu(
         hidden = act(both[:, :f]) * both[:, f:]
         return _dot(hidden.astype(jnp.float32), weights[1])
 
-    return _over_groups(x_MD, d, group_ids, group_sizes, pick, expert, tile)
+    return _over_groups(x_MD, d, group_ids, group_sizes, pick, expert, tile, starts, into)

@@ -11,24 +11,25 @@ from jaxtyping import Array, Float, Int, Num
 from jaxmoe import formats
 
 
-def row_groups(group_sizes: Int[Array, "G"], rows: int) -> Int[Array, "M"]:
-    """The group of each sorted row; G for padding rows."""
-    ends = jnp.cumsum(group_sizes)
-    return jnp.searchsorted(ends, jnp.arange(rows), side="right")
-
-
 def grouped_matmul(
-    x_MK: Float[Array, "M K"], w_ZKN: Num[Array, "Z K N"], group_ids: Int[Array, "G"], group_sizes: Int[Array, "G"]
+    x_MK: Float[Array, "M K"],
+    w_ZKN: Num[Array, "Z K N"],
+    group_ids: Int[Array, "G"],
+    group_sizes: Int[Array, "G"],
+    starts: Int[Array, "G"] | None = None,
+    into: Float[Array, "M N"] | None = None,
 ) -> Float[Array, "M N"]:
-    """See `api.grouped_matmul`."""
-    group = row_groups(group_sizes, x_MK.shape[0])
+    """See `api.grouped_matmul`, and `api.grouped_swiglu` for `starts` and `into`."""
+    starts = jnp.cumsum(group_sizes) - group_sizes if starts is None else starts
+    row = jnp.arange(x_MK.shape[0])
 
     def body(y, g):
         w = formats.load(jax.lax.dynamic_index_in_dim(w_ZKN, group_ids[g], 0, False), jnp.float32)
         out = jnp.dot(x_MK.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
-        return jnp.where((group == g)[:, None], out, y), None
+        mine = (row >= starts[g]) & (row < starts[g] + group_sizes[g])
+        return jnp.where(mine[:, None], out, y), None
 
-    y0 = jnp.zeros((x_MK.shape[0], w_ZKN.shape[2]), jnp.float32)
+    y0 = jnp.zeros((x_MK.shape[0], w_ZKN.shape[2]), jnp.float32) if into is None else into
     return jax.lax.scan(body, y0, jnp.arange(group_ids.shape[0]))[0]
 
 
@@ -39,9 +40,11 @@ def grouped_swiglu(
     group_ids: Int[Array, "G"],
     group_sizes: Int[Array, "G"],
     act: Callable,
+    starts: Int[Array, "G"] | None = None,
+    into: Float[Array, "M D"] | None = None,
 ) -> Float[Array, "M D"]:
     """See `api.grouped_swiglu`."""
     z, d, _, f = w_in_ZD2F.shape
-    both = grouped_matmul(x_MD, w_in_ZD2F.reshape(z, d, 2 * f), group_ids, group_sizes).astype(x_MD.dtype)
+    both = grouped_matmul(x_MD, w_in_ZD2F.reshape(z, d, 2 * f), group_ids, group_sizes, starts).astype(x_MD.dtype)
     hidden = (act(both[:, :f]) * both[:, f:]).astype(x_MD.dtype)
-    return grouped_matmul(hidden, w_out_ZFD, group_ids, group_sizes)
+    return grouped_matmul(hidden, w_out_ZFD, group_ids, group_sizes, starts, into)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from sharding import compile_only
-from sharding.compile_only import MissingCompiler, compile_for, devices
+from sharding.compile_only import MissingCompiler, compile_for, compile_with_host, devices
 
 pytestmark = pytest.mark.compile_only
 
@@ -34,3 +34,30 @@ def test_a_missing_compiler_names_the_extra(monkeypatch, target):
     monkeypatch.setattr(compile_only, "_installed", lambda module: False)
     with pytest.raises(MissingCompiler, match=r"jaxmoe\[compile\]"):
         devices.__wrapped__(target)
+
+
+@pytest.mark.parametrize("target", ["h100", "v5e:2x2"])
+def test_host_operands_stay_in_host_memory(target):
+    a, b = jax.ShapeDtypeStruct((64, 256, 128), jnp.float32), jax.ShapeDtypeStruct((4, 256, 128), jnp.float32)
+    one = 256 * 128 * 4
+
+    def f(tree, pool, i):
+        records = [jax.device_put(jax.lax.dynamic_slice_in_dim(x, i, 1, 0), jax.memory.Space.Device) for x in tree.values()]
+        return jax.lax.dynamic_update_slice_in_dim(pool, sum(records), i, 0)
+
+    args = {"a": a, "b": a}, b, jax.ShapeDtypeStruct((), jnp.int32)
+    program = compile_with_host(target, f, *args, host={0}, donate=(1,))
+    assert "S(5)" in program.text.splitlines()[0]
+    assert program.host_argument_size == 2 * 64 * one
+    assert 4 * one < program.argument_size <= 4 * one + 1024
+    assert program.alias_size == 4 * one
+    assert program.temp_size <= 3 * one + 65536 and program.host_temp_size == 0
+    kept = compile_with_host(target, f, *args, host=(), donate=())
+    assert (kept.host_argument_size, kept.alias_size) == (0, 0) and kept.argument_size >= (2 * 64 + 4) * one
+
+
+@pytest.mark.parametrize("target", ["h100", "v5e:2x2"])
+def test_options_reach_the_compiler(target):
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    with pytest.raises(Exception, match="xla_no_such_option"):
+        compile_with_host(target, jnp.tanh, x, host=(), options={"xla_no_such_option": True})

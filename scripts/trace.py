@@ -1,0 +1,253 @@
+"""Routing traces: `trace.py import` reads one of another program, `record` makes one, `replay` runs it through a cache, `report` says what it allows.
+
+    python scripts/trace.py record [MODEL] --prompt TEXT | --prompt-file FILE --out TRACE.npz
+    python scripts/trace.py replay TRACE --slots 12 --policy lfu
+    python scripts/trace.py report TRACE --slots 12 24 --plots FOLDER
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+if importlib.util.find_spec("jaxmoe") is None:
+    sys.path.insert(0, str(ROOT))
+
+from rich.console import Console
+
+from jaxmoe.report.command import run_command
+
+DEFAULT_MODEL = ROOT / "checkpoints" / "default"
+CACHE = Path.home() / ".cache" / "jaxmoe"
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """Imports a route trace that BigMoeOnEdge wrote."""
+
+    csv: tyro.conf.Positional[Path]
+    """The route trace."""
+    out: tyro.conf.Positional[Path]
+    """The trace to write, .npz."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Runs a model and records which experts every token asked for."""
+
+    out: Path
+    """The trace to write, .npz."""
+    model: tyro.conf.Positional[Path] = DEFAULT_MODEL
+    """Hugging Face folder or converted folder."""
+    prompt: str | None = None
+    """The prompt."""
+    prompt_file: Path | None = None
+    """A file with one prompt a line: a batch."""
+    max_new_tokens: int = 128
+    """Tokens to generate per prompt, at most."""
+    teacher_forced: bool = False
+    """Record the prompts alone, as text that counts; nothing is generated."""
+    dtype: str | None = None
+    """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
+    cache: Path = CACHE
+    """Where converted checkpoints and compiled programs are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Runs a trace through a cache of experts, warmed by the prompt, and says how often what was asked for was there."""
+
+    trace: tyro.conf.Positional[Path]
+    """A trace, or a route trace's .csv."""
+    slots: tuple[int, ...]
+    """Experts that a layer holds: one number, or one a layer."""
+    policy: Literal["lru", "lfu", "static", "opt"] = "lfu"
+    """What stays; opt knows the future."""
+    profile: Path | None = None
+    """A trace of the same model, whose use of experts the static policy goes by; the trace's own prompt if not given."""
+    cold: bool = False
+    """Leave the prompt out instead of letting it warm the cache."""
+    json: Path | None = None
+    """Write the result to this file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Says what a trace allows: hit rates of all policies, reuse, foresight, batches, slots by layer."""
+
+    trace: tyro.conf.Positional[Path]
+    """A trace, or a route trace's .csv."""
+    slots: tuple[int, ...] = ()
+    """Experts that a layer holds, to be compared; two and four times what a token uses if not given."""
+    seed: int = 0
+    """Of the random batches."""
+    json: Path | None = None
+    """Write the report to this file."""
+    plots: Path | None = None
+    """Draw into this folder (extra `plot`)."""
+
+
+def check_out(path: Path) -> None:
+    """Refuses a trace file that could not be written after the run."""
+    if path.suffix != ".npz":
+        raise ValueError(f"a trace goes to a .npz file, got {path}")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder, not a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}")
+
+
+def describe(trace, path: Path) -> str:
+    """One line on a trace that was written."""
+    about = f"{trace.layers} layers of {trace.experts} experts, {len(trace.ids)} tokens in {trace.n_steps} steps"
+    return f"{path}: {trace.meta['model']}, {about}, {path.stat().st_size / 1e3:,.0f} kB"
+
+
+def import_trace(args: Import, console: Console) -> None:
+    """Reads a .csv and writes a trace."""
+    from jaxmoe.offload.trace import import_csv, save
+
+    check_out(args.out)
+    trace = import_csv(args.csv)
+    save(args.out, trace)
+    console.print(describe(trace, args.out), highlight=False, markup=False, soft_wrap=True)
+
+
+def replay_trace(args: Replay, console: Console) -> None:
+    """Prints, and writes if asked to, what a policy did beside the optimum."""
+    from jaxmoe.offload.replay import OPT, replay
+    from jaxmoe.offload.trace import load_or_import
+    from jaxmoe.report import record, trace_report
+
+    if args.json is not None:
+        record.check_path(args.json)
+    if args.profile is not None and args.policy != "static":
+        raise ValueError(f"--profile is for the static policy, not for {args.policy}")
+    trace = load_or_import(args.trace)
+    profile = None if args.profile is None else read_profile(args.profile, trace)
+    best = replay(trace, args.slots, OPT, warm=not args.cold)
+    found = best if args.policy == OPT else replay(trace, args.slots, args.policy, profile, warm=not args.cold)
+    made = trace_report.summary(found, best)
+    console.print(trace_report.replay_tables(made))
+    if args.json is not None:
+        about = {"trace": trace_report.describe(trace), "warm": not args.cold, "versions": record.versions()}
+        record.write_record(args.json, made | about)
+
+
+def read_profile(path: Path, trace):
+    """How often another trace of the same model used each expert."""
+    from jaxmoe.offload.trace import MODEL_FIELDS, load_or_import, used_steps
+
+    other = load_or_import(path)
+    for key in MODEL_FIELDS[:4]:
+        if other.meta[key] != trace.meta[key]:
+            raise ValueError(f"{path}: a trace of another model: its {key} is {other.meta[key]!r}, not {trace.meta[key]!r}")
+    return used_steps(other)[0].sum(0)
+
+
+def report_trace(args: Report, console: Console) -> None:
+    """Prints, and writes and draws if asked to, all that a trace allows to be said."""
+    from jaxmoe.offload.trace import load_or_import
+    from jaxmoe.report import record, trace_report
+
+    if args.json is not None:
+        record.check_path(args.json)
+    if args.plots is not None:
+        trace_report.check_plots(args.plots)
+    trace = load_or_import(args.trace)
+    with Console(stderr=True).status("reading") as status:
+        made = trace_report.report(trace, args.slots, args.seed, status.update)
+    console.print(trace_report.report_tables(made))
+    if args.json is not None:
+        record.write_record(args.json, made | {"versions": record.versions()})
+    if args.plots is not None:
+        for path in trace_report.plots(made, args.plots):
+            console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
+def read_prompts(args: Record) -> list[str]:
+    """The prompts from the argument or the file."""
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise ValueError("give either --prompt or --prompt-file")
+    if args.prompt_file is None:
+        prompts = [args.prompt or ""]
+    else:
+        try:
+            prompts = args.prompt_file.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.prompt_file}: not UTF-8: {error.reason} at byte {error.start}") from error
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise ValueError("there is no prompt")
+    return prompts
+
+
+def open_model(args: Record):
+    """Converts if need be, then restores the model."""
+    from checkpoints.load import load_hf_or_checkpoint
+    from jaxmoe.engine.model import load_model
+    from pallas_kernels.dispatch import Kernels
+
+    try:
+        kernels = Kernels.default()
+    except RuntimeError as error:  # JAX_PLATFORMS names a device that is not there
+        raise ValueError(str(error)) from error
+    checkpoint = load_hf_or_checkpoint(args.model, args.cache / "converted", None)
+    dtype = args.dtype or ("float32" if kernels.backend == "cpu" else checkpoint.spec.precision.params)
+    return load_model(checkpoint, dtype, kernels)
+
+
+def record_trace(args: Record, console: Console) -> None:
+    """Generates greedily, or reads the prompts alone, and writes what was routed where."""
+    prompts = read_prompts(args)
+    check_out(args.out)
+
+    import jax
+
+    from checkpoints.load import read_spec
+    from jaxmoe import formats
+    from jaxmoe.engine.generate import Engine, Request, check_requests
+    from jaxmoe.engine.text import Tokenizer
+    from jaxmoe.offload.trace import as_teacher_forced, save
+
+    if args.dtype is not None:
+        formats.leaf_dtype(args.dtype)
+    spec = read_spec(args.model)  # first, so that a folder that holds no model is refused as such, not for its lack of a tokenizer
+    tokenizer = Tokenizer(args.model)
+    count = 1 if args.teacher_forced else args.max_new_tokens
+    requests = [Request(tuple(tokenizer.encode(prompt)), count) for prompt in prompts]
+    check_requests(spec, requests)
+    model = open_model(args)
+    jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
+    longest = max(len(request.prompt_ids) + count for request in requests)
+    engine = Engine(model, len(requests), longest, True, tokenizer.eos_ids, record=True)
+    with Console(stderr=True).status("generating"):
+        engine.generate(requests, tokenizer)
+    trace = engine.trace()
+    save(args.out, as_teacher_forced(trace) if args.teacher_forced else trace)
+    console.print(describe(trace, args.out), highlight=False, markup=False, soft_wrap=True)
+
+
+COMMANDS = {Import: import_trace, Record: record_trace, Replay: replay_trace, Report: report_trace}
+
+
+def main() -> int:
+    """Runs; gives the exit code."""
+    chosen = tyro.cli(
+        Annotated[Import, tyro.conf.subcommand("import")]
+        | Annotated[Record, tyro.conf.subcommand("record")]
+        | Annotated[Replay, tyro.conf.subcommand("replay")]
+        | Annotated[Report, tyro.conf.subcommand("report")],  # type: ignore[arg-type]
+        description=__doc__,
+    )
+    return run_command(lambda: COMMANDS[type(chosen)](chosen, Console()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

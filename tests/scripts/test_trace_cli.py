@@ -1,0 +1,109 @@
+"""The command line of scripts/trace.py, which other tools rely on: what it takes, prints and writes, and how it refuses."""
+
+import builtins
+import json
+import math
+
+import pytest
+
+from jaxmoe.offload.trace import load, save
+from jaxmoe.report import trace_report
+from tests.offload import traces
+from tests.offload.test_trace import CSV
+from tests.scripts import commands
+
+trace_script = commands.load("trace")
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.npz"
+    save(path, traces.random_trace(0))
+    return path
+
+
+def test_import_writes_a_trace(tmp_path):
+    source, out = tmp_path / "r.csv", tmp_path / "r.npz"
+    source.write_text(CSV)
+    done = commands.call(trace_script, "import", source, out)
+    assert done.code == 0 and "Small-Q4, 2 layers of 8 experts, 2 tokens" in done.out, done.err
+    assert load(out).experts == 8
+    done = commands.call(trace_script, "replay", source, "--slots", 2, "--policy", "opt")
+    assert done.code == 0, done.err
+
+
+def test_replay_writes_its_json(small, tmp_path):
+    out = tmp_path / "r.json"
+    done = commands.call(trace_script, "replay", small, "--slots", 3, "--policy", "lru", "--json", out)
+    assert done.code == 0 and "lru" in done.out and "by layer" in done.out, done.err
+    made = json.loads(out.read_text())
+    assert made["policy"] == "lru" and made["slots"] == 3 and made["warm"] is True
+    assert made["hits"] + made["loads"] == made["requests"] and made["hit_rate"] == made["hits"] / made["requests"]
+    assert made["opt_hit_rate"] >= made["hit_rate"] and 0 <= made["regret"] <= 1 and made["compulsory"] <= made["loads"]
+    assert made["bytes"] == sum(row["bytes"] for row in made["by_layer"]) == sum(row["loads"] * (1000 + row["layer"]) for row in made["by_layer"])
+    assert made["trace"]["model"] == "random" and made["versions"]["jax"]
+
+
+def test_replay_takes_slots_by_layer_and_a_profile(small, tmp_path):
+    out = tmp_path / "r.json"
+    done = commands.call(trace_script, "replay", small, "--slots", 3, 5, "--policy", "static", "--profile", small, "--cold", "--json", out)
+    assert done.code == 0, done.err
+    made = json.loads(out.read_text())
+    assert made["slots"] == [3, 5] and [row["slots"] for row in made["by_layer"]] == [3, 5] and made["prompt_loads"] == 0
+
+
+def test_report_writes_json_and_plots(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    out, folder = tmp_path / "r.json", tmp_path / "plots"
+    done = commands.call(trace_script, "report", small, "--slots", 3, 6, "--json", out, "--plots", folder)
+    assert done.code == 0 and "distinct experts" in done.out, done.err
+    made = json.loads(out.read_text())
+    assert made["format"] == "jaxmoe-trace-report" and made["slots"] == [3, 6]
+    assert {(row["policy"], row["slots"]) for row in made["replays"]} == {(p, s) for p in ("lru", "lfu", "static", "opt") for s in (3, 6)}
+    at = {count: rate for count, rate in zip(made["curve"]["slots"], made["curve"]["lru"], strict=True)}
+    assert {row["slots"]: row["hit_rate"] for row in made["replays"] if row["policy"] == "lru"} == {3: at[3], 6: at[6]}
+    assert all(math.isfinite(row["hindsight_hit_rate"]) and row["hindsight_hit_rate"] >= row["uniform_hit_rate"] for row in made["allocation"])
+    assert sorted(path.stem for path in folder.iterdir()) == ["distinct", "hit_rate", "layers", "stack_distance"]
+    assert all(path.stat().st_size > 5000 for path in folder.iterdir())
+
+
+def test_plots_without_matplotlib_are_refused_before_the_run(small, tmp_path, monkeypatch):
+    found = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return found(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(trace_report, "report", lambda *args, **kwargs: pytest.fail("it ran"))
+    done = commands.call(trace_script, "report", small, "--plots", tmp_path / "p")
+    assert done.code == 2 and "jaxmoe[plot]" in done.err
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        (("replay", "SMALL", "--slots", 10), "10 slots in a layer of 9 experts"),
+        (("replay", "SMALL", "--slots", 1, 2, 3), "3 numbers of slots for 2 layers"),
+        (("replay", "SMALL", "--slots", 3, "--json", "FOLDER/r.txt"), "a record goes to a .json file"),
+        (("replay", "SMALL", "--slots", 3, "--profile", "SMALL"), "--profile is for the static policy"),
+        (("replay", "FOLDER/none.npz", "--slots", 3), "none.npz: No such file"),
+        (("report", "SMALL", "--slots", 12), "12 slots in a layer of 9 experts"),
+        (("import", "SMALL", "FOLDER/x.npz"), "small.npz: "),
+        (("import", "SMALL", "FOLDER/x.csv"), "a trace goes to a .npz file"),
+        (("record", "--prompt", "a", "--out", "FOLDER/none/x.npz"), "there is no folder"),
+        (("record", "--out", "FOLDER/x.npz"), "give either --prompt or --prompt-file"),
+    ],
+)
+def test_wrong_arguments_are_one_line(small, tmp_path, args, reason):
+    done = commands.call(trace_script, *(str(arg).replace("SMALL", str(small)).replace("FOLDER", str(tmp_path)) for arg in args))
+    assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1, done.err
+    assert reason in done.err
+
+
+def test_replay_refuses_a_profile_of_another_model(small, tmp_path):
+    other = tmp_path / "other.npz"
+    save(other, traces.random_trace(0, experts=8))
+    done = commands.call(trace_script, "replay", small, "--slots", 3, "--policy", "static", "--profile", other)
+    assert done.code == 2 and "a trace of another model: its experts is 8, not 9" in done.err
