@@ -1,5 +1,7 @@
 """Small models for tests, and logits of theirs by any cut of the prompts into steps."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +9,8 @@ import numpy as np
 from jaxmoe.cache.batch import make_batch
 from jaxmoe.cache.contiguous import init_kv
 from jaxmoe.engine import steps
-from jaxmoe.engine.model import Model
-from jaxmoe.experts import ResidentBank
+from jaxmoe.engine.model import Model, Offload, slot_bank
+from jaxmoe.experts import ResidentBank, host_store
 from jaxmoe.formats import store_numpy
 from jaxmoe.spec import ModelSpec, abstract_experts, abstract_params, stack_layers
 from pallas_kernels.dispatch import Kernels
@@ -76,13 +78,31 @@ def random_model(family: str, dtype: str = "float32", kernels: Kernels = CPU, un
     return Model(spec, stack_layers(spec, layered, tuple if unroll else jnp.stack), bank, kernels)
 
 
+def records_of(model: Model) -> np.ndarray:
+    """The store of a model whose experts are all on the device."""
+    w_in, w_out = np.asarray(model.bank.w_in), np.asarray(model.bank.w_out)
+    return host_store.read_records(model.spec, lambda l, e: {"gate": w_in[l, e, :, 0], "up": w_in[l, e, :, 1], "down": w_out[l, e]})
+
+
+def slot_model(model: Model, slots: int | tuple[int, ...], staging: int = 2, policy: str = "lfu", fill: str | None = None) -> Model:
+    """The model with its experts in host memory, a random profile for the policy, and NaN in staging slots that have been used."""
+    profile = np.random.default_rng(5).random(model.bank.w_in.shape[:2])
+    bank = slot_bank(model.spec, records_of(model), Offload(slots, staging, policy, profile, fill))
+    return dataclasses.replace(model, bank=dataclasses.replace(bank, poison=True))
+
+
+def committed(state):
+    """The state as steps return it where an argument, such as a store in host memory, is bound to a device: a step compiles once, not twice."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
+
+
 def prefill_logits(
     model: Model, requests: list[list[int]], schedule: Schedule, tokens: int, rows: int | None = None, positions: int = 512
 ) -> list[np.ndarray]:
     """float32 logits [len(ids), V] of each request, prefilled by a schedule in steps of `tokens`."""
     run = steps.run_length(tokens)
     layers = init_kv(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
-    state = steps.EngineState(layers, model.bank.init_state())
+    state = committed(steps.EngineState(layers, model.bank.init_state()))
     step = steps.logits_step(model.spec, model.kernels)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]
     for pieces in schedule:
@@ -97,7 +117,7 @@ def prefill_logits(
 def decode_logits(model: Model, requests: list[list[int]], bucket: int, rows: int | None = None, positions: int = 512) -> list[np.ndarray]:
     """The same, every request fed one token at a time from its first on, all requests together in steps of `bucket` rows."""
     layers = init_kv(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
-    state = steps.EngineState(layers, model.bank.init_state())
+    state = committed(steps.EngineState(layers, model.bank.init_state()))
     step = steps.logits_step(model.spec, model.kernels)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]
     for position in range(max(map(len, requests))):

@@ -17,6 +17,8 @@ from jaxmoe.decode.sampling import SamplingParams, sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.text import StopStrings, StreamDecoder, Tokenizer
+from jaxmoe.experts import SlotBank
+from jaxmoe.offload.trace import DECODE, PROMPT, Trace, TraceBuilder, model_meta
 from jaxmoe.spec import ModelSpec
 
 
@@ -57,7 +59,10 @@ class Result:
 
 @dataclasses.dataclass
 class Timings:
-    """Seconds and counts of one `generate` call. Decode counts tokens after each request's first."""
+    """Seconds and counts of one `generate` call. Decode counts tokens after each request's first.
+
+    `prefill_experts` and `decode_experts` are a streaming bank's counters by layer: requests, hits, and loads, which are records read from the store.
+    """
 
     compile_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -66,6 +71,8 @@ class Timings:
     prompt_tokens: int = 0
     decode_tokens: int = 0
     decode_steps: int = 0
+    prefill_experts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    decode_experts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class _Row:
@@ -147,7 +154,22 @@ class Engine:
     change how fast a call is, not what it gives.
     """
 
-    def __init__(self, model: Model, rows: int, positions: int, greedy: bool, eos: Sequence[int] = ()):
+    def __init__(
+        self, model: Model, rows: int, positions: int, greedy: bool, eos: Sequence[int] = (), record: bool = False, programs: Any = None,
+        whole_prompts: bool | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+            model: what to run.
+            rows: sequences at a time, at most.
+            positions: of the longest one, prompt and new tokens together.
+            greedy: every request has temperature 0, for which a smaller program does.
+            eos: ids that end a text.
+            record: keep a trace of the routing, for `trace`.
+            programs: what runs prefill and decode; the fused steps if not given (`steps.Fused`, `host_driven.HostDriven`).
+            whole_prompts: prefill prompts of any length in one step, so that streamed experts cross the link once; so by default where experts are
+                streamed.
+        """
         if len(eos) > steps.EOS_SLOTS:
             raise RequestError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
         self.model, self.rows, self.greedy = model, rows, greedy
@@ -155,11 +177,17 @@ class Engine:
         self.eos = tuple(eos)
         self._eos = steps.pad_to(self.eos, steps.EOS_SLOTS, -2)
         self._moving: Any = None
+        self._sequence = 0
+        self._programs = programs or steps.Fused(model.spec, model.kernels, greedy, record)
+        self._recorder = TraceBuilder(model_meta(model.spec, model.spec.family, "generation")) if record else None
+        self.whole_prompts = isinstance(model.bank, SlotBank) if whole_prompts is None else whole_prompts
 
     def start(self) -> steps.EngineState:
         """A state with an empty cache of the size that the programs were compiled for, and the experts as the last call left them."""
         moving, self._moving = self._moving, None  # steps take the arrays: an error on the way leaves nothing to go on with
-        return steps.EngineState(self._empty_cache(), self.model.bank.init_state() if moving is None else moving)
+        state = steps.EngineState(self._empty_cache(), self.model.bank.init_state() if moving is None else moving)
+        # What a step returns is committed to its device if any argument is, as a pinned store is: a program for arrays that aren't is another one.
+        return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
 
     def _empty_cache(self):
         return init_kv(self.model.spec, self.rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
@@ -170,7 +198,10 @@ class Engine:
 
     def token_buckets(self) -> tuple[int, ...]:
         """Prefill buckets that this engine's prompts can need."""
-        return tuple(b for i, b in enumerate(steps.TOKEN_BUCKETS) if i == 0 or steps.TOKEN_BUCKETS[i - 1] < self.positions * self.rows)
+        most, sizes = self.positions * self.rows, list(steps.TOKEN_BUCKETS)
+        while self.whole_prompts and sizes[-1] < most:
+            sizes.append(2 * sizes[-1])
+        return tuple(b for i, b in enumerate(sizes) if i == 0 or sizes[i - 1] < most)
 
     def row_buckets(self) -> tuple[int, ...]:
         """Decode buckets that this engine can need."""
@@ -184,24 +215,51 @@ class Engine:
         for tokens in sizes:
             progress(f"prefill of {tokens}")
             batch = make_batch([(0, 0, [0])], steps.run_length(tokens), tokens, n_logits=steps.LOGIT_ROWS)
-            _, state = self._prefill(self.start(), batch, sampling_params(steps.LOGIT_ROWS), np.zeros(steps.LOGIT_ROWS, np.int32))
+            _, state, _ = self._prefill(self.start(), batch, sampling_params(steps.LOGIT_ROWS), np.zeros(steps.LOGIT_ROWS, np.int32))
             self._moving = self.model.bank.forget(state.bank)
         for rows in self.row_buckets():
             progress(f"decode of {rows}")
             nothing, one = np.zeros(rows, np.int32), np.ones(rows, np.int32)  # one real step: XLA's CPU kernels are set up when they first run
-            out, state = self._decode(self.start(), nothing, nothing, nothing, one, sampling_params(rows))
+            out, state, _ = self._decode(self.start(), nothing, nothing, nothing, one, sampling_params(rows))
             jax.block_until_ready(out)
             self._moving = self.model.bank.forget(state.bank)
         return time.perf_counter() - began
 
+    def trace(self) -> Trace:
+        """The routing of every `generate` so far.
+
+        Raises:
+            ValueError: the engine was not made to record, or nothing was generated.
+        """
+        if self._recorder is None:
+            raise ValueError("this engine was not made to record: Engine(..., record=True)")
+        return self._recorder.build()
+
+    def experts(self) -> Any:
+        """The bank's moving part as the last call left it; None before the first."""
+        return self._moving
+
     def _prefill(self, state, batch, sampling: SamplingParams, positions):
-        step = steps.prefill_step(self.model.spec, self.model.kernels, self.greedy)
-        tokens, state = step(self.model.params, self.model.bank, state, batch, sampling, positions)
-        return np.asarray(tokens), state
+        tokens, state, routed = self._programs.prefill(self.model.params, self.model.bank, state, batch, sampling, positions)
+        return np.asarray(tokens), state, routed
 
     def _decode(self, state, rows, tokens, positions, budget, sampling: SamplingParams):
-        step = steps.decode_step(self.model.spec, self.model.kernels, self.greedy)
-        return step(self.model.params, self.model.bank, state, rows, tokens, positions, budget, self._eos, sampling)
+        return self._programs.decode(self.model.params, self.model.bank, state, rows, tokens, positions, budget, self._eos, sampling)
+
+    def _record_prompt(self, batch, routed) -> None:
+        if self._recorder is not None:
+            ids, weights = map(np.asarray, routed)
+            self._recorder.add(ids, weights, batch.tokens, self._sequence + batch.segments, PROMPT, batch.segments >= 0)
+
+    def _record_decode(self, live: list[int], last: np.ndarray, out: np.ndarray, routed) -> None:
+        """Records a chunk: what each step read is what the step before wrote."""
+        if self._recorder is None:
+            return
+        read = np.concatenate([last[None], out[:-1]])
+        rows = self._sequence + np.asarray(live)
+        n = len(live)
+        for ids, weights, tokens, new in zip(*map(np.asarray, routed), read, out, strict=True):
+            self._recorder.add(ids[:n], weights[:n], tokens[:n], rows, DECODE, new[:n] >= 0)
 
     def generate(
         self,
@@ -236,17 +294,23 @@ class Engine:
         rows = [_Row(r, tokenizer, self.eos) for r in requests]
         timings = Timings(prompt_tokens=sum(len(r.prompt_ids) for r in requests))
         state = self.start()
+        at_start = self.model.bank.counters(state.bank)
         began = time.perf_counter()
         for batch, ended in self._prefill_batches(requests):
             sampling = self._sampling([requests[i] for i in ended], steps.LOGIT_ROWS)
             at = steps.pad_to([len(requests[i].prompt_ids) for i in ended], steps.LOGIT_ROWS)
-            tokens, state = self._prefill(state, batch, sampling, at)
+            tokens, state, routed = self._prefill(state, batch, sampling, at)
+            self._record_prompt(batch, routed)
             for i, token in zip(ended, tokens, strict=False):
                 timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - began
                 on_text(i, rows[i].push(int(token)))
         timings.prefill_seconds = time.perf_counter() - began
+        after_prefill = self.model.bank.counters(state.bank)
         state = self._decode_all(rows, state, timings, on_text)
+        timings.prefill_experts = {name: n - at_start[name] for name, n in after_prefill.items()}
+        timings.decode_experts = {name: n - after_prefill[name] for name, n in self.model.bank.counters(state.bank).items()}
         self._moving = state.bank
+        self._sequence += len(requests)
         return [row.result for row in rows], timings
 
     def _prefill_batches(self, requests: Sequence[Request]):
@@ -284,8 +348,10 @@ class Engine:
             positions = steps.pad_to([len(r.prompt_ids) + len(r.ids) - 1 for r in done], n)
             budget = steps.pad_to([rows[i].request.max_new_tokens - len(rows[i].result.ids) for i in live], n)
             sampling = self._sampling([rows[i].request for i in live], n)
-            out, state = self._decode(state, steps.pad_to(live, n), last, positions, budget, sampling)
-            for tokens in np.asarray(out):
+            out, state, routed = self._decode(state, steps.pad_to(live, n), last, positions, budget, sampling)
+            out = np.asarray(out)
+            self._record_decode(live, last, out, routed)
+            for tokens in out:
                 if (tokens[: len(live)] < 0).all():
                     break
                 timings.decode_steps += 1

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.decode.sampling import SamplingParams, sample
-from jaxmoe.nn.transformer import forward
+from jaxmoe.nn.transformer import chosen_experts, forward
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 
@@ -64,21 +64,24 @@ class EngineState:
     bank: Any
 
 
-def _forward(spec: ModelSpec, params, bank, state: EngineState, batch: Batch, kernels: Kernels):
+def _forward(spec: ModelSpec, params, bank, state: EngineState, batch: Batch, kernels: Kernels, record: bool = False):
     bank = bank.join(state.bank)
     bank = bank.in_order() if batch.run > 1 else bank
-    logits, bank, layers, _ = forward(spec, params, bank, state.layers, batch, kernels)
-    return logits, EngineState(layers, bank.split()[1])
+    logits, bank, layers, aux = forward(spec, params, bank, state.layers, batch, kernels, collect=record)
+    return logits, EngineState(layers, bank.split()[1]), chosen_experts(spec, aux["routed"]) if record else ()
 
 
 @functools.cache
-def prefill_step(spec: ModelSpec, kernels: Kernels, greedy: bool) -> Callable:
-    """The jitted `(params, bank, state, batch, sampling, positions [R]) -> (tokens [R], state)`."""
+def prefill_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False) -> Callable:
+    """The jitted `(params, bank, state, batch, sampling, positions [R]) -> (tokens [R], state, routed)`.
+
+    `routed` is `chosen_experts` of the batch with `record`, else empty.
+    """
 
     def prefill(params, bank, state, batch: Batch, sampling: SamplingParams, positions):
-        logits, state = _forward(spec, params, bank, state, batch, kernels)
+        logits, state, routed = _forward(spec, params, bank, state, batch, kernels, record)
         with jax.named_scope("sample"):
-            return sample(logits, sampling, positions, greedy_only=greedy), state
+            return sample(logits, sampling, positions, greedy_only=greedy), state, routed
 
     return jax.jit(prefill, donate_argnums=2, compiler_options=kernels.compiler_options())
 
@@ -88,7 +91,7 @@ def logits_step(spec: ModelSpec, kernels: Kernels) -> Callable:
     """The jitted `(params, bank, state, batch) -> (logits [R, V], state)`, for scoring and tests."""
 
     def score(params, bank, state, batch: Batch):
-        return _forward(spec, params, bank, state, batch, kernels)
+        return _forward(spec, params, bank, state, batch, kernels)[:2]
 
     return jax.jit(score, donate_argnums=2, compiler_options=kernels.compiler_options())
 
@@ -115,35 +118,54 @@ def live_count(live: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool) -> Callable:
-    """The jitted `(params, bank, state, rows, tokens, positions, budget, eos, sampling) -> (out [CHUNK, n], state)`.
+def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False) -> Callable:
+    """The jitted `(params, bank, state, rows, tokens, positions, budget, eos, sampling) -> (out [CHUNK, n], state, routed)`.
 
     `rows` are cache rows of the sequences, `tokens` their last tokens at `positions`, `budget` int32 [n] how many more each may produce in this call
-    (0 for padding). A sequence stops after an end-of-text id; the program ends when all have. Entries past a sequence's end are -1.
+    (0 for padding). A sequence stops after an end-of-text id; the program ends when all have. Entries past a sequence's end are -1. `routed` is
+    `chosen_experts` of every step, [CHUNK, n, L, A], with `record`, else empty.
     """
 
     def decode(params, bank, state, rows, tokens, positions, budget, eos, sampling: SamplingParams):
         def body(carry):
-            i, state, tokens, positions, left, out = carry
+            i, state, tokens, positions, left, out, routed = carry
             live = left > 0
-            logits, state = _forward(spec, params, bank, state, decode_batch(rows, tokens, positions, live), kernels)
+            logits, state, chosen = _forward(spec, params, bank, state, decode_batch(rows, tokens, positions, live), kernels, record)
+            routed = tuple(jax.lax.dynamic_update_index_in_dim(all, one, i, 0) for all, one in zip(routed, chosen, strict=True))
             new = sample(logits, sampling, positions + 1, greedy_only=greedy)
             out = jax.lax.dynamic_update_slice(out, jnp.where(live, new, -1)[None], (i, 0))
             ended = (new[:, None] == eos[None, :]).any(1)
             tokens = jnp.where(live, new, tokens)
             positions = jnp.where(live, positions + 1, positions)
             left = jnp.where(live & ~ended, left - 1, 0)
-            return i + 1, state, tokens, positions, left, out
+            return i + 1, state, tokens, positions, left, out, routed
 
         out = jnp.full((CHUNK, rows.shape[0]), -1, jnp.int32)
-        carry = (jnp.int32(0), state, tokens, positions, budget, out)
+        per_token = (len(spec.moe_layers), spec.moe[0].active) if record else ()
+        routed = tuple(jnp.zeros((CHUNK, rows.shape[0], *per_token), t) for t in (jnp.int16, jnp.float16)) if record else ()
+        carry = (jnp.int32(0), state, tokens, positions, budget, out, routed)
         if kernels.backend in ("cpu", "reference"):
             carry = jax.lax.while_loop(lambda c: (c[0] < CHUNK) & (c[4] > 0).any(), body, carry)
         else:  # a loop of unknown length reads its predicate back to the host on GPUs; this one's length is known
             carry = jax.lax.fori_loop(0, CHUNK, lambda _, c: body(c), carry)
-        return carry[5], carry[1]
+        return carry[5], carry[1], carry[6]
 
     return jax.jit(decode, donate_argnums=2, compiler_options=kernels.compiler_options())
+
+
+class Fused:
+    """Runs prefill and decode as one program each, whatever the bank."""
+
+    def __init__(self, spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False):
+        self._prefill, self._decode = prefill_step(spec, kernels, greedy, record), decode_step(spec, kernels, greedy, record)
+
+    def prefill(self, params, bank, state: EngineState, batch: Batch, sampling: SamplingParams, positions):
+        """See `prefill_step`."""
+        return self._prefill(params, bank, state, batch, sampling, positions)
+
+    def decode(self, params, bank, state: EngineState, rows, tokens, positions, budget, eos, sampling: SamplingParams):
+        """See `decode_step`."""
+        return self._decode(params, bank, state, rows, tokens, positions, budget, eos, sampling)
 
 
 def pad_to(x: Any, n: int, fill: int = 0) -> np.ndarray:

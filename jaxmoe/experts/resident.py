@@ -53,6 +53,10 @@ class ResidentBank:
         """The moving part as if nothing had been run."""
         return moving
 
+    def counters(self, moving: tuple) -> dict:
+        """What the bank has counted: nothing."""
+        return {}
+
     @property
     def device_bytes(self) -> int:
         """Bytes of the experts on the device."""

@@ -132,6 +132,10 @@ class SlotBank:
         """The state with empty tables and counters, and the pools as they are."""
         return self._without_experts(state.pools)
 
+    def counters(self, state: SlotState) -> dict[str, np.ndarray]:
+        """`requests`, `hits` and `loads` by layer since the start, on the host."""
+        return {name: np.array(getattr(state, name)) for name in ("requests", "hits", "loads")}
+
     def _without_experts(self, pools: Pools) -> SlotState:
         layers = len(self.slots)
         tables = find_policy(self.policy).init(layers, self.experts, self.profile)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
@@ -47,11 +47,8 @@ def forward(
         float32 logits of `batch.logit_rows`; the bank and the state afterwards; aux: `{"routed": [RouterOut of [r, ...] leaves per sparse layer of
         each pattern]}` with `collect`, else empty.
     """
-    dtype = formats.compute_dtype(spec.precision.compute)
-    with jax.named_scope("embed"):
-        x = formats.load(params["embed"]["table"][batch.tokens], dtype)
     fixed, moving = bank.split()
-    carry = (x, moving, state, ())
+    carry = (embed(spec, params, batch), moving, state, ())
     routed = []
     moe_first = 0
     for segment, trees in zip(spec.segments, params["segments"], strict=True):
@@ -59,18 +56,41 @@ def forward(
         moe_first += segment.repeats * sum(layer.sparse for layer in segment.pattern)
         routed.extend(seen)
     x, moving, state, _ = carry
-    bank = fixed.join(moving)
+    return head(spec, params, x, batch, kernels), fixed.join(moving), state, {"routed": routed} if collect else {}
+
+
+def embed(spec: ModelSpec, params: dict, batch: Batch) -> Float[Array, "T D"]:
+    """The tokens' embeddings."""
+    with jax.named_scope("embed"):
+        return formats.load(params["embed"]["table"][batch.tokens], formats.compute_dtype(spec.precision.compute))
+
+
+def head(spec: ModelSpec, params: dict, x_TD: Float[Array, "T D"], batch: Batch, kernels: Kernels) -> Float[Array, "R V"]:
+    """float32 logits of `batch.logit_rows`."""
     with jax.named_scope("head"):
-        x = x[batch.logit_rows]
         norm: Any = RMSNorm((spec.width,), spec.norm_eps, spec.precision, kernels)
         kernel, transposed = head_kernel(params)
-        logits = dense(norm.apply({"params": params["final_norm"]}, x), kernel, kernels, jnp.float32, transposed)
-    return logits, bank, state, {"routed": routed} if collect else {}
+        return dense(norm.apply({"params": params["final_norm"]}, x_TD[batch.logit_rows]), kernel, kernels, jnp.float32, transposed)
 
 
 def head_kernel(params: dict) -> tuple[jax.Array, bool]:
     """The output matrix and whether it is transposed: its own [D, V], or the embedding's [V, D]."""
     return (params["lm_head"]["kernel"], False) if "lm_head" in params else (params["embed"]["table"], True)
+
+
+def chosen_experts(spec: ModelSpec, routed: list[RouterOut]) -> tuple[Int[Array, "T L A"], Float[Array, "T L A"]]:
+    """What `forward` collected, by MoE layer: int16 expert ids and float16 weights."""
+    ids: list[jax.Array] = []
+    weights: list[jax.Array] = []
+    at = 0
+    for segment in spec.segments:
+        sparse = sum(layer.sparse for layer in segment.pattern)
+        own, at = routed[at : at + sparse], at + sparse
+        for name, out in (("ids", ids), ("weights", weights)):
+            if own:
+                layers = jnp.stack([getattr(r, name) for r in own], axis=1)  # [repeats, sparse, T, A]
+                out.append(layers.reshape(-1, *layers.shape[2:]))
+    return jnp.concatenate(ids).swapaxes(0, 1).astype(jnp.int16), jnp.concatenate(weights).swapaxes(0, 1).astype(jnp.float16)
 
 
 def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, moe_first: int, collect: bool):

@@ -53,6 +53,13 @@ def fill(
         return METHODS[method](tuple(pools), store, ids_M, slots_M, jnp.asarray(first, jnp.int32), jnp.asarray(stop, jnp.int32))
 
 
+def land(pools: Pools, record: Num[Array, "R C"], slot: Int[Array, ""]) -> Pools:
+    """The pools with one record, which is on the device already, in a slot. Donate the pools, and they are updated in place."""
+    parts = xla.split(record.reshape(-1), pools)
+    once = jnp.minimum(slot + 1, 1)  # unknown to the compiler: out of a loop, XLA's CPU backend updates a copy where the pools are read afterwards
+    return jax.lax.fori_loop(0, once, lambda _, pools: xla.write(pools, parts, slot), tuple(pools))
+
+
 def choose(pools: Pools, store: Num[Array, "X R C"], kernels: Kernels) -> str:
     """The method that `fill` takes when none is asked for.
 

@@ -25,8 +25,8 @@ def by_while(
 
     def body(carry):
         i, pools, count = carry
-        parts = _split(_read(store, ids_M[i]), pools)
-        return i + 1, _write(pools, parts, slots_M[i]), count + 1
+        parts = split(_read(store, ids_M[i]), pools)
+        return i + 1, write(pools, parts, slots_M[i]), count + 1
 
     _, pools, count = lax.while_loop(lambda carry: carry[0] < stop, body, (first, pools, jnp.int32(0)))
     return pools, count
@@ -47,9 +47,9 @@ def by_fixed(
     def body(i, carry):
         pools, count = carry
         j = jnp.clip(i, low, jnp.maximum(stop - 1, low))
-        parts = _split(_read(store, ids_M[j]), pools)
+        parts = split(_read(store, ids_M[j]), pools)
         parts = tuple(jnp.where(missed, part, kept) for part, kept in zip(parts, own, strict=True))
-        return _write(pools, parts, slots_M[j]), count + 1
+        return write(pools, parts, slots_M[j]), count + 1
 
     return lax.fori_loop(0, ids_M.shape[0], body, (pools, jnp.int32(0)))
 
@@ -59,7 +59,7 @@ def _read(store: jax.Array, i: jax.Array) -> jax.Array:
     return jax.device_put(lax.dynamic_slice_in_dim(store, i, 1, 0), jax.memory.Space.Device).reshape(-1)
 
 
-def _split(record: jax.Array, pools: Pools) -> Pools:
+def split(record: jax.Array, pools: Pools) -> Pools:
     """A record's elements as one entry [1, ...] of each pool."""
     parts, at = [], 0
     for pool in pools:
@@ -69,5 +69,6 @@ def _split(record: jax.Array, pools: Pools) -> Pools:
     return tuple(parts)
 
 
-def _write(pools: Pools, parts: Pools, slot: jax.Array) -> Pools:
+def write(pools: Pools, parts: Pools, slot: jax.Array) -> Pools:
+    """The pools with an entry of each in a slot."""
     return tuple(lax.dynamic_update_slice_in_dim(pool, part, slot, 0) for pool, part in zip(pools, parts, strict=True))

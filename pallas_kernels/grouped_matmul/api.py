@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.dispatch import ROW_SLACK, Kernels
-from pallas_kernels.grouped_matmul import cpu, reference
+from pallas_kernels.grouped_matmul import cpu, reference, xla
 
 
 def grouped_matmul(
@@ -41,6 +41,8 @@ def grouped_matmul(
     _check(w_ZKN.ndim == 3 and w_ZKN.shape[1] == x_MK.shape[1], "a pool [Z, K, N]", w_ZKN.shape, x_MK.shape)
     if kernels.backend == "cpu":
         return cpu.grouped_matmul(x_MK, w_ZKN, group_ids, group_sizes)
+    if kernels.backend in ("gpu", "tpu"):
+        return xla.grouped_matmul(x_MK, w_ZKN, group_ids, group_sizes, kernels.backend == "gpu")
     return reference.grouped_matmul(x_MK, w_ZKN, group_ids, group_sizes)
 
 
@@ -81,6 +83,8 @@ def grouped_swiglu(
         _check(into.shape == x_MD.shape and x_MD.shape[0] > ROW_SLACK, f"as many rows to write into, above {ROW_SLACK}", into.shape, x_MD.shape)
     if kernels.backend == "cpu":
         return cpu.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act, starts, into)
+    if kernels.backend in ("gpu", "tpu"):
+        return xla.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act, kernels.backend == "gpu", starts, into)
     return reference.grouped_swiglu(x_MD, w_in_ZD2F, w_out_ZFD, group_ids, group_sizes, act, starts, into).astype(jnp.float32)
 
 
@@ -90,6 +94,8 @@ def swiglu_rows(x_D, w_in_ZD2F, w_out_ZFD, ids_A: Int[Array, "A"], act: Callable
     _check_swiglu(x_D, w_in_ZD2F, w_out_ZFD)
     if kernels.backend == "cpu":
         return cpu.swiglu_rows(x_D, w_in_ZD2F, w_out_ZFD, ids_A, act)
+    if kernels.backend in ("gpu", "tpu"):
+        return xla.swiglu_rows(x_D, w_in_ZD2F, w_out_ZFD, ids_A, act)
     rows = jnp.repeat(x_D, ids_A.shape[0], axis=0)
     return grouped_swiglu(rows, w_in_ZD2F, w_out_ZFD, ids_A, jnp.ones_like(ids_A), act, kernels)
 

@@ -151,7 +151,8 @@ def grouped_swiglu(
     z, d, _, f = w_in_ZD2F.shape
     w_in = w_in_ZD2F.reshape(z, d, 2 * f)
     dtype = x_MD.dtype
-    tile, (parts_in, parts_out) = tiling(x_MD.shape[0], group_ids.shape[0], ((d, 2 * f), (f, d)))
+    rows = x_MD.shape[0] - (0 if into is None else ROW_SLACK)
+    tile, (parts_in, parts_out) = tiling(rows, group_ids.shape[0], ((d, 2 * f), (f, d)))
 
     def pick(i):
         return _pick(w_in, i, parts_in), _pick(w_out_ZFD, i, parts_out)

@@ -201,10 +201,10 @@ def run_programs(engine: Engine, requests: list[Request], bucket: int) -> tuple[
 
     batch = make_batch([(i, 0, list(r.prompt_ids)) for i, r in enumerate(requests)], steps.run_length(bucket), bucket, n_logits=steps.LOGIT_ROWS)
     at = steps.pad_to(lengths, steps.LOGIT_ROWS)
-    first, state = prefill(params, fixed, engine.start(), batch, sampling(steps.LOGIT_ROWS), at)
+    first, state, _ = prefill(params, fixed, engine.start(), batch, sampling(steps.LOGIT_ROWS), at)
     first = np.asarray(first)[:n]
     given = [steps.pad_to(x, rows) for x in (range(n), first, lengths, [steps.CHUNK] * n)]
-    out, state = decode(params, fixed, state, *given, steps.pad_to((), steps.EOS_SLOTS, -2), sampling(rows))
+    out, state, _ = decode(params, fixed, state, *given, steps.pad_to((), steps.EOS_SLOTS, -2), sampling(rows))
     return np.concatenate([first[None], np.asarray(out)[:, :n]]), [np.asarray(state.layers.k).swapaxes(-1, -2), np.asarray(state.layers.v)]
 
 

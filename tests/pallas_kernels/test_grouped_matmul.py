@@ -15,7 +15,7 @@ from jaxmoe.formats import load_numpy, store_numpy
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu, swiglu_rows
 
-BACKENDS = pytest.mark.parametrize("backend", ["cpu", "reference"])
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "reference", "gpu", "tpu"])
 DTYPES = pytest.mark.parametrize(("weights", "activations"), [(w, x) for w in ("float32", "bfloat16") for x in ("float32", "bfloat16")])
 
 POOL, D, F, N = 7, 24, 12, 20

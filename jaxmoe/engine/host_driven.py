@@ -1,0 +1,273 @@
+"""The host-driven mode: the step cut in two at every MoE layer, with the host sending experts between the halves.
+
+    front   attention, router, and which experts are missing; one small read of their ids is the only thing that blocks
+    hits    the experts that are there are computed, while the missing ones are on their way
+    land    per missing expert: its record into its slot, then its tokens; the next record is on its way meanwhile
+    front   of the next layer, which begins by combining what the experts of this one gave
+
+The portable fallback, where a compiled step can't read host memory; the mode whose link can be emulated and timed anywhere; and the one that reads
+experts from a disk. It gives the fused step's bits: resolving, filling and computing are the slot bank's own functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmoe.cache.batch import Batch
+from jaxmoe.decode.sampling import SamplingParams, sample
+from jaxmoe.engine import steps
+from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
+from jaxmoe.experts.resident import ACTIVATIONS
+from jaxmoe.experts.slots import Pools, SlotBank, SlotState, row_counts, uses
+from jaxmoe.nn.layers import rope_tables
+from jaxmoe.nn.transformer import decoder_layer, embed, head
+from jaxmoe.offload.link import Link
+from jaxmoe.spec import LayerSpec, ModelSpec
+from pallas_kernels.dispatch import ROW_SLACK, Kernels
+from pallas_kernels.expert_fill.api import land as land_record
+from pallas_kernels.grouped_matmul.api import grouped_swiglu
+
+IN_FLIGHT = 4
+"""Records on their way at a time: enough to keep a link busy, few enough that they take little of the device's memory."""
+
+
+@flax.struct.dataclass
+class Routed:
+    """What an MoE layer's front leaves for the halves that compute its experts. Experts are ranked: hits first, then misses by popularity.
+
+    Attributes:
+        x: [M + slack, D], the tokens' rows sorted by the rank of their expert.
+        row: where each token's assignments went.
+        ids, weights, valid: the router's choice.
+        slots: slot of the expert of each rank.
+        starts, sizes: rows of each rank.
+        hits: how many ranks are hits.
+    """
+
+    x: Float[Array, "M D"]
+    row: Int[Array, "T A"]
+    ids: Int[Array, "T A"]
+    weights: Float[Array, "T A"]
+    valid: Bool[Array, "T"]
+    slots: Int[Array, "E"]
+    starts: Int[Array, "E"]
+    sizes: Int[Array, "E"]
+    hits: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class _PlanningBank(SlotBank):
+    """A slot bank that resolves and ranks, and leaves the computing to others: it adds nothing to the residual stream."""
+
+    planned: Any = None
+
+    def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels):
+        """See `jaxmoe.experts.expert_ffn`; `planned` of the bank that comes back is `(Routed, misses [1 + E])`."""
+        used_SE = uses(ids_TA, valid_T, self.experts, self.ordered)
+        state, choice, place = self.resolve(moe_layer, used_SE, ids_TA, valid_T)
+        miss, rows = choice.enter | choice.stream, row_counts(ids_TA, valid_T, self.experts)
+        order = jnp.lexsort((-rows, miss.astype(jnp.int32), place.slot < 0))
+        rank = jnp.zeros(self.experts, jnp.int32).at[order].set(jnp.arange(self.experts, dtype=jnp.int32), unique_indices=True)
+        plan = dispatch(rank[ids_TA], valid_T, self.experts)
+        hits, count = choice.hit.sum(dtype=jnp.int32), miss.sum(dtype=jnp.int32)
+        x = jnp.pad(rows_of(x_TD, plan), ((0, ROW_SLACK), (0, 0)))
+        starts = jnp.cumsum(plan.sizes_E) - plan.sizes_E
+        routed = Routed(x, plan.row_TA, ids_TA, weights_TA, valid_T, jnp.maximum(place.slot[order], 0), starts, plan.sizes_E, hits)
+        misses = jnp.concatenate([count[None], jnp.roll(order.astype(jnp.int32), -hits)])
+        nothing = jnp.full(x_TD.shape, -0.0, x_TD.dtype)  # the one number that changes no sum, not even the sign of a zero
+        return nothing, dataclasses.replace(self, state=state, planned=(routed, misses)), {}
+
+
+def _combine(x: jax.Array, y: jax.Array, routed: Routed) -> jax.Array:
+    """The residual stream with what the experts gave added, as the fused step adds it."""
+    out = weighted_sum(y[routed.row].astype(x.dtype).astype(jnp.float32), routed.weights, routed.valid)
+    return x + out.astype(x.dtype)
+
+
+class Programs:
+    """The halves, each jitted once for a kind of layer and a batch size."""
+
+    def __init__(self, spec: ModelSpec, bank: SlotBank, kernels: Kernels):
+        self.spec, self.kernels = spec, kernels
+        self._bank = _PlanningBank(**{f: getattr(bank, f) for f in bank.__dataclass_fields__} | {"store": None, "state": None})
+        self._act = ACTIVATIONS[bank.activation]
+        self._options = kernels.compiler_options()
+        self.front = functools.cache(self._front)
+        self.hits = self._jit(self._hits)
+        self.land = self._jit(self._land, donate=(0, 1))
+        self.begin = self._jit(lambda params, batch: embed(spec, params, batch))
+        self.tail = functools.cache(self._tail)
+        self.decode_batch = jax.jit(steps.decode_batch)
+
+    def _jit(self, f: Callable, donate: tuple[int, ...] = ()) -> Callable:
+        return jax.jit(f, donate_argnums=donate, compiler_options=self._options)
+
+    def _front(self, layer: LayerSpec, stacked: bool) -> Callable:
+        """The jitted `(tree, at, x, before, layers, tables, layer index, MoE layer, batch) -> (x, layers, tables, planned)`.
+
+        `tree` holds a layer's weights, or with `stacked` those of all repeats, of which `at` is one. `before` is the last MoE layer's `(y, Routed)`,
+        or (). `tables` is a `SlotState` without pools.
+        """
+        module: Any = decoder_layer(self.spec, layer, self.kernels)
+
+        def front(tree, at, x, before, layers, tables, index, moe_layer, batch):
+            if before:
+                x = _combine(x, *before)
+            if stacked:
+                tree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, 0, keepdims=False), tree)
+            bank = self._bank.join(tables)
+            bank = bank.in_order() if batch.run > 1 else bank
+            rope = layer.attention.rope
+            angles = None if rope is None else rope_tables(rope, batch.positions, x.dtype)
+            x, bank, layers, _, _ = module.apply({"params": tree}, x, index, moe_layer, bank, layers, (), batch, angles)
+            return x, layers, bank.state, bank.planned
+
+        return self._jit(front, donate=(2, 4, 5))
+
+    def _compute(self, pools: Pools, routed: Routed, ranks: Bool[Array, "E"], y: jax.Array) -> jax.Array:
+        sizes = jnp.where(ranks, routed.sizes, 0)
+        return grouped_swiglu(routed.x, pools[0], pools[1], routed.slots, sizes, self._act, self.kernels, routed.starts, y)
+
+    def _hits(self, pools: Pools, routed: Routed) -> jax.Array:
+        """The rows of the experts that are there; float32 [M, D]."""
+        y = jnp.zeros(routed.x.shape, jnp.float32)
+        return self._compute(pools, routed, jnp.arange(routed.slots.shape[0]) < routed.hits, y)
+
+    def _land(self, pools: Pools, y: jax.Array, record: jax.Array, routed: Routed, turn) -> tuple[Pools, jax.Array]:
+        """One missing expert into its slot, and its rows."""
+        rank = routed.hits + turn
+        pools = land_record(pools, record, routed.slots[rank])
+        return pools, self._compute(pools, routed, jnp.arange(routed.slots.shape[0]) == rank, y)
+
+    def _tail(self, greedy: bool) -> Callable:
+        """The jitted `(params, x, before, batch, sampling, positions) -> (tokens, logits)`."""
+
+        def tail(params, x, before, batch, sampling, positions):
+            logits = head(self.spec, params, _combine(x, *before) if before else x, batch, self.kernels)
+            return sample(logits, sampling, positions, greedy_only=greedy), logits
+
+        return self._jit(tail)
+
+
+class HostDriven:
+    """Runs prefill and decode layer by layer, with experts from a source; in the place of `steps.Fused`."""
+
+    def __init__(self, spec: ModelSpec, bank: SlotBank, kernels: Kernels, greedy: bool, source: Any, link: Link | None = None,
+                 record: bool = False, overlap: bool = True):  # fmt: skip
+        """
+        Args:
+            spec, kernels: of the model.
+            bank: its slot bank; it needs no store.
+            greedy: every request has temperature 0.
+            source: where records come from (`jaxmoe.experts.source`).
+            link: what they cross; a real one if not given.
+            record: return the routing.
+            overlap: send while computing. Without it every expert is waited for before anything else is done, as engines do that load on demand.
+        """
+        self.programs, self.source, self.link = Programs(spec, bank, kernels), source, link or Link()
+        self._spec, self._greedy, self._record, self._overlap = spec, greedy, record, overlap
+        self._loads = np.zeros(len(spec.moe_layers), np.int32)
+
+    def prefill(self, params, bank, state: steps.EngineState, batch: Batch, sampling: SamplingParams, positions):
+        """See `steps.prefill_step`."""
+        tokens, _, state, routed = self.step(params, state, batch, sampling, positions)
+        return tokens, state, routed
+
+    def decode(self, params, bank, state: steps.EngineState, rows, tokens, positions, budget, eos, sampling: SamplingParams):
+        """See `steps.decode_step`."""
+        n, left = len(rows), np.array(budget)
+        out = np.full((steps.CHUNK, n), -1, np.int32)
+        seen = []
+        for i in range(steps.CHUNK):
+            live = left > 0
+            if not live.any():
+                break
+            batch = self.programs.decode_batch(rows, tokens, positions, live)
+            new, _, state, routed = self.step(params, state, batch, sampling, positions + 1)
+            new = np.asarray(new)
+            seen.append(routed)
+            out[i] = np.where(live, new, -1)
+            tokens, positions = np.where(live, new, tokens), np.where(live, positions + 1, positions)
+            left = np.where(live & ~np.isin(new, eos), left - 1, 0)
+        return out, state, self._stack(seen)
+
+    def _stack(self, seen: list):
+        if not self._record or not seen:
+            return ()
+        return tuple(np.stack([np.asarray(r[k]) for r in seen] + [np.zeros_like(seen[0][k])] * (steps.CHUNK - len(seen))) for k in range(2))
+
+    def step(self, params, state: steps.EngineState, batch: Batch, sampling: SamplingParams, positions):
+        """One forward pass: `(tokens, logits, state, routed)`."""
+        x = self.programs.begin(params, batch)
+        layers, carried = state.layers, state.bank
+        pools, tables = carried.pools, dataclasses.replace(carried, pools=None)
+        before: tuple = ()
+        chosen = []
+        moe_layer = 0
+        for layer, tree, at, index in self._layers(params):
+            front = self.programs.front(layer, at is not None)
+            x, layers, tables, planned = front(tree, at, x, before, layers, tables, index, moe_layer, batch)
+            before = ()
+            if planned is not None:
+                routed, misses = planned
+                pools, y = self._experts(pools, routed, misses, moe_layer)
+                before = (y, routed)
+                chosen.append((routed.ids, routed.weights))
+                moe_layer += 1
+        tokens, logits = self.programs.tail(self._greedy)(params, x, before, batch, sampling, positions)
+        loads, self._loads = self._loads, np.zeros_like(self._loads)
+        carried = dataclasses.replace(tables, pools=pools, loads=tables.loads + loads)
+        return tokens, logits, steps.EngineState(layers, carried), self._routing(chosen)
+
+    def _layers(self, params):
+        """Every layer in order: its spec, its weights or its segment's, which of those it is, and its index."""
+        for segment, trees in zip(self._spec.segments, params["segments"], strict=True):
+            unrolled = isinstance(trees[0]["norm_attn"]["scale"], tuple)
+            for r in range(segment.repeats):
+                for j, layer in enumerate(segment.pattern):
+                    tree = jax.tree.map(lambda t, r=r: t[r], trees[j], is_leaf=lambda t: isinstance(t, tuple)) if unrolled else trees[j]
+                    yield layer, tree, None if unrolled else r, segment.layer_index(r, j)
+
+    def _routing(self, chosen: list):
+        if not self._record:
+            return ()
+        ids, weights = (np.stack([np.asarray(c[k]) for c in chosen], axis=1) for k in range(2))
+        return ids.astype(np.int16), weights.astype(np.float16)
+
+    def _experts(self, pools: Pools, routed: Routed, misses, moe_layer: int) -> tuple[Pools, jax.Array]:
+        """Computes a layer's experts, those that are there while the others are sent."""
+        count, *ids = np.asarray(misses).tolist()  # the one read that blocks
+        waiting = deque(ids[:count])
+        asked: deque = deque()
+
+        def send() -> None:
+            while waiting and len(asked) < IN_FLIGHT:
+                expert = waiting.popleft()
+                give = self.source.ask(moe_layer, expert)
+                asked.append((give, self.link.send(self.source.record_bytes)))
+                self._loads[moe_layer] += 1
+
+        if self._overlap:
+            send()
+        y = self.programs.hits(pools, routed)
+        for turn in range(count):
+            if not self._overlap:
+                jax.block_until_ready(y)
+                send()
+            give, arrival = asked.popleft()
+            record = jax.device_put(give(), jax.devices()[0])
+            if self._overlap:
+                send()
+            self.link.wait(arrival)
+            pools, y = self.programs.land(pools, y, record, routed, turn)
+        return pools, y
