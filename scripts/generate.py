@@ -12,7 +12,7 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -21,7 +21,7 @@ if importlib.util.find_spec("jaxmoe") is None:
     sys.path.insert(0, str(ROOT))
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.text import Text
 
 from jaxmoe.report.command import run_command
@@ -60,6 +60,22 @@ class Arguments:
     """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
     fast: bool = False
     """Let results depend in their last bits on batch and prompt length, for faster prefill on the CPU."""
+    expert_memory: str | None = None
+    """Device memory for routed experts: 4GB, 512MiB, 25% (of all experts) or auto. The others stay in host memory."""
+    expert_policy: Literal["lfu", "lru", "static"] = "lfu"
+    """Which experts stay on the device."""
+    expert_mode: Literal["fused", "layer-grouped", "host-driven"] | None = None
+    """How experts are brought: in the compiled step, the same with whole prompts at once (the default), or sent by the host."""
+    expert_staging: int = 2
+    """Device slots for experts that pass through."""
+    expert_trace: Path | None = None
+    """A routing trace of the model (scripts/trace.py record): shares slots out over the layers, and profiles for the static policy."""
+    expert_fill: Literal["while", "fixed", "mosaic_tma", "mosaic_loads"] | None = None
+    """How a compiled step reads host memory, if not in the backend's way."""
+    host_memory: str | None = None
+    """Host memory for experts; the others are read from disk when they are asked for."""
+    link_gbps: float | None = None
+    """Emulate a link of this many 10^9 bytes per second between host and device."""
     json: Path | None = None
     """Write requests, results and the run's record to this file."""
     cache: Path = CACHE
@@ -122,10 +138,9 @@ def find_kernels(args: Arguments):
         raise ValueError(str(error)) from error
 
 
-def open_model(args: Arguments, kernels, console: Console):
-    """Converts if need be, then restores the model."""
+def open_checkpoint(args: Arguments, console: Console):
+    """Opens the model, converted if need be."""
     from checkpoints.load import load_hf_or_checkpoint
-    from jaxmoe.engine.model import load_model
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -134,9 +149,41 @@ def open_model(args: Arguments, kernels, console: Console):
         def show(done: int, total: int, what: str) -> None:
             progress.update(task, completed=done, total=total, visible=True)
 
-        checkpoint = load_hf_or_checkpoint(args.model, args.cache / "converted", None, show)
-    dtype = args.dtype or ("float32" if kernels.backend == "cpu" else checkpoint.spec.precision.params)
-    return load_model(checkpoint, dtype, kernels)
+        return load_hf_or_checkpoint(args.model, args.cache / "converted", None, show)
+
+
+def plan_streaming(args: Arguments, spec, rows: int, positions: int):
+    """What was asked for about experts, checked; None if nothing was."""
+    from jaxmoe.engine.streaming import Streaming, make_plan
+
+    if args.expert_memory is None:
+        given = [name for name in ("expert_mode", "expert_trace", "expert_fill", "host_memory", "link_gbps") if getattr(args, name) is not None]
+        if given:
+            raise ValueError(f"--{given[0].replace('_', '-')} is for streamed experts: give --expert-memory too")
+        return None
+    asked = Streaming(
+        args.expert_memory, args.expert_mode, args.expert_policy, args.expert_staging, args.expert_trace, args.expert_fill, args.link_gbps,
+        args.host_memory,
+    )  # fmt: skip
+    return make_plan(asked, spec, rows, positions)
+
+
+def load(args: Arguments, plan, checkpoint, spec, kernels, requests, eos, console: Console):
+    """The model and its engine, and what streams its experts if anything does."""
+    from jaxmoe.engine.generate import Engine
+    from jaxmoe.engine.model import load_model
+    from jaxmoe.engine.streaming import load_streamed
+
+    size = (len(requests), max(len(r.prompt_ids) + r.max_new_tokens for r in requests), args.temperature == 0, eos)
+    dtype = spec.precision.params
+    if plan is None:
+        model = load_model(checkpoint, dtype, kernels)
+        return model, Engine(model, *size), None
+    columns = (TextColumn("reading experts"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        streamed = load_streamed(plan, checkpoint, dtype, kernels, *size, progress=lambda n, total: progress.update(task, completed=n, total=total))
+    return streamed.model, streamed.engine, streamed
 
 
 def make_requests(args: Arguments, prompts: list[str], tokenizer):
@@ -168,7 +215,7 @@ def run(args: Arguments, console: Console) -> None:
     import jax
 
     from checkpoints.load import read_spec
-    from jaxmoe.engine.generate import Engine, check_requests
+    from jaxmoe.engine.generate import check_requests
     from jaxmoe.engine.text import Tokenizer
 
     check_arguments(args, prompts)
@@ -178,11 +225,11 @@ def run(args: Arguments, console: Console) -> None:
     tokenizer = Tokenizer(args.model)
     requests = make_requests(args, prompts, tokenizer)
     check_requests(spec, requests)
-    model = open_model(args, kernels, console)
+    spec = spec.with_precision(args.dtype or ("float32" if kernels.backend == "cpu" else spec.precision.params))
+    plan = plan_streaming(args, spec, len(requests), max(len(r.prompt_ids) + r.max_new_tokens for r in requests))
+    model, engine, streamed = load(args, plan, open_checkpoint(args, console), spec, kernels, requests, tokenizer.eos_ids, console)
     load_seconds = time.perf_counter() - began
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
-    longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
-    engine = Engine(model, len(requests), longest, args.temperature == 0, tokenizer.eos_ids)
     with console.status("compiling") as status:
         compile_seconds = engine.warm_up(lambda name: status.update(f"compiling {name}"), requests)
     results, timings = engine.generate(requests, tokenizer, Streamer(prompts))
@@ -194,12 +241,12 @@ def run(args: Arguments, console: Console) -> None:
             console.rule(Text(prompt[:60]))  # a str would be read as markup
             sys.stdout.write(result.text + "\n")
     sys.stdout.flush()
-    report(args, model, engine, results, timings, load_seconds, console)
+    report(args, model, engine, streamed, results, timings, load_seconds, console)
 
 
-def report(args: Arguments, model, engine, results, timings, load_seconds: float, console: Console) -> None:
+def report(args: Arguments, model, engine, streamed, results, timings, load_seconds: float, console: Console) -> None:
     """Prints what the run achieved against the machine's bound, and writes the record if one was asked for."""
-    from jaxmoe.report import record
+    from jaxmoe.report import expert_report, record
 
     rows = len(results)
     sizes = model.bytes()
@@ -216,6 +263,10 @@ def report(args: Arguments, model, engine, results, timings, load_seconds: float
         f"({bound['percent']:.0f} %)[/dim]",
         highlight=False, soft_wrap=True,
     )
+    experts = {} if streamed is None else expert_report.expert_report(streamed, timings, ceiling, rows)
+    if streamed is not None:
+        for line in expert_report.lines(experts, model.spec.moe[0].experts):
+            console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
     if args.json is None:
         return
     seconds = {n: getattr(timings, f"{n}_seconds") for n in ("prefill", "decode", "first_token")} | {"load": load_seconds}
@@ -235,6 +286,7 @@ def report(args: Arguments, model, engine, results, timings, load_seconds: float
         | {"prefill_tokens_per_second": prefill_rate, "decode_tokens_per_second": decode_rate},
         bound=bound,
     )
+    made |= experts
     made["requests"] = [
         {"prompt_ids": list(r.prompt_ids), "ids": r.ids, "text": r.text, "finish_reason": r.finish_reason} for r in results
     ]

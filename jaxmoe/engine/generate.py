@@ -62,6 +62,7 @@ class Timings:
     """Seconds and counts of one `generate` call. Decode counts tokens after each request's first.
 
     `prefill_experts` and `decode_experts` are a streaming bank's counters by layer: requests, hits, and loads, which are records read from the store.
+    `decode_stall_seconds` were spent in waiting for an emulated link.
     """
 
     compile_seconds: float = 0.0
@@ -71,6 +72,7 @@ class Timings:
     prompt_tokens: int = 0
     decode_tokens: int = 0
     decode_steps: int = 0
+    decode_stall_seconds: float = 0.0
     prefill_experts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     decode_experts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
@@ -305,8 +307,10 @@ class Engine:
                 timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - began
                 on_text(i, rows[i].push(int(token)))
         timings.prefill_seconds = time.perf_counter() - began
+        stalled = self._programs.stalled
         after_prefill = self.model.bank.counters(state.bank)
         state = self._decode_all(rows, state, timings, on_text)
+        timings.decode_stall_seconds = self._programs.stalled - stalled
         timings.prefill_experts = {name: n - at_start[name] for name, n in after_prefill.items()}
         timings.decode_experts = {name: n - after_prefill[name] for name, n in self.model.bank.counters(state.bank).items()}
         self._moving = state.bank

@@ -28,7 +28,7 @@ from jaxmoe.decode.sampling import SamplingParams, sample
 from jaxmoe.engine import steps
 from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
 from jaxmoe.experts.resident import ACTIVATIONS
-from jaxmoe.experts.slots import Pools, SlotBank, SlotState, row_counts, uses
+from jaxmoe.experts.slots import Pools, SlotBank, row_counts, uses
 from jaxmoe.nn.layers import rope_tables
 from jaxmoe.nn.transformer import decoder_layer, embed, head
 from jaxmoe.offload.link import Link
@@ -146,7 +146,7 @@ class Programs:
     def _land(self, pools: Pools, y: jax.Array, record: jax.Array, routed: Routed, turn) -> tuple[Pools, jax.Array]:
         """One missing expert into its slot, and its rows."""
         rank = routed.hits + turn
-        pools = land_record(pools, record, routed.slots[rank])
+        pools = land_record(pools, record, routed.slots[rank])  # type: ignore[assignment]
         return pools, self._compute(pools, routed, jnp.arange(routed.slots.shape[0]) == rank, y)
 
     def _tail(self, greedy: bool) -> Callable:
@@ -177,6 +177,11 @@ class HostDriven:
         self.programs, self.source, self.link = Programs(spec, bank, kernels), source, link or Link()
         self._spec, self._greedy, self._record, self._overlap = spec, greedy, record, overlap
         self._loads = np.zeros(len(spec.moe_layers), np.int32)
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that the host waited for the link."""
+        return self.link.stalled
 
     def prefill(self, params, bank, state: steps.EngineState, batch: Batch, sampling: SamplingParams, positions):
         """See `steps.prefill_step`."""

@@ -59,6 +59,7 @@ class Offload:
         policy: a name of `jaxmoe.residency.POLICIES`.
         profile: [L, E] how much each expert is used, for policies that need it.
         fill: a name of `pallas_kernels.expert_fill.api.METHODS`; None for the backend's.
+        store: hold the experts in `pinned_host` memory for the compiled step; False where the host sends them itself.
     """
 
     slots: int | tuple[int, ...]
@@ -66,6 +67,7 @@ class Offload:
     policy: str = DEFAULT
     profile: Any = None
     fill: str | None = None
+    store: bool = True
 
 
 def load_model(
@@ -95,7 +97,8 @@ def load_model(
     if kernels.backend == "cpu" and "lm_head" not in params:
         params["lm_head"] = {"kernel": jnp.array(params["embed"]["table"].T)}
     if offload is not None:
-        return Model(spec, params, slot_bank(spec, read_store(checkpoint, spec, progress), offload), kernels, checkpoint.folder)
+        records = read_store(checkpoint, spec, progress) if offload.store else None
+        return Model(spec, params, slot_bank(spec, records, offload), kernels, checkpoint.folder)
     arrays = checkpoint.restore_bank(spec)
     bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation)
     return Model(spec, params, bank, kernels, checkpoint.folder)
@@ -110,8 +113,8 @@ def read_store(checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int,
     return host_store.read_records(spec, read, progress)
 
 
-def slot_bank(spec: ModelSpec, records: np.ndarray, offload: Offload) -> SlotBank:
-    """A slot bank over records of `read_store`.
+def slot_bank(spec: ModelSpec, records: np.ndarray | None, offload: Offload) -> SlotBank:
+    """A slot bank over records of `read_store`, or without a store.
 
     Raises:
         ValueError: slots that the model can't run with, or an unknown policy.
@@ -129,6 +132,7 @@ def slot_bank(spec: ModelSpec, records: np.ndarray, offload: Offload) -> SlotBan
         raise ValueError(f"the policy {offload.policy!r} needs a profile of how much each expert is used: give a trace")
     profile = None if offload.profile is None else jnp.asarray(offload.profile, jnp.float32)
     return SlotBank(
-        host_store.pinned(records), profile=profile, slots=tuple(slots), staging=offload.staging, experts=router.experts,
-        entries=host_store.entry_shapes(spec), activation=experts.activation, policy=offload.policy, fill=offload.fill,
+        None if records is None else host_store.pinned(records), profile=profile, slots=tuple(slots), staging=offload.staging,
+        experts=router.experts, entries=host_store.entry_shapes(spec), dtype=spec.precision.params, activation=experts.activation,
+        policy=offload.policy, fill=offload.fill,
     )  # fmt: skip

@@ -154,7 +154,9 @@ def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = 
 
 
 class Fused:
-    """Runs prefill and decode as one program each, whatever the bank."""
+    """Runs prefill and decode as one program each, whatever the bank. Attributes: `stalled`, seconds that the host waited for experts: none."""
+
+    stalled = 0.0
 
     def __init__(self, spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False):
         self._prefill, self._decode = prefill_step(spec, kernels, greedy, record), decode_step(spec, kernels, greedy, record)

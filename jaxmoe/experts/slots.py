@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from jaxmoe import formats
 from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
 from jaxmoe.experts.resident import ACTIVATIONS
 from jaxmoe.residency import Choice, choose, find_policy
@@ -68,13 +69,14 @@ class Placement(NamedTuple):
 @flax.struct.dataclass
 class SlotBank:
     """Attributes:
-    store: [L * E, rows, columns] in `pinned_host`, one record an expert (`jaxmoe.experts.host_store`).
+    store: [L * E, rows, columns] in `pinned_host`, one record an expert (`jaxmoe.experts.host_store`); None where the host sends experts itself.
     state: what is carried; None in the fixed part.
     profile: [L, E] how much each expert is used, for policies that need it.
     slots: how many each layer has.
     staging: slots that all layers share, for experts that pass through.
     experts: E.
     entries: shapes of one expert's entries in the pools.
+    dtype: in which weights are held, 'float32' or 'bfloat16'.
     activation: the gate's.
     policy: which experts stay.
     fill: how misses are brought (`pallas_kernels.expert_fill`); None lets the backend choose.
@@ -82,13 +84,14 @@ class SlotBank:
     poison: staging slots are overwritten with NaN when they have been used, so that a wrong read shows. For tests.
     """
 
-    store: Num[Array, "X R C"]
+    store: Num[Array, "X R C"] | None
     state: SlotState | None = None
     profile: Float[Array, "L E"] | None = None
     slots: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     staging: int = flax.struct.field(pytree_node=False, default=2)
     experts: int = flax.struct.field(pytree_node=False, default=0)
     entries: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False, default=())
+    dtype: str = flax.struct.field(pytree_node=False, default="float32")
     activation: str = flax.struct.field(pytree_node=False, default="silu")
     policy: str = flax.struct.field(pytree_node=False, default="lfu")
     fill: str | None = flax.struct.field(pytree_node=False, default=None)
@@ -124,8 +127,8 @@ class SlotBank:
     def init_state(self) -> SlotState:
         """A state with nothing on the device: pools of NaN."""
         total = self.base[-1] + self.staging
-        nothing = _nan(self.store.dtype)
-        pools = tuple(jnp.full((total, *entry), nothing, self.store.dtype) for entry in self.entries)
+        dtype = formats.leaf_dtype(self.dtype)
+        pools = tuple(jnp.full((total, *entry), _nan(dtype), dtype) for entry in self.entries)
         return self._without_experts(pools)  # type: ignore[arg-type]
 
     def forget(self, state: SlotState) -> SlotState:
@@ -197,6 +200,7 @@ class SlotBank:
 
     def _run_at_once(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels):
         """Every expert that is asked for has a slot: fill, then compute."""
+        assert self.store is not None
         ids, n = _compact(choice.enter, min(ids_TA.size, self.experts))
         pools, loads = fill(pools, self.store, moe_layer * self.experts + ids, place.slot[ids], 0, n, kernels, self.fill)
         act = ACTIVATIONS[self.activation]
@@ -209,7 +213,8 @@ class SlotBank:
 
     def _run_in_waves(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels):
         """Fills and computes wave by wave; rows lie in the order of the waves."""
-        e, act = self.experts, ACTIVATIONS[self.activation]
+        assert self.store is not None
+        store, e, act = self.store, self.experts, ACTIVATIONS[self.activation]
         miss, need = choice.enter | choice.stream, place.slot >= 0
         rows = row_counts(ids_TA, valid_T, e)
         wave = jnp.where(need, place.wave, e)
@@ -227,7 +232,7 @@ class SlotBank:
             if self.poison:
                 pools = self._poisoned(pools)
             low = jnp.where(w == 0, 0, until[jnp.maximum(w - 1, 0)])
-            pools, n = fill(pools, self.store, moe_layer * e + order[missed], slots[missed], low, until[w], kernels, self.fill)
+            pools, n = fill(pools, store, moe_layer * e + order[missed], slots[missed], low, until[w], kernels, self.fill)
             first = jnp.minimum(jnp.sum(waves < w, dtype=jnp.int32), e - groups)
 
             def part(values):
@@ -269,7 +274,7 @@ class SlotBank:
     @property
     def record_bytes(self) -> int:
         """Bytes of one expert."""
-        return math.prod(self.store.shape[1:]) * self.store.dtype.itemsize
+        return sum(map(math.prod, self.entries)) * formats.leaf_dtype(self.dtype).itemsize
 
 
 def uses(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int, ordered: bool) -> Bool[Array, "S E"]:

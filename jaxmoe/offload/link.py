@@ -1,7 +1,7 @@
 """The link between host and device: what crosses it, how long that takes, and an emulated one where host and device are the same memory.
 
-On a CPU an expert's "transfer" is nothing. An emulated link takes the time that a link of a given speed would take: transfers go one after another, each
-occupying the link for its bytes over the speed, while the caller goes on; whoever needs what was sent waits until it has arrived.
+On a CPU an expert's "transfer" is nothing. An emulated link takes the time that a link of a given speed would take: transfers go one after another,
+each occupying the link for its bytes over the speed, while the caller goes on; whoever needs what was sent waits until it has arrived.
 """
 
 from __future__ import annotations

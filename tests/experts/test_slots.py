@@ -85,7 +85,8 @@ def banks(case: Case) -> tuple[SlotBank, ResidentBank]:
     w_in, w_out = weights(case.dtype)
     slots = SlotBank(
         host_store.pinned(records(w_in, w_out)), profile=jnp.asarray(profile()), slots=case.slots, staging=case.staging, experts=EXPERTS,
-        entries=(w_in.shape[2:], w_out.shape[2:]), activation=case.activation, policy=case.policy, fill=case.fill, ordered=case.ordered, poison=True,
+        entries=(w_in.shape[2:], w_out.shape[2:]), dtype=case.dtype, activation=case.activation, policy=case.policy, fill=case.fill,
+        ordered=case.ordered, poison=True,
     )  # fmt: skip
     return slots, ResidentBank(jnp.asarray(w_in), jnp.asarray(w_out), case.activation)
 
@@ -346,8 +347,9 @@ def test_large_matrices_and_long_prompts():
     w_in, w_out = (store_numpy(rng.standard_normal(s, dtype=np.float32) / 16, "bfloat16") for s in shapes)
     resident = ResidentBank(jnp.asarray(w_in), jnp.asarray(w_out))
     slots = SlotBank(
-        host_store.pinned(records(w_in, w_out)), slots=(3,), experts=experts, entries=(w_in.shape[2:], w_out.shape[2:]), ordered=True, poison=True
-    )
+        host_store.pinned(records(w_in, w_out)), slots=(3,), experts=experts, entries=(w_in.shape[2:], w_out.shape[2:]), dtype="bfloat16",
+        ordered=True, poison=True,
+    )  # fmt: skip
     x, w, valid = jnp.asarray(rng.standard_normal((tokens, width)), "bfloat16"), rng.random((tokens, ACTIVE), np.float32), np.arange(tokens) < 120
     (fixed, _), state = slots.split(), committed(slots.init_state())
     for most in (8, 3, 8):

@@ -1,0 +1,215 @@
+"""From what a user asks for (a memory budget, a policy, a mode) to an engine that streams experts: checks first, weights last."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from checkpoints.load import Checkpoint
+from jaxmoe.engine.generate import Engine, positions_bucket
+from jaxmoe.engine.host_driven import HostDriven
+from jaxmoe.engine.model import Model, Offload, load_model, read_store
+from jaxmoe.experts.source import DiskSource, ExpertSource
+from jaxmoe.offload import bounds, budget
+from jaxmoe.offload.link import Link
+from jaxmoe.offload.replay import prompt_profile
+from jaxmoe.offload.trace import Trace, check_model, load_or_import, used_steps
+from jaxmoe.residency import find_policy
+from jaxmoe.residency.policies import DEFAULT
+from jaxmoe.spec import ModelSpec
+from pallas_kernels.dispatch import Kernels
+
+Mode = Literal["fused", "layer-grouped", "host-driven"]
+MODES: tuple[Mode, ...] = ("fused", "layer-grouped", "host-driven")
+"""fused: all in the compiled steps, prompts in pieces. layer-grouped: the same with a prompt in one piece, so that each expert crosses the link once.
+host-driven: the host sends experts between the halves of each layer."""
+
+RESERVE = 0.1
+"""Share of an accelerator's memory that `auto` leaves for activations, temporaries and the runtime."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Streaming:
+    """What a user may ask for.
+
+    Attributes:
+        expert_memory: device memory for routed experts: '4GB', '25%' of them, or 'auto'.
+        mode: one of `MODES`; None for layer-grouped, or host-driven where `link_gbps` or `host_memory` needs it.
+        policy: which experts stay.
+        staging: slots for experts that pass through.
+        trace: a routing trace of the model, by which slots are shared out over the layers, and which gives the static policy its profile.
+        fill: how the compiled step brings experts; None for the backend's way.
+        link_gbps: emulate a link of this speed.
+        host_memory: host memory for experts; the others are read from disk when they are asked for.
+        overlap: in the host-driven mode, send while computing.
+    """
+
+    expert_memory: str
+    mode: Mode | None = None
+    policy: str = DEFAULT
+    staging: int = 2
+    trace: Path | None = None
+    fill: str | None = None
+    link_gbps: float | None = None
+    host_memory: str | None = None
+    overlap: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A request that was checked: `budget` what it buys, `mode` how it runs, `trace` what was read."""
+
+    asked: Streaming
+    mode: Mode
+    budget: budget.BudgetPlan
+    trace: Trace | None = None
+
+
+@dataclasses.dataclass
+class Streamed:
+    """An engine that streams. `link` is that of the host-driven mode, else None."""
+
+    plan: Plan
+    model: Model
+    engine: Engine
+    link: Link | None = None
+    source: Any = None
+
+
+def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> Plan:
+    """Checks a request against the model and this machine; reads no weights.
+
+    Args:
+        asked: the request.
+        spec: the model, in the precision it is to run in.
+        rows, positions: sequences at a time and tokens of the longest, whose keys and values need memory too.
+
+    Raises:
+        ValueError: a budget that the model can't run in, or options that don't go together; the message says what to change.
+    """
+    mode = _mode(asked)
+    policy = find_policy(asked.policy)
+    Link(asked.link_gbps)
+    if policy.needs_profile and asked.trace is None:
+        raise ValueError(f"the policy {asked.policy!r} needs a profile of how much each expert is used: give --expert-trace")
+    trace = None if asked.trace is None else load_or_import(asked.trace)
+    curves: dict[str, Any] = {}
+    if trace is not None:
+        check_model(trace, spec)
+        curves = {"curves_LC": bounds.marginal_hits(trace), "allocate": bounds.allocate}
+    shapes = budget.ExpertShapes.from_spec(spec)
+    free = _free_bytes(shapes, rows * positions_bucket(positions))
+    amount = budget.parse_memory(asked.expert_memory)
+    found = budget.solve(shapes, amount, asked.staging, free, bypass=policy.bypass, **curves)
+    if not found.all_resident:
+        _check_host_memory(asked, shapes.all_bytes)
+    return Plan(asked, mode, found, trace)
+
+
+def _mode(asked: Streaming) -> Mode:
+    needs = [name for name in ("link_gbps", "host_memory") if getattr(asked, name) is not None]
+    mode = asked.mode or ("host-driven" if needs else "layer-grouped")
+    if mode not in MODES:
+        raise ValueError(f"there is no expert mode {mode!r}: choose one of {', '.join(MODES)}")
+    if needs and mode != "host-driven":
+        option = "--" + needs[0].replace("_", "-")
+        raise ValueError(f"{option} needs --expert-mode host-driven, not {mode}: in a compiled step the host can't pace or read experts")
+    return mode
+
+
+def _free_bytes(shapes: budget.ExpertShapes, tokens: int) -> int | None:
+    """What the device has free for experts beside everything else; None where it does not say."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    free = stats["bytes_limit"] * (1 - RESERVE) - stats.get("bytes_in_use", 0)
+    return max(0, int(free) - shapes.dense_bytes - tokens * shapes.kv_bytes_per_token)
+
+
+def _check_host_memory(asked: Streaming, needed: int) -> None:
+    """Refuses experts that don't fit into this machine's memory, while there is still a choice."""
+    if asked.host_memory is not None:
+        amount = budget.parse_memory(asked.host_memory)
+        if amount.kind == "auto":
+            raise ValueError("--host-memory auto: give an amount, like 8GB or 50% of all experts")
+        return
+    free = available_host_memory()
+    if free is not None and needed > free:
+        raise ValueError(
+            f"{budget.format_bytes(needed)} of experts do not fit into the {budget.format_bytes(free)} of host memory that is available: "
+            f"--host-memory {budget.format_bytes(free // 2).replace(' ', '')} keeps that much of them and reads the others from disk"
+        )
+
+
+def available_host_memory() -> int | None:
+    """Bytes that new arrays can take without swapping, as the operating system says; None where it does not."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _reclaimable()
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _reclaimable() -> int:
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return 1024 * (int(fields["MemAvailable"].split()[0]) - int(fields["MemFree"].split()[0]))
+    except (OSError, KeyError, ValueError):
+        return 0
+
+
+def load_streamed(
+    plan: Plan, checkpoint: Checkpoint, dtype: str, kernels: Kernels, rows: int, positions: int, greedy: bool, eos: Sequence[int] = (),
+    record: bool = True, progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Streamed:  # fmt: skip
+    """Reads the weights and makes the engine.
+
+    Args:
+        plan: of `make_plan`.
+        checkpoint, dtype, kernels: as for `load_model`.
+        rows, positions, greedy, eos: as for `Engine`.
+        record: keep a trace of the routing, which the optimum is computed from.
+        progress: called with experts read and experts in all.
+
+    Raises:
+        CheckpointError: an expert that is damaged.
+    """
+    asked = plan.asked
+    if plan.budget.all_resident:
+        model = load_model(checkpoint, dtype, kernels)
+        return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record))
+    profile = None if plan.trace is None else profile_of(plan.trace)
+    offload = Offload(plan.budget.slots, plan.budget.staging, asked.policy, profile, asked.fill)
+    if plan.mode != "host-driven":
+        model = load_model(checkpoint, dtype, kernels, offload=offload, progress=progress)
+        return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, whole_prompts=plan.mode == "layer-grouped"))
+    model = load_model(checkpoint, dtype, kernels, offload=dataclasses.replace(offload, store=False))
+    source = make_source(plan, checkpoint, model.spec, progress)
+    link = Link(asked.link_gbps)
+    programs = HostDriven(model.spec, model.bank, kernels, greedy, source, link, record, asked.overlap)
+    return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, programs, True), link, source)
+
+
+def make_source(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int, int], None]):
+    """Where the host-driven mode gets experts from."""
+    if plan.asked.host_memory is None:
+        return ExpertSource(spec, read_store(checkpoint, spec, progress))
+    room = budget.parse_memory(plan.asked.host_memory).resolve(plan.budget.resident_bytes, None)
+
+    def read(moe_layer: int, expert: int) -> dict[str, np.ndarray]:
+        return checkpoint.read_expert(spec.moe_layers[moe_layer], expert, spec.precision.params, verify=True)
+
+    return DiskSource(spec, read, room)
+
+
+def profile_of(trace: Trace) -> np.ndarray:
+    """How often each expert is asked for in a trace, [L, E]: in its prompts, or in all of it where it has none."""
+    used_SLE, phase_S = used_steps(trace)
+    profile = prompt_profile(used_SLE, phase_S)
+    return profile if profile.any() else used_SLE.sum(0).astype(np.float32)
+

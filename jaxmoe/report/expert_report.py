@@ -1,0 +1,121 @@
+"""What a run with streamed experts achieved: hits beside the optimum, bytes over the link beside its bounds, device bytes beside the resident ones.
+
+Bounds are of two kinds: *overlapped* is the longer of the link's time and the memory's, *serial* is their sum. A percentage of one is its time over
+the time that a step took.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxmoe.engine.generate import Timings
+from jaxmoe.engine.streaming import Streamed
+from jaxmoe.offload.budget import format_bytes
+from jaxmoe.offload.replay import replay
+
+LINK_REPEATS = 15
+
+
+def measure_link(record_bytes: int) -> float | None:
+    """GB/s at which `device_put` moves one record from pinned host memory to the device; None on a CPU, which has no such link."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return None
+    pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    record = jax.block_until_ready(jax.device_put(np.ones(record_bytes, np.uint8), pinned))
+    times = []
+    for _ in range(LINK_REPEATS):
+        began = time.perf_counter()
+        jax.block_until_ready(jax.device_put(record, device))
+        times.append(time.perf_counter() - began)
+    return record_bytes / statistics.median(times) / 1e9
+
+
+def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows: int) -> dict[str, Any]:
+    """The run in numbers, for people and for JSON.
+
+    Args:
+        streamed: what ran; its engine recorded the routing.
+        timings: of the run.
+        memory_gbps: what the device reads from its own memory, 10^9 bytes per second.
+        rows: sequences in a step.
+
+    Returns:
+        `hit_rate`, `opt_hit_rate` and `regret` of decoding; `bytes_per_token`, `prefill_bytes` and `prefill_bytes_ratio` (of the experts that were
+        asked for and not there); `link_gbps` and `link_emulated`; `link_bound_fraction` (overlapped), `serial_bound_fraction`, `stall`;
+        `device_bytes` and `resident_device_bytes`. What can't be known is None.
+    """
+    plan, bank = streamed.plan.budget, streamed.model.bank
+    resident = plan.resident_bytes + streamed.model.bytes()["params"] + streamed.engine.kv_bytes()
+    out: dict[str, Any] = {
+        "expert_mode": "resident" if plan.all_resident else streamed.plan.mode, "expert_policy": streamed.plan.asked.policy,
+        "slots": list(plan.slots), "staging": plan.staging, "device_bytes": resident - plan.resident_bytes + bank.device_bytes,
+        "resident_device_bytes": resident,
+    }  # fmt: skip
+    if plan.all_resident:
+        return out | {"hit_rate": 1.0, "opt_hit_rate": 1.0, "regret": 0.0, "bytes_per_token": 0.0, "link_gbps": None, "link_bound_fraction": None}
+    size, decode, prefill = bank.record_bytes, _totals(timings.decode_experts), _totals(timings.prefill_experts)
+    best = replay(streamed.engine.trace(), plan.slots, "opt").hit_rate if timings.decode_steps else None
+    hit_rate = decode["hits"] / decode["requests"] if decode["requests"] else None
+    missed = prefill["requests"] - prefill["hits"]
+    out |= {
+        "hit_rate": hit_rate,
+        "opt_hit_rate": best,
+        "regret": None if not best or hit_rate is None else 1 - hit_rate / best,
+        "bytes_per_token": decode["loads"] * size / timings.decode_tokens if timings.decode_tokens else None,
+        "prefill_bytes": prefill["loads"] * size,
+        "prefill_bytes_ratio": prefill["loads"] / missed if missed else None,
+    }
+    return out | _link(streamed, timings, decode["loads"] * size, memory_gbps, rows)
+
+
+def _totals(counters: dict[str, np.ndarray]) -> dict[str, int]:
+    return {name: int(by_layer.sum()) for name, by_layer in counters.items()}
+
+
+def _link(streamed: Streamed, timings: Timings, sent: int, memory_gbps: float, rows: int) -> dict[str, Any]:
+    """Decoding beside its bounds. In a compiled step on a CPU nothing crosses a link, and no time is given as if."""
+    emulated = streamed.link is not None and streamed.link.gbps is not None
+    gbps = streamed.link.gbps if streamed.link is not None and emulated else measure_link(streamed.model.bank.record_bytes)
+    out: dict[str, Any] = {"link_gbps": gbps, "link_emulated": emulated, "link_bound_fraction": None, "serial_bound_fraction": None, "stall": None}
+    if gbps is None or not timings.decode_steps:
+        return out
+    link = sent / gbps / 1e9
+    memory = timings.decode_steps * streamed.model.bytes_per_token(rows) / memory_gbps / 1e9
+    out["link_bound_fraction"] = max(link, memory) / timings.decode_seconds
+    out["serial_bound_fraction"] = (link + memory) / timings.decode_seconds
+    if streamed.link is not None:
+        out["stall"] = timings.decode_stall_seconds / timings.decode_seconds
+    return out
+
+
+def lines(found: dict[str, Any], experts: int) -> list[str]:
+    """The report in a few lines for the terminal."""
+    saved = 100 * (1 - found["device_bytes"] / found["resident_device_bytes"])
+    memory = f"device bytes {format_bytes(found['device_bytes'])}, resident {format_bytes(found['resident_device_bytes'])} ({saved:.0f} % saved)"
+    if found["expert_mode"] == "resident":
+        return [f"experts: all {experts} of every layer on the device", memory]
+    low, high = min(found["slots"]), max(found["slots"])
+    slots = f"{low}" if low == high else f"{low} to {high}"
+    text = f"experts: {slots} of {experts} a layer and {found['staging']} in staging, {found['expert_policy']}, {found['expert_mode']}"
+    if found["hit_rate"] is not None:
+        text += f": {100 * found['hit_rate']:.1f} % hits"
+        if found["opt_hit_rate"]:
+            text += f", {100 * found['opt_hit_rate']:.1f} % at best (regret {100 * found['regret']:.0f} %)"
+        text += f", {format_bytes(round(found['bytes_per_token']))} a token over the link"
+    out = [text]
+    ratio = found["prefill_bytes_ratio"]
+    out.append(f"prefill brought {format_bytes(found['prefill_bytes'])}" + ("" if ratio is None else f", {ratio:.2f}x the experts it lacked"))
+    if found["link_bound_fraction"] is not None:
+        kind = "EMULATED link" if found["link_emulated"] else "link"
+        bounds = f"{100 * found['link_bound_fraction']:.0f} % of the overlapped bound, {100 * found['serial_bound_fraction']:.0f} % of the serial one"
+        stall = "" if found["stall"] is None else f", stalled {100 * found['stall']:.0f} % of the time"
+        out.append(f"{kind} of {found['link_gbps']:.2f} GB/s: {bounds}{stall}")
+    elif found["expert_mode"] != "host-driven":
+        out.append("host and device are one memory here: bytes are counted, and no speed of a link is claimed")
+    return [*out, memory]
