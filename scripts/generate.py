@@ -28,6 +28,11 @@ from jaxmoe.report.command import run_command
 
 DEFAULT_MODEL = ROOT / "checkpoints" / "default"
 CACHE = Path.home() / ".cache" / "jaxmoe"
+STREAMING = {
+    "expert_mode": "mode", "expert_policy": "policy", "expert_staging": "staging", "expert_trace": "trace", "expert_fill": "fill",
+    "link_gbps": "link_gbps", "host_memory": "host_memory",
+}  # fmt: skip
+"""Options that go with --expert-memory, and the fields of `Streaming` that they set."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +67,12 @@ class Arguments:
     """Let results depend in their last bits on batch and prompt length, for faster prefill on the CPU."""
     expert_memory: str | None = None
     """Device memory for routed experts: 4GB, 512MiB, 25% (of all experts) or auto. The others stay in host memory."""
-    expert_policy: Literal["lfu", "lru", "static"] = "lfu"
-    """Which experts stay on the device."""
+    expert_policy: Literal["lfu", "lru", "static"] | None = None
+    """Which experts stay on the device; lfu if not given."""
     expert_mode: Literal["fused", "layer-grouped", "host-driven"] | None = None
     """How experts are brought: in the compiled step, the same with whole prompts at once (the default), or sent by the host."""
-    expert_staging: int = 2
-    """Device slots for experts that pass through."""
+    expert_staging: int | None = None
+    """Device slots for experts that pass through; 2 if not given."""
     expert_trace: Path | None = None
     """A routing trace of the model (scripts/trace.py record): shares slots out over the layers, and profiles for the static policy."""
     expert_fill: Literal["while", "fixed", "mosaic_tma", "mosaic_loads"] | None = None
@@ -156,16 +161,13 @@ def plan_streaming(args: Arguments, spec, rows: int, positions: int):
     """What was asked for about experts, checked; None if nothing was."""
     from jaxmoe.engine.streaming import Streaming, make_plan
 
-    if args.expert_memory is None:
-        given = [name for name in ("expert_mode", "expert_trace", "expert_fill", "host_memory", "link_gbps") if getattr(args, name) is not None]
-        if given:
-            raise ValueError(f"--{given[0].replace('_', '-')} is for streamed experts: give --expert-memory too")
-        return None
-    asked = Streaming(
-        args.expert_memory, args.expert_mode, args.expert_policy, args.expert_staging, args.expert_trace, args.expert_fill, args.link_gbps,
-        args.host_memory,
-    )  # fmt: skip
-    return make_plan(asked, spec, rows, positions)
+    options = {name: getattr(args, option) for option, name in STREAMING.items() if getattr(args, option) is not None}
+    if args.expert_memory is not None:
+        return make_plan(Streaming(args.expert_memory, **options), spec, rows, positions)
+    if options:
+        option = next(option for option, name in STREAMING.items() if name in options)
+        raise ValueError(f"--{option.replace('_', '-')} is for streamed experts: give --expert-memory too")
+    return None
 
 
 def load(args: Arguments, plan, checkpoint, spec, kernels, requests, eos, console: Console):
@@ -256,14 +258,15 @@ def report(args: Arguments, model, engine, streamed, results, timings, load_seco
     bound = record.make_bound("bandwidth", ceiling, achieved, "GB/s")
     decode_rate = timings.decode_tokens / timings.decode_seconds if timings.decode_tokens else 0.0
     prefill_rate = timings.prompt_tokens / timings.prefill_seconds
+    experts = {} if streamed is None else expert_report.expert_report(streamed, timings, ceiling, rows)
+    emulated = expert_report.emulated(experts)
     console.print(
         f"[dim]{model.spec.precision.params}, {model.kernels.backend}: prefill {prefill_rate:,.0f} tok/s, decode {decode_rate:,.0f} tok/s, "
-        f"first token {1e3 * timings.first_token_seconds:.1f} ms, load {load_seconds:.1f} s, compile {timings.compile_seconds:.1f} s\n"
+        f"first token {1e3 * timings.first_token_seconds:.1f} ms, load {load_seconds:.1f} s, compile {timings.compile_seconds:.1f} s{emulated}\n"
         f"device bytes {sum(sizes.values()) / 1e6:,.1f} MB; decode reads {achieved:.1f} GB/s of {ceiling:.1f} measured "
-        f"({bound['percent']:.0f} %)[/dim]",
+        f"({bound['percent']:.0f} %){emulated}[/dim]",
         highlight=False, soft_wrap=True,
     )
-    experts = {} if streamed is None else expert_report.expert_report(streamed, timings, ceiling, rows)
     if streamed is not None:
         for line in expert_report.lines(experts, model.spec.moe[0].experts):
             console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)

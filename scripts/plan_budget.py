@@ -127,10 +127,11 @@ def table_rows(curve: list[tuple[float, float]], traced: str, context: int) -> I
 def table_row(shapes: budget.ExpertShapes, plan: budget.BudgetPlan, curve: list[tuple[float, float]], settings: dict[str, Any]) -> dict[str, Any]:
     """One row."""
     total, resident = (budget.total_bytes(p, shapes, settings["context"]) for p in (plan, None))
-    traced = budget.interpolate_hits(curve, plan.slots[0], shapes.active)
+    slots = sum(plan.slots) / len(plan.slots)
+    traced = budget.interpolate_hits(curve, slots, shapes.active)
     counters: dict[str, float] = {
-        "slots": plan.slots[0], "experts": shapes.experts, "staging": plan.staging, "saving_percent": 100 * (1 - total / resident),
-        "budget_percent": 100 * plan.device_bytes / plan.resident_bytes, "hit_even_percent": 100 * plan.slots[0] / shapes.experts,
+        "slots": slots, "experts": shapes.experts, "staging": plan.staging, "saving_percent": 100 * (1 - total / resident),
+        "budget_percent": 100 * plan.device_bytes / plan.resident_bytes, "hit_even_percent": 100 * slots / shapes.experts,
         "hit_trace_percent": 100 * traced,
     }  # fmt: skip
     for link, gbps in LINKS_GBPS.items():
@@ -161,7 +162,7 @@ def print_rows(rows: list[dict[str, Any]], traced: str) -> None:
         s, c = row["settings"], row["counters"]
         mark = "" if s["own_trace"] else "~"
         speeds = [f"{c[f'pcie{n}_even_tokens_per_second']:.1f} / {mark}{c[f'pcie{n}_trace_tokens_per_second']:.1f}" for n in (4, 5)]
-        size = (f"{c['slots']}/{c['experts']}", f"{row['bytes']['total'] / 1e9:.1f}", f"{c['saving_percent']:.0f} %")
+        size = (f"{c['slots']:.1f}/{c['experts']}", f"{row['bytes']['total'] / 1e9:.1f}", f"{c['saving_percent']:.0f} %")
         hits = f"{c['hit_even_percent']:.0f} / {mark}{c['hit_trace_percent']:.0f} %"
         table.add_row(s["model"], s["experts_dtype"], s["budget"], *size, s["fits_in"], s["resident_fits_in"], hits, *speeds)
     Console().print(table)

@@ -59,10 +59,65 @@ def grouped_matmul_table(records: list[dict]) -> str:
     return record.table(chosen, columns)
 
 
+def expert_budget_table(records: list[dict]) -> str:
+    """What fits in what: published models in the dtypes and budgets that the records have."""
+    rows = []
+    for r in (r for r in records if r["name"] == "expert_budget"):
+        s, c = r["settings"], r["counters"]
+        shown = {"slots": f"{c['slots']:.1f} of {c['experts']:.0f}", "runs": "yes" if s["supported"] else "not yet"}
+        own = {name: f"{c[name]:,.0f}" if s["own_trace"] else "" for name in OWN_TRACE}
+        rows.append((s["model"], s["experts_dtype"], c["slots"], r | {"shown": shown | own}))
+    columns = [
+        ("model", "settings.model"), ("experts in", "settings.experts_dtype"), ("budget", "settings.budget"), ("slots a layer", "shown.slots"),
+        ("GB", "bound.achieved", ".1f"), ("resident GB", "bound.ceiling", ".1f"), ("saved %", "counters.saving_percent", ".0f"),
+        ("fits in GB", "settings.fits_in"), ("resident fits in GB", "settings.resident_fits_in"), ("hits %, even", "counters.hit_even_percent", ".0f"),
+        ("PCIe 4 tok/s", "counters.pcie4_even_tokens_per_second", ",.1f"), ("PCIe 5 tok/s", "counters.pcie5_even_tokens_per_second", ",.1f"),
+        ("hits %, LFU", "shown.hit_trace_percent", ">"), ("PCIe 4 tok/s", "shown.pcie4_trace_tokens_per_second", ">"),
+        ("PCIe 5 tok/s", "shown.pcie5_trace_tokens_per_second", ">"), ("runs", "shown.runs"),
+    ]  # fmt: skip
+    return record.table([row[-1] for row in sorted(rows, key=lambda row: row[:-1])], columns)
+
+
+OWN_TRACE = ("hit_trace_percent", "pcie4_trace_tokens_per_second", "pcie5_trace_tokens_per_second")
+"""What only a trace of the model itself can say."""
+
+
+def streaming_table(records: list[dict]) -> str:
+    """Ways of running in the same device memory, over emulated links."""
+    chosen = [r for r in records if r["name"] == "streaming"]
+    demand = {
+        (r["settings"]["model"], r["settings"]["link_gbps"]): r["counters"] for r in chosen if r["settings"]["arm"] == "on demand"
+    }
+    rows = []
+    for r in chosen:
+        s, c = r["settings"], r["counters"]
+        base = demand[s["model"], s["link_gbps"]]
+        shown = {"times": c["decode_tokens_per_second"] / base["decode_tokens_per_second"]}
+        shown |= {"hits": 100 * c["hit_rate"]}
+        shown |= {f"{p}_{k}": 100 * c[f"{p}_{k}_fraction"] for p in ("decode", "prefill") for k in ("serial", "overlapped")}
+        rows.append((s["model"], s["link_gbps"], WAYS.index(s["arm"]), r | {"shown": shown}))
+    columns = [
+        ("model", "settings.model"), ("emulated GB/s", "settings.link_gbps", "g"), ("way", "settings.arm"), ("hits %", "shown.hits", ".0f"),
+        ("decode tok/s", "counters.decode_tokens_per_second", ".1f"), ("times on demand", "shown.times", ".2f"),
+        ("% of serial", "shown.decode_serial", ".0f"), ("% of overlapped", "shown.decode_overlapped", ".0f"),
+        ("prefill s", "counters.prefill_seconds", ".2f"), ("% of serial", "shown.prefill_serial", ".0f"),
+        ("% of overlapped", "shown.prefill_overlapped", ".0f"),
+    ]  # fmt: skip
+    return record.table([row[-1] for row in sorted(rows, key=lambda row: row[:-1])], columns)
+
+
+WAYS = ("streamed, lfu", "streamed, lru", "whole layers resident", "on demand", "on demand, prompt by 32 tokens")
+"""The order of rows."""
+
+
 def run(args: Arguments) -> None:
-    """Writes both tables."""
+    """Writes all tables."""
     records = record.load_records(args.benchmarks)
-    for name, table in {"generate": generate_table(records), "grouped_matmul": grouped_matmul_table(records)}.items():
+    tables = {
+        "generate": generate_table(records), "grouped_matmul": grouped_matmul_table(records), "expert_budget": expert_budget_table(records),
+        "streaming": streaming_table(records),
+    }  # fmt: skip
+    for name, table in tables.items():
         changed = record.update_readme(args.readme, name, table)
         print(f"{name}: {'written' if changed else 'as it was'}")
 

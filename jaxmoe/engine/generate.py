@@ -158,7 +158,7 @@ class Engine:
 
     def __init__(
         self, model: Model, rows: int, positions: int, greedy: bool, eos: Sequence[int] = (), record: bool = False, programs: Any = None,
-        whole_prompts: bool | None = None,
+        prefill_tokens: int | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -169,8 +169,8 @@ class Engine:
             eos: ids that end a text.
             record: keep a trace of the routing, for `trace`.
             programs: what runs prefill and decode; the fused steps if not given (`steps.Fused`, `host_driven.HostDriven`).
-            whole_prompts: prefill prompts of any length in one step, so that streamed experts cross the link once; so by default where experts are
-                streamed.
+            prefill_tokens: the most tokens in a prefill step; if not given, the largest bucket, or where experts are streamed a prompt of any length,
+                so that each of them crosses the link once.
         """
         if len(eos) > steps.EOS_SLOTS:
             raise RequestError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
@@ -182,7 +182,8 @@ class Engine:
         self._sequence = 0
         self._programs = programs or steps.Fused(model.spec, model.kernels, greedy, record)
         self._recorder = TraceBuilder(model_meta(model.spec, model.spec.family, "generation")) if record else None
-        self.whole_prompts = isinstance(model.bank, SlotBank) if whole_prompts is None else whole_prompts
+        most = self.positions * rows if isinstance(model.bank, SlotBank) else steps.TOKEN_BUCKETS[-1]
+        self._prefill_tokens = most if prefill_tokens is None else prefill_tokens
 
     def start(self) -> steps.EngineState:
         """A state with an empty cache of the size that the programs were compiled for, and the experts as the last call left them."""
@@ -200,8 +201,8 @@ class Engine:
 
     def token_buckets(self) -> tuple[int, ...]:
         """Prefill buckets that this engine's prompts can need."""
-        most, sizes = self.positions * self.rows, list(steps.TOKEN_BUCKETS)
-        while self.whole_prompts and sizes[-1] < most:
+        most, sizes = min(self.positions * self.rows, self._prefill_tokens), list(steps.TOKEN_BUCKETS)
+        while sizes[-1] < most:
             sizes.append(2 * sizes[-1])
         return tuple(b for i, b in enumerate(sizes) if i == 0 or sizes[i - 1] < most)
 
@@ -236,6 +237,11 @@ class Engine:
         if self._recorder is None:
             raise ValueError("this engine was not made to record: Engine(..., record=True)")
         return self._recorder.build()
+
+    def forget(self) -> None:
+        """Forgets the experts that are on the device, for the next call to begin without any."""
+        if self._moving is not None:
+            self._moving = self.model.bank.forget(self._moving)
 
     def experts(self) -> Any:
         """The bank's moving part as the last call left it; None before the first."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.struct
@@ -163,7 +163,7 @@ class HostDriven:
     """Runs prefill and decode layer by layer, with experts from a source; in the place of `steps.Fused`."""
 
     def __init__(self, spec: ModelSpec, bank: SlotBank, kernels: Kernels, greedy: bool, source: Any, link: Link | None = None,
-                 record: bool = False, overlap: bool = True):  # fmt: skip
+                 record: bool = False, overlap: bool = True, cold: Collection[int] = ()):  # fmt: skip
         """
         Args:
             spec, kernels: of the model.
@@ -173,10 +173,13 @@ class HostDriven:
             link: what they cross; a real one if not given.
             record: return the routing.
             overlap: send while computing. Without it every expert is waited for before anything else is done, as engines do that load on demand.
+            cold: MoE layers that forget their experts after every step: what a cache is compared with.
         """
         self.programs, self.source, self.link = Programs(spec, bank, kernels), source, link or Link()
         self._spec, self._greedy, self._record, self._overlap = spec, greedy, record, overlap
         self._loads = np.zeros(len(spec.moe_layers), np.int32)
+        forgotten = np.isin(np.arange(len(spec.moe_layers)), list(cold))
+        self._forget = jax.jit(lambda there: jnp.where(forgotten[:, None], -1, there), donate_argnums=0) if cold else None
 
     @property
     def stalled(self) -> float:
@@ -230,6 +233,8 @@ class HostDriven:
                 chosen.append((routed.ids, routed.weights))
                 moe_layer += 1
         tokens, logits = self.programs.tail(self._greedy)(params, x, before, batch, sampling, positions)
+        if self._forget is not None:
+            tables = dataclasses.replace(tables, slot_of_expert=self._forget(tables.slot_of_expert))
         loads, self._loads = self._loads, np.zeros_like(self._loads)
         carried = dataclasses.replace(tables, pools=pools, loads=tables.loads + loads)
         return tokens, logits, steps.EngineState(layers, carried), self._routing(chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,18 +13,22 @@ import jax
 import numpy as np
 
 from checkpoints.load import Checkpoint
+from jaxmoe import formats
+from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine, positions_bucket
 from jaxmoe.engine.host_driven import HostDriven
 from jaxmoe.engine.model import Model, Offload, load_model, read_store
-from jaxmoe.experts.source import DiskSource, ExpertSource
+from jaxmoe.experts import host_store
+from jaxmoe.experts.source import DiskSource, ExpertSource, check_host_memory, least_host_memory
 from jaxmoe.offload import bounds, budget
 from jaxmoe.offload.link import Link
 from jaxmoe.offload.replay import prompt_profile
-from jaxmoe.offload.trace import Trace, check_model, load_or_import, used_steps
+from jaxmoe.offload.trace import PROMPT, Trace, as_teacher_forced, check_model, load_or_import, used_steps
 from jaxmoe.residency import find_policy
 from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.expert_fill import gpu
 
 Mode = Literal["fused", "layer-grouped", "host-driven"]
 MODES: tuple[Mode, ...] = ("fused", "layer-grouped", "host-driven")
@@ -95,20 +100,21 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
     """
     mode = _mode(asked)
     policy = find_policy(asked.policy)
-    Link(asked.link_gbps)
+    _check_link(asked.link_gbps)
+    _check_fill(asked, mode, spec)
     if policy.needs_profile and asked.trace is None:
         raise ValueError(f"the policy {asked.policy!r} needs a profile of how much each expert is used: give --expert-trace")
     trace = None if asked.trace is None else load_or_import(asked.trace)
     curves: dict[str, Any] = {}
     if trace is not None:
-        check_model(trace, spec)
-        curves = {"curves_LC": bounds.marginal_hits(trace), "allocate": bounds.allocate}
+        _check_trace(trace, asked, spec)
+        only_prompts = (trace.phase == PROMPT).all()
+        curves = {"curves_LC": bounds.marginal_hits(as_teacher_forced(trace) if only_prompts else trace), "allocate": bounds.allocate}
     shapes = budget.ExpertShapes.from_spec(spec)
     free = _free_bytes(shapes, rows * positions_bucket(positions))
     amount = budget.parse_memory(asked.expert_memory)
     found = budget.solve(shapes, amount, asked.staging, free, bypass=policy.bypass, **curves)
-    if not found.all_resident:
-        _check_host_memory(asked, shapes.all_bytes)
+    _check_host_memory(asked, spec, shapes.all_bytes, found.all_resident)
     return Plan(asked, mode, found, trace)
 
 
@@ -123,6 +129,38 @@ def _mode(asked: Streaming) -> Mode:
     return mode
 
 
+def _check_link(gbps: float | None) -> None:
+    Link(gbps)
+    if gbps == math.inf:
+        raise ValueError(f"a link of {gbps} GB/s: its speed has to be finite")
+
+
+def _check_fill(asked: Streaming, mode: Mode, spec: ModelSpec) -> None:
+    """Refuses a way to fill that this mode, device or model does not take, which would be known only when the step is compiled."""
+    if asked.fill is None:
+        return
+    if mode == "host-driven":
+        raise ValueError(f"--expert-fill {asked.fill} is for compiled steps, and --expert-mode host-driven sends experts from the host")
+    if not asked.fill.startswith("mosaic"):
+        return
+    if jax.devices()[0].platform not in ("gpu", "cuda"):
+        raise ValueError(f"--expert-fill {asked.fill} is for NVIDIA GPUs, and this device is {jax.devices()[0].device_kind}")
+    held = formats.leaf_dtype(spec.precision.params)
+    pools: Any = tuple(jax.ShapeDtypeStruct((1, *entry), held) for entry in host_store.entry_shapes(spec))
+    store: Any = jax.ShapeDtypeStruct((1, *host_store.record_shape(spec)), held)
+    try:
+        gpu.tile_rows(pools, store)
+    except NotImplementedError as error:
+        raise ValueError(f"--expert-fill {asked.fill}: {error}") from error
+
+
+def _check_trace(trace: Trace, asked: Streaming, spec: ModelSpec) -> None:
+    try:
+        check_model(trace, spec)
+    except ValueError as error:
+        raise ValueError(f"{asked.trace}: {error}") from error
+
+
 def _free_bytes(shapes: budget.ExpertShapes, tokens: int) -> int | None:
     """What the device has free for experts beside everything else; None where it does not say."""
     stats = jax.devices()[0].memory_stats() or {}
@@ -132,19 +170,24 @@ def _free_bytes(shapes: budget.ExpertShapes, tokens: int) -> int | None:
     return max(0, int(free) - shapes.dense_bytes - tokens * shapes.kv_bytes_per_token)
 
 
-def _check_host_memory(asked: Streaming, needed: int) -> None:
+def _check_host_memory(asked: Streaming, spec: ModelSpec, all_bytes: int, all_resident: bool) -> None:
     """Refuses experts that don't fit into this machine's memory, while there is still a choice."""
+    needed, least = all_bytes, least_host_memory(spec)
     if asked.host_memory is not None:
         amount = budget.parse_memory(asked.host_memory)
         if amount.kind == "auto":
             raise ValueError("--host-memory auto: give an amount, like 8GB or 50% of all experts")
-        return
+        given = amount.resolve(all_bytes, None)
+        check_host_memory(spec, given)
+        needed = min(needed, given)
     free = available_host_memory()
-    if free is not None and needed > free:
-        raise ValueError(
-            f"{budget.format_bytes(needed)} of experts do not fit into the {budget.format_bytes(free)} of host memory that is available: "
-            f"--host-memory {budget.format_bytes(free // 2).replace(' ', '')} keeps that much of them and reads the others from disk"
-        )
+    if all_resident or free is None or needed <= free:
+        return
+    short = f"{budget.format_bytes(needed)} of experts do not fit into the {budget.format_bytes(free)} of host memory that is available"
+    percent = math.ceil(100 * max(free // 2, least) / all_bytes)
+    if percent * all_bytes > 100 * min(free, needed):
+        raise ValueError(f"{short}, and at least {budget.format_bytes(least)} are needed")
+    raise ValueError(f"{short}: --host-memory {percent}% keeps that share of them and reads the others from disk")
 
 
 def available_host_memory() -> int | None:
@@ -187,12 +230,13 @@ def load_streamed(
     offload = Offload(plan.budget.slots, plan.budget.staging, asked.policy, profile, asked.fill)
     if plan.mode != "host-driven":
         model = load_model(checkpoint, dtype, kernels, offload=offload, progress=progress)
-        return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, whole_prompts=plan.mode == "layer-grouped"))
+        most = steps.TOKEN_BUCKETS[-1] if plan.mode == "fused" else None
+        return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, prefill_tokens=most))
     model = load_model(checkpoint, dtype, kernels, offload=dataclasses.replace(offload, store=False))
     source = make_source(plan, checkpoint, model.spec, progress)
     link = Link(asked.link_gbps)
     programs = HostDriven(model.spec, model.bank, kernels, greedy, source, link, record, asked.overlap)
-    return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, programs, True), link, source)
+    return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, programs), link, source)
 
 
 def make_source(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int, int], None]):

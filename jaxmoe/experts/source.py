@@ -16,6 +16,11 @@ READERS = 4
 """Threads that read experts from behind host memory."""
 
 
+def least_host_memory(spec: ModelSpec) -> int:
+    """Bytes of two layers' active experts: with less, records would be dropped again before they are used."""
+    return 2 * spec.moe[0].active * record_bytes(spec)
+
+
 class ExpertSource:
     """Records by (MoE layer, expert), every one held in host memory.
 
@@ -46,6 +51,13 @@ def _pinned_one_by_one(records: np.ndarray):
     return [jax.device_put(record, sharding) for record in records]
 
 
+def check_host_memory(spec: ModelSpec, given: int) -> None:
+    """Raises ValueError for less than `least_host_memory`."""
+    least = least_host_memory(spec)
+    if given < least:
+        raise ValueError(f"{given:,} bytes of host memory are too few for experts: at least {least:,} are needed, two layers' active ones")
+
+
 class DiskSource:
     """Records of which host memory holds as many as it is given room for, the most recently asked for; others are read when they are asked for.
 
@@ -60,12 +72,10 @@ class DiskSource:
             host_memory: bytes for records.
 
         Raises:
-            ValueError: less than two layers' active experts, which would be read and dropped again before they are used.
+            ValueError: less than `least_host_memory`.
         """
         self.record_bytes, self.reads = record_bytes(spec), 0
-        needed = 2 * spec.moe[0].active * self.record_bytes
-        if host_memory < needed:
-            raise ValueError(f"{host_memory:,} bytes of host memory are too few for experts: at least {needed:,} are needed, two layers' active ones")
+        check_host_memory(spec, host_memory)
         self.host_bytes = host_memory
         self._spec, self._read, self._room = spec, read, host_memory // self.record_bytes
         self._held: OrderedDict[tuple[int, int], Future] = OrderedDict()

@@ -190,7 +190,7 @@ def solve(
     allocate: Allocate | None = None,
     bypass: bool = False,
 ) -> BudgetPlan:
-    """Turns a budget into slots: equally many in every layer, or shared out by how many hits each further slot brings.
+    """Turns a budget into slots: equally many in every layer as far as that goes, or shared out by how many hits each further slot brings.
 
     Args:
         shapes: the model.
@@ -245,7 +245,14 @@ def _cost(shapes: ExpertShapes, slots: Sequence[int]) -> int:
 
 
 def _uniform(shapes: ExpertShapes, rest: int) -> tuple[int, ...]:
-    return (rest // sum(shapes.expert_bytes),) * shapes.layers
+    """Equally many, and one more for as many of the first layers as what is left over pays for: on traces they are the ones that hit least."""
+    slots = [rest // sum(shapes.expert_bytes)] * shapes.layers
+    left = rest - _cost(shapes, slots)
+    for layer, size in enumerate(shapes.expert_bytes):
+        if size > left or slots[layer] == shapes.experts:
+            break
+        slots[layer], left = slots[layer] + 1, left - size
+    return tuple(slots)
 
 
 def _allocated(shapes: ExpertShapes, rest: int, curves_LC: np.ndarray, allocate: Allocate | None) -> tuple[int, ...]:
@@ -475,7 +482,7 @@ PUBLISHED = {
 }
 
 
-def interpolate_hits(curve: Sequence[tuple[float, float]], slots: int, active: int) -> float:
+def interpolate_hits(curve: Sequence[tuple[float, float]], slots: float, active: int) -> float:
     """A hit rate read off a curve that was replayed on another model's trace, at as many slots per active expert; flat beyond its ends.
 
     Args:
