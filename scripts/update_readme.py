@@ -70,10 +70,11 @@ def expert_budget_table(records: list[dict]) -> str:
     columns = [
         ("model", "settings.model"), ("experts in", "settings.experts_dtype"), ("budget", "settings.budget"), ("slots a layer", "shown.slots"),
         ("GB", "bound.achieved", ".1f"), ("resident GB", "bound.ceiling", ".1f"), ("saved %", "counters.saving_percent", ".0f"),
-        ("fits in GB", "settings.fits_in"), ("resident fits in GB", "settings.resident_fits_in"), ("hits %, even", "counters.hit_even_percent", ".0f"),
-        ("PCIe 4 tok/s", "counters.pcie4_even_tokens_per_second", ",.1f"), ("PCIe 5 tok/s", "counters.pcie5_even_tokens_per_second", ",.1f"),
-        ("hits %, LFU", "shown.hit_trace_percent", ">"), ("PCIe 4 tok/s", "shown.pcie4_trace_tokens_per_second", ">"),
-        ("PCIe 5 tok/s", "shown.pcie5_trace_tokens_per_second", ">"), ("runs", "shown.runs"),
+        ("fits in", "settings.fits_in"), ("resident fits in", "settings.resident_fits_in"),
+        ("hits %, even", "counters.hit_even_percent", ".0f"), ("PCIe 4 tok/s", "counters.pcie4_even_tokens_per_second", ",.1f"),
+        ("PCIe 5 tok/s", "counters.pcie5_even_tokens_per_second", ",.1f"), ("hits %, LFU", "shown.hit_trace_percent", ">"),
+        ("PCIe 4 tok/s", "shown.pcie4_trace_tokens_per_second", ">"), ("PCIe 5 tok/s", "shown.pcie5_trace_tokens_per_second", ">"),
+        ("runs", "shown.runs"),
     ]  # fmt: skip
     return record.table([row[-1] for row in sorted(rows, key=lambda row: row[:-1])], columns)
 

@@ -1,6 +1,7 @@
 """Small models for tests, and logits of theirs by any cut of the prompts into steps."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,12 @@ import numpy as np
 
 from jaxmoe.cache.batch import make_batch
 from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
+from jaxmoe.engine.host_driven import HostDriven
 from jaxmoe.engine.model import Model, Offload, slot_bank
 from jaxmoe.experts import ResidentBank, host_store
+from jaxmoe.experts.source import ExpertSource
 from jaxmoe.formats import store_numpy
 from jaxmoe.spec import ModelSpec, abstract_experts, abstract_params, stack_layers
 from pallas_kernels.dispatch import Kernels
@@ -91,9 +95,17 @@ def slot_model(model: Model, slots: int | tuple[int, ...], staging: int = 2, pol
     return dataclasses.replace(model, bank=dataclasses.replace(bank, poison=True))
 
 
-def committed(state):
-    """The state as steps return it where an argument, such as a store in host memory, is bound to a device: a step compiles once, not twice."""
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
+def host_driven_step(model: Model):
+    """`steps.logits_step` of a slot-bank model, with the host sending the experts."""
+    bank = dataclasses.replace(model.bank, store=None)
+    runner = HostDriven(model.spec, bank, model.kernels, True, ExpertSource(model.spec, np.asarray(model.bank.store)))
+
+    def step(params, _, state, batch):
+        rows = batch.logit_rows.shape[0]
+        _, logits, state, _ = runner.step(params, state, batch, sampling_params(rows), np.zeros(rows, np.int32))
+        return logits, state
+
+    return step
 
 
 def prefill_logits(
@@ -102,7 +114,7 @@ def prefill_logits(
     """float32 logits [len(ids), V] of each request, prefilled by a schedule in steps of `tokens`."""
     run = steps.run_length(tokens)
     layers = init_kv(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
-    state = committed(steps.EngineState(layers, model.bank.init_state()))
+    state = steps.committed(steps.EngineState(layers, model.bank.init_state()))
     step = steps.logits_step(model.spec, model.kernels)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]
     for pieces in schedule:
@@ -114,11 +126,13 @@ def prefill_logits(
     return out
 
 
-def decode_logits(model: Model, requests: list[list[int]], bucket: int, rows: int | None = None, positions: int = 512) -> list[np.ndarray]:
+def decode_logits(
+    model: Model, requests: list[list[int]], bucket: int, rows: int | None = None, positions: int = 512, step: Callable | None = None
+) -> list[np.ndarray]:
     """The same, every request fed one token at a time from its first on, all requests together in steps of `bucket` rows."""
     layers = init_kv(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
-    state = committed(steps.EngineState(layers, model.bank.init_state()))
-    step = steps.logits_step(model.spec, model.kernels)
+    state = steps.committed(steps.EngineState(layers, model.bank.init_state()))
+    step = step or steps.logits_step(model.spec, model.kernels)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]
     for position in range(max(map(len, requests))):
         going = [i for i, ids in enumerate(requests) if position < len(ids)]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.spec import AttentionSpec, ModelSpec
-from pallas_kernels.dense.cpu import ROW_TILES
+from pallas_kernels.dense.cpu import ROW_TILES, same_order
 from pallas_kernels.dispatch import Kernels
 
 KEY_BLOCK = 128
@@ -114,10 +115,11 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
 def widened(values: Float[Array, "K S C"], rows: int) -> Float[Array, "K S W"]:
     """Values with columns of zeros after them where the product of `rows` rows with them would else be added up in another order than that of few.
 
-    XLA's CPU backend does so for many rows unless the width is a multiple of 64.
+    XLA's CPU backend does so for many rows and some widths, never where the width is a multiple of 64.
     """
-    missing = -values.shape[2] % 64 if rows > ROW_TILES[-1] else 0
-    return jnp.pad(values, ((0, 0), (0, 0), (0, missing))) if missing else values
+    _, keys, width = values.shape
+    as_it_is = rows <= ROW_TILES[-1] or same_order(rows, keys, width) == (1, width)
+    return values if as_it_is else jnp.pad(values, ((0, 0), (0, 0), (0, -width % 64)))
 
 
 def _blocks(rows, at_row, keys, values, layer, seg, end, first, window, row_invariant):
@@ -149,17 +151,39 @@ def _blocks(rows, at_row, keys, values, layer, seg, end, first, window, row_inva
     return o / total[..., None]
 
 
+def _write_runs(state: KVState, layer, k, v, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The caches with every run written, one contiguous piece each: a scatter would have XLA lay the whole cache out for its own sake, in a copy."""
+    run, valid = batch.run, batch.segments >= 0
+
+    def write(cache, new, mine, at):
+        start = (layer, *at)
+        kept = jax.lax.dynamic_slice(cache, start, (1, 1, *new.shape))
+        cache = jax.lax.dynamic_update_slice(cache, jnp.where(mine, _held(new, cache)[None, None], kept), start)
+        # As it was given: the new piece's layout would else become the whole cache's, by a copy of it.
+        return with_layout_constraint(cache, Layout(tuple(range(cache.ndim))))
+
+    def one_run(r, caches):
+        keys, values = caches
+        here, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
+        k_run, v_run, mine = (jax.lax.dynamic_slice_in_dim(t, here, run) for t in (k, v, valid))
+        keys = write(keys, k_run.transpose(1, 2, 0), mine, (seg, 0, 0, pos))
+        return keys, write(values, v_run.transpose(1, 0, 2), mine[:, None], (seg, 0, pos, 0))
+
+    return jax.lax.fori_loop(0, batch.tokens.shape[0] // run, one_run, (state.k, state.v))
+
+
+def _rows(cache: jax.Array, layer, rows: jax.Array) -> jax.Array:
+    """cache[layer, rows], row by row: a gather would have XLA's TPU compiler cut up, and copy, the cache of all layers."""
+    size = (1, 1, *cache.shape[2:])
+    return jax.lax.map(lambda r: jax.lax.dynamic_slice(cache, (layer, r, 0, 0, 0), size)[0, 0], rows)
+
+
 def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch):
     """The plain way, for backends without a kernel and as a reference: each run against a copy of its whole cache row."""
     run, (heads, c), kv_heads = batch.run, q.shape[1:], k.shape[1]
-    rows = state.k.shape[1]
-    seg = jnp.where(batch.segments >= 0, batch.segments, rows)
-    every = slice(None)
-    keys = state.k.at[layer, seg, every, every, batch.positions].set(_held(k, state.k), mode="drop")
-    values = state.v.at[layer, seg, every, batch.positions].set(_held(v, state.v), mode="drop")
+    keys, values = _write_runs(state, layer, k, v, batch)
     q_run = q.reshape(-1, run, kv_heads, heads // kv_heads, c)
-    k_run = formats.load(keys[layer, batch.run_segments], q.dtype)
-    v_run = formats.load(values[layer, batch.run_segments], q.dtype)
+    k_run, v_run = (formats.load(_rows(cache, layer, batch.run_segments), q.dtype) for cache in (keys, values))
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     s = jnp.einsum("rqkgc,rkcs->rkgqs", q_run, k_run, precision=exact, preferred_element_type=jnp.float32) * spec.softmax_scale
     at_key, at_row = jnp.arange(s.shape[-1]), batch.positions.reshape(-1, 1, 1, run, 1)

@@ -188,9 +188,7 @@ class Engine:
     def start(self) -> steps.EngineState:
         """A state with an empty cache of the size that the programs were compiled for, and the experts as the last call left them."""
         moving, self._moving = self._moving, None  # steps take the arrays: an error on the way leaves nothing to go on with
-        state = steps.EngineState(self._empty_cache(), self.model.bank.init_state() if moving is None else moving)
-        # What a step returns is committed to its device if any argument is, as a pinned store is: a program for arrays that aren't is another one.
-        return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
+        return steps.committed(steps.EngineState(self._empty_cache(), self.model.bank.init_state() if moving is None else moving))
 
     def _empty_cache(self):
         return init_kv(self.model.spec, self.rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
@@ -387,7 +385,7 @@ def prompt_logits(model: Model, ids: Sequence[int], tokens: int = 512) -> np.nda
     if len(ids) > model.spec.max_positions:
         raise RequestError(f"{len(ids)} tokens are more than the model's {model.spec.max_positions} positions")
     run = steps.run_length(tokens)
-    state = steps.EngineState(init_kv(model.spec, 1, positions_bucket(len(ids)), run), model.bank.init_state())
+    state = steps.committed(steps.EngineState(init_kv(model.spec, 1, positions_bucket(len(ids)), run), model.bank.init_state()))
     step = steps.logits_step(model.spec, model.kernels)
     out = []
     for at in range(0, len(ids), tokens):

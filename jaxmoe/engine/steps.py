@@ -64,6 +64,14 @@ class EngineState:
     bank: Any
 
 
+def committed(state: EngineState) -> EngineState:
+    """The state to begin with, each array committed to the device it is on.
+
+    What a step returns is committed if any argument is, as a pinned store is, and a program for arrays that are not is another one.
+    """
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
+
+
 def _forward(spec: ModelSpec, params, bank, state: EngineState, batch: Batch, kernels: Kernels, record: bool = False):
     bank = bank.join(state.bank)
     bank = bank.in_order() if batch.run > 1 else bank

@@ -10,6 +10,9 @@ from jaxmoe import formats
 from pallas_kernels.dense import cpu
 from pallas_kernels.dispatch import Kernels
 
+MIN_ROWS = 8
+"""Rows of an accelerator's dot: of fewer XLA makes a sum of products, and lays the weights of all layers out anew for it."""
+
 
 def dense(
     x_TK: Float[Array, "T K"], w: Num[Array, "K N"] | Num[Array, "N K"], kernels: Kernels, out_dtype=None, transposed: bool = False
@@ -31,8 +34,13 @@ def dense(
         return cpu.dense(x_TK, w, kernels.row_invariant, transposed).astype(out_dtype)
     precision = jax.lax.Precision.HIGHEST if x_TK.dtype == jnp.float32 else None
     contract = (((1,), (int(transposed),)), ((), ()))
+    rows = x_TK.shape[0]
+    if rows < MIN_ROWS:
+        x_TK = jnp.pad(x_TK, ((0, MIN_ROWS - rows), (0, 0)))
+    # Without the barrier XLA takes work on weights out of the loop over tokens: a copy of them, as long as the loop runs.
+    x_TK, w = jax.lax.optimization_barrier((x_TK, w))
     y = jax.lax.dot_general(x_TK, formats.load(w, x_TK.dtype), contract, precision, preferred_element_type=jnp.float32)
-    return y.astype(out_dtype)
+    return y[:rows].astype(out_dtype)
 
 
 def row_sum(x_TK: Float[Array, "T K"], kernels: Kernels) -> Float[Array, "T 1"]:

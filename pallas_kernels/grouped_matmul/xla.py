@@ -1,4 +1,4 @@
-"""Grouped matmul in plain XLA, for accelerators: a loop over tiles of rows, each a dot with the one matrix it needs, sliced out of the pool where it lies.
+"""Grouped matmul in plain XLA, for accelerators: a loop over tiles of rows, each a dot with the matrix it needs, sliced out of the pool by itself.
 
 Operands stay bfloat16 where both of them are, and sums are float32. The pool is never reshaped: TPUs lay [D, 2, F] out otherwise than [D, 2F], so
 that a reshape of the pool is a second pool. The loop goes over the tiles that have rows; where the loop has to have a known length, over as many as
