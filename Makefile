@@ -23,8 +23,12 @@ help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
 	@echo '  PYTHON=$(PYTHON) VENV=$(VENV)'
 
-demo: $(DEMO_STAMP) ## generate text with the small model that ships
-	$(PLATFORM) $(BIN)/python scripts/generate.py --prompt "And it came to pass, that" --max-new-tokens 64 --temperature 0.7 --top-p 0.9
+DEMO := scripts/generate.py --prompt "And it came to pass, that" --max-new-tokens 64 --temperature 0.7 --top-p 0.9
+
+demo: $(DEMO_STAMP) ## generate text with the small model that ships: all experts on the device, then a quarter of them
+	$(PLATFORM) $(BIN)/python $(DEMO)
+	@echo; echo 'The same with a quarter of the experts on the device and the others in host memory:'
+	$(PLATFORM) $(BIN)/python $(DEMO) --expert-memory 26%
 
 test: $(TEST_STAMP) ## run all tests; those marked `device` need e.g. JAX_PLATFORMS=cuda,cpu
 	$(BIN)/python -m pytest tests $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)

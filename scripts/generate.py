@@ -232,6 +232,7 @@ def run(args: Arguments, console: Console) -> None:
     model, engine, streamed = load(args, plan, open_checkpoint(args, console), spec, kernels, requests, tokenizer.eos_ids, console)
     load_seconds = time.perf_counter() - began
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the host-driven mode has many small programs
     with console.status("compiling") as status:
         compile_seconds = engine.warm_up(lambda name: status.update(f"compiling {name}"), requests)
     results, timings = engine.generate(requests, tokenizer, Streamer(prompts))
@@ -259,12 +260,12 @@ def report(args: Arguments, model, engine, streamed, results, timings, load_seco
     decode_rate = timings.decode_tokens / timings.decode_seconds if timings.decode_tokens else 0.0
     prefill_rate = timings.prompt_tokens / timings.prefill_seconds
     experts = {} if streamed is None else expert_report.expert_report(streamed, timings, ceiling, rows)
-    emulated = expert_report.emulated(experts)
+    mark = expert_report.emulation_mark(experts)
     console.print(
         f"[dim]{model.spec.precision.params}, {model.kernels.backend}: prefill {prefill_rate:,.0f} tok/s, decode {decode_rate:,.0f} tok/s, "
-        f"first token {1e3 * timings.first_token_seconds:.1f} ms, load {load_seconds:.1f} s, compile {timings.compile_seconds:.1f} s{emulated}\n"
+        f"first token {1e3 * timings.first_token_seconds:.1f} ms, load {load_seconds:.1f} s, compile {timings.compile_seconds:.1f} s{mark}\n"
         f"device bytes {sum(sizes.values()) / 1e6:,.1f} MB; decode reads {achieved:.1f} GB/s of {ceiling:.1f} measured "
-        f"({bound['percent']:.0f} %){emulated}[/dim]",
+        f"({bound['percent']:.0f} %){mark}[/dim]",
         highlight=False, soft_wrap=True,
     )
     if streamed is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -101,6 +102,10 @@ def check_out(path: Path) -> None:
         raise ValueError(f"{path}: is a folder, not a file")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(error.errno, f"no file can be made here: {error.strerror}", str(path.parent)) from error
 
 
 def describe(trace, path: Path) -> str:
@@ -212,12 +217,15 @@ def record_trace(args: Record, console: Console) -> None:
 
     from checkpoints.load import read_spec
     from jaxmoe import formats
+    from jaxmoe.engine import steps
     from jaxmoe.engine.generate import Engine, Request, check_requests
     from jaxmoe.engine.text import Tokenizer
     from jaxmoe.offload.trace import as_teacher_forced, save
 
     if args.dtype is not None:
         formats.leaf_dtype(args.dtype)
+    if len(prompts) > steps.ROW_BUCKETS[-1]:
+        raise ValueError(f"{len(prompts)} prompts are more than the {steps.ROW_BUCKETS[-1]} that one run takes: split the file")
     spec = read_spec(args.model)  # first, so that a folder that holds no model is refused as such, not for its lack of a tokenizer
     tokenizer = Tokenizer(args.model)
     count = 1 if args.teacher_forced else args.max_new_tokens

@@ -252,17 +252,17 @@ class Engine:
     def _decode(self, state, rows, tokens, positions, budget, sampling: SamplingParams):
         return self._programs.decode(self.model.params, self.model.bank, state, rows, tokens, positions, budget, self._eos, sampling)
 
-    def _record_prompt(self, batch, routed) -> None:
+    def _record_prompt(self, first: int, batch, routed) -> None:
         if self._recorder is not None:
             ids, weights = map(np.asarray, routed)
-            self._recorder.add(ids, weights, batch.tokens, self._sequence + batch.segments, PROMPT, batch.segments >= 0)
+            self._recorder.add(ids, weights, batch.tokens, first + batch.segments, PROMPT, batch.segments >= 0)
 
-    def _record_decode(self, live: list[int], last: np.ndarray, out: np.ndarray, routed) -> None:
+    def _record_decode(self, first: int, live: list[int], last: np.ndarray, out: np.ndarray, routed) -> None:
         """Records a chunk: what each step read is what the step before wrote."""
         if self._recorder is None:
             return
         read = np.concatenate([last[None], out[:-1]])
-        rows = self._sequence + np.asarray(live)
+        rows = first + np.asarray(live)
         n = len(live)
         for ids, weights, tokens, new in zip(*map(np.asarray, routed), read, out, strict=True):
             self._recorder.add(ids[:n], weights[:n], tokens[:n], rows, DECODE, new[:n] >= 0)
@@ -298,6 +298,7 @@ class Engine:
             if self.greedy and r.sampling.temperature > 0:
                 raise RequestError(f"request {i} has temperature {r.sampling.temperature}, but this engine was made greedy")
         rows = [_Row(r, tokenizer, self.eos) for r in requests]
+        first, self._sequence = self._sequence, self._sequence + len(requests)
         timings = Timings(prompt_tokens=sum(len(r.prompt_ids) for r in requests))
         state = self.start()
         at_start = self.model.bank.counters(state.bank)
@@ -306,19 +307,18 @@ class Engine:
             sampling = self._sampling([requests[i] for i in ended], steps.LOGIT_ROWS)
             at = steps.pad_to([len(requests[i].prompt_ids) for i in ended], steps.LOGIT_ROWS)
             tokens, state, routed = self._prefill(state, batch, sampling, at)
-            self._record_prompt(batch, routed)
+            self._record_prompt(first, batch, routed)
             for i, token in zip(ended, tokens, strict=False):
                 timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - began
                 on_text(i, rows[i].push(int(token)))
         timings.prefill_seconds = time.perf_counter() - began
         stalled = self._programs.stalled
         after_prefill = self.model.bank.counters(state.bank)
-        state = self._decode_all(rows, state, timings, on_text)
+        state = self._decode_all(rows, first, state, timings, on_text)
         timings.decode_stall_seconds = self._programs.stalled - stalled
         timings.prefill_experts = {name: n - at_start[name] for name, n in after_prefill.items()}
         timings.decode_experts = {name: n - after_prefill[name] for name, n in self.model.bank.counters(state.bank).items()}
         self._moving = state.bank
-        self._sequence += len(requests)
         return [row.result for row in rows], timings
 
     def _prefill_batches(self, requests: Sequence[Request]):
@@ -346,7 +346,7 @@ class Engine:
                 last.append((used - 1) * run + (len(ids) - 1) % run)
             yield make_batch(pieces, run, tokens, last or [0], steps.LOGIT_ROWS), ended
 
-    def _decode_all(self, rows: list[_Row], state: steps.EngineState, timings: Timings, on_text) -> steps.EngineState:
+    def _decode_all(self, rows: list[_Row], first: int, state: steps.EngineState, timings: Timings, on_text) -> steps.EngineState:
         """Decodes until every row has ended, in chunks; ended rows leave the batch between chunks."""
         began = time.perf_counter()
         while live := [i for i, row in enumerate(rows) if row.result.finish_reason is None]:
@@ -358,7 +358,7 @@ class Engine:
             sampling = self._sampling([rows[i].request for i in live], n)
             out, state, routed = self._decode(state, steps.pad_to(live, n), last, positions, budget, sampling)
             out = np.asarray(out)
-            self._record_decode(live, last, out, routed)
+            self._record_decode(first, live, last, out, routed)
             for tokens in out:
                 if (tokens[: len(live)] < 0).all():
                     break

@@ -26,16 +26,16 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.cache.batch import Batch
 from jaxmoe.decode.sampling import SamplingParams, sample
 from jaxmoe.engine import steps
-from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
+from jaxmoe.experts.dispatch import weighted_sum
+from jaxmoe.experts.ranked import Ranked, rank
 from jaxmoe.experts.resident import ACTIVATIONS
-from jaxmoe.experts.slots import Pools, SlotBank, row_counts, uses
+from jaxmoe.experts.slots import Pools, SlotBank, uses
 from jaxmoe.nn.layers import rope_tables
 from jaxmoe.nn.transformer import decoder_layer, embed, head
 from jaxmoe.offload.link import Link
 from jaxmoe.spec import LayerSpec, ModelSpec
-from pallas_kernels.dispatch import ROW_SLACK, Kernels
-from pallas_kernels.expert_fill.api import land as land_record
-from pallas_kernels.grouped_matmul.api import grouped_swiglu
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.expert_fill.api import land
 
 IN_FLIGHT = 4
 """Records on their way at a time: enough to keep a link busy, few enough that they take little of the device's memory."""
@@ -43,26 +43,14 @@ IN_FLIGHT = 4
 
 @flax.struct.dataclass
 class Routed:
-    """What an MoE layer's front leaves for the halves that compute its experts. Experts are ranked: hits first, then misses by popularity.
-
-    Attributes:
-        x: [M + slack, D], the tokens' rows sorted by the rank of their expert.
-        row: where each token's assignments went.
-        ids, weights, valid: the router's choice.
-        slots: slot of the expert of each rank.
-        starts, sizes: rows of each rank.
-        hits: how many ranks are hits.
+    """What an MoE layer's front leaves for the halves that compute its experts. Attributes: `ranked` the experts and their rows; `ids`, `weights` and
+    `valid`, the router's choice.
     """
 
-    x: Float[Array, "M D"]
-    row: Int[Array, "T A"]
+    ranked: Ranked
     ids: Int[Array, "T A"]
     weights: Float[Array, "T A"]
     valid: Bool[Array, "T"]
-    slots: Int[Array, "E"]
-    starts: Int[Array, "E"]
-    sizes: Int[Array, "E"]
-    hits: Int[Array, ""]
 
 
 @flax.struct.dataclass
@@ -75,22 +63,16 @@ class _PlanningBank(SlotBank):
         """See `jaxmoe.experts.expert_ffn`; `planned` of the bank that comes back is `(Routed, misses [1 + E])`."""
         used_SE = uses(ids_TA, valid_T, self.experts, self.ordered)
         state, choice, place = self.resolve(moe_layer, used_SE, ids_TA, valid_T)
-        miss, rows = choice.enter | choice.stream, row_counts(ids_TA, valid_T, self.experts)
-        order = jnp.lexsort((-rows, miss.astype(jnp.int32), place.slot < 0))
-        rank = jnp.zeros(self.experts, jnp.int32).at[order].set(jnp.arange(self.experts, dtype=jnp.int32), unique_indices=True)
-        plan = dispatch(rank[ids_TA], valid_T, self.experts)
-        hits, count = choice.hit.sum(dtype=jnp.int32), miss.sum(dtype=jnp.int32)
-        x = jnp.pad(rows_of(x_TD, plan), ((0, ROW_SLACK), (0, 0)))
-        starts = jnp.cumsum(plan.sizes_E) - plan.sizes_E
-        routed = Routed(x, plan.row_TA, ids_TA, weights_TA, valid_T, jnp.maximum(place.slot[order], 0), starts, plan.sizes_E, hits)
-        misses = jnp.concatenate([count[None], jnp.roll(order.astype(jnp.int32), -hits)])
+        ranked = rank(choice, place.slot, x_TD, ids_TA, valid_T)
+        misses = jnp.concatenate([ranked.misses[None], jnp.roll(ranked.experts, -ranked.hits)])
+        routed = Routed(ranked, ids_TA, weights_TA, valid_T)
         nothing = jnp.full(x_TD.shape, -0.0, x_TD.dtype)  # the one number that changes no sum, not even the sign of a zero
         return nothing, dataclasses.replace(self, state=state, planned=(routed, misses)), {}
 
 
 def _combine(x: jax.Array, y: jax.Array, routed: Routed) -> jax.Array:
     """The residual stream with what the experts gave added, as the fused step adds it."""
-    out = weighted_sum(y[routed.row].astype(x.dtype).astype(jnp.float32), routed.weights, routed.valid)
+    out = weighted_sum(y[routed.ranked.row].astype(x.dtype).astype(jnp.float32), routed.weights, routed.valid)
     return x + out.astype(x.dtype)
 
 
@@ -134,20 +116,14 @@ class Programs:
 
         return self._jit(front, donate=(2, 4, 5))
 
-    def _compute(self, pools: Pools, routed: Routed, ranks: Bool[Array, "E"], y: jax.Array) -> jax.Array:
-        sizes = jnp.where(ranks, routed.sizes, 0)
-        return grouped_swiglu(routed.x, pools[0], pools[1], routed.slots, sizes, self._act, self.kernels, routed.starts, y)
-
-    def _hits(self, pools: Pools, routed: Routed) -> jax.Array:
+    def _hits(self, pools: Pools, ranked: Ranked) -> jax.Array:
         """The rows of the experts that are there; float32 [M, D]."""
-        y = jnp.zeros(routed.x.shape, jnp.float32)
-        return self._compute(pools, routed, jnp.arange(routed.slots.shape[0]) < routed.hits, y)
+        return ranked.compute_hits(pools, ranked.empty(), self._act, self.kernels)
 
-    def _land(self, pools: Pools, y: jax.Array, record: jax.Array, routed: Routed, turn) -> tuple[Pools, jax.Array]:
+    def _land(self, pools: Pools, y: jax.Array, record: jax.Array, ranked: Ranked, turn) -> tuple[Pools, jax.Array]:
         """One missing expert into its slot, and its rows."""
-        rank = routed.hits + turn
-        pools = land_record(pools, record, routed.slots[rank])  # type: ignore[assignment]
-        return pools, self._compute(pools, routed, jnp.arange(routed.slots.shape[0]) == rank, y)
+        pools = land(pools, record, ranked.slots[ranked.hits + turn])  # type: ignore[assignment]
+        return pools, ranked.compute_miss(pools, turn, y, self._act, self.kernels)
 
     def _tail(self, greedy: bool) -> Callable:
         """The jitted `(params, x, before, batch, sampling, positions) -> (tokens, logits)`."""
@@ -216,6 +192,7 @@ class HostDriven:
 
     def step(self, params, state: steps.EngineState, batch: Batch, sampling: SamplingParams, positions):
         """One forward pass: `(tokens, logits, state, routed)`."""
+        self._loads[:] = 0  # a step that failed has left some
         x = self.programs.begin(params, batch)
         layers, carried = state.layers, state.bank
         pools, tables = carried.pools, dataclasses.replace(carried, pools=None)
@@ -235,8 +212,7 @@ class HostDriven:
         tokens, logits = self.programs.tail(self._greedy)(params, x, before, batch, sampling, positions)
         if self._forget is not None:
             tables = dataclasses.replace(tables, slot_of_expert=self._forget(tables.slot_of_expert))
-        loads, self._loads = self._loads, np.zeros_like(self._loads)
-        carried = dataclasses.replace(tables, pools=pools, loads=tables.loads + loads)
+        carried = dataclasses.replace(tables, pools=pools, loads=tables.loads + self._loads.copy())
         return tokens, logits, steps.EngineState(layers, carried), self._routing(chosen)
 
     def _layers(self, params):
@@ -269,7 +245,7 @@ class HostDriven:
 
         if self._overlap:
             send()
-        y = self.programs.hits(pools, routed)
+        y = self.programs.hits(pools, routed.ranked)
         for turn in range(count):
             if not self._overlap:
                 jax.block_until_ready(y)
@@ -279,5 +255,5 @@ class HostDriven:
             if self._overlap:
                 send()
             self.link.wait(arrival)
-            pools, y = self.programs.land(pools, y, record, routed, turn)
+            pools, y = self.programs.land(pools, y, record, routed.ranked, turn)
         return pools, y

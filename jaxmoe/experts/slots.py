@@ -9,8 +9,9 @@ that the number of experts a layer holds says which of its slots are free.
 
 A step may ask a layer for more experts than it has slots, as a prompt does. Then it goes by *waves*: first the experts that are there and those whose
 slots are free, then those that take the slots of experts which have been used. Experts that do not stay pass through the staging slots, those that
-most tokens ask for first. Every expert crosses the link at most once a step, and outputs are combined once, in one order, so that the result is the
-same bits however many waves there were.
+most tokens ask for first. Or, where the compiler lets a read of host memory run beside computing, missing experts go one by one, each read while the
+one before it is computed. Every expert crosses the link at most once a step, and outputs are combined once, in one order, so that the result is the
+same bits either way.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
+from jaxmoe.experts.ranked import rank, row_counts
 from jaxmoe.experts.resident import ACTIVATIONS
 from jaxmoe.residency import Choice, choose, find_policy
 from jaxmoe.residency.policies import Tables, layer_row, with_row
 from pallas_kernels.dispatch import ROW_SLACK, Kernels
-from pallas_kernels.expert_fill.api import fill
+from pallas_kernels.expert_fill.api import fill, land, read_record
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
 
 Pools = tuple[Num[Array, "Z D two F"], Num[Array, "Z F D"]]
@@ -81,6 +83,8 @@ class SlotBank:
     policy: which experts stay.
     fill: how misses are brought (`pallas_kernels.expert_fill`); None lets the backend choose.
     ordered: the tokens of a step come one after another, as in a prompt, rather than side by side.
+    read_ahead: where a step asks for more experts than there are slots, read each missing one while the one before it is computed, instead of going
+        by waves; None for what suits the backend: prompts on a TPU, where reads of host memory run beside computing.
     poison: staging slots are overwritten with NaN when they have been used, so that a wrong read shows. For tests.
     """
 
@@ -96,6 +100,7 @@ class SlotBank:
     policy: str = flax.struct.field(pytree_node=False, default="lfu")
     fill: str | None = flax.struct.field(pytree_node=False, default=None)
     ordered: bool = flax.struct.field(pytree_node=False, default=False)
+    read_ahead: bool | None = flax.struct.field(pytree_node=False, default=None)
     poison: bool = flax.struct.field(pytree_node=False, default=False)
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
@@ -158,7 +163,8 @@ class SlotBank:
         with jax.named_scope("resolve"):
             used_SE = uses(ids_TA, valid_T, self.experts, self.ordered)
             state, choice, place = self.resolve(moe_layer, used_SE, ids_TA, valid_T)
-        run = self._run_at_once if self._at_once(ids_TA.size) else self._run_in_waves
+        ahead = self.ordered and kernels.backend == "tpu" if self.read_ahead is None else self.read_ahead
+        run = self._run_at_once if self._at_once(ids_TA.size) else self._run_ahead if ahead else self._run_in_waves
         y, pools, loads = run(moe_layer, state.pools, choice, place, x_TD, ids_TA, valid_T, kernels)
         y_TD = weighted_sum(y.astype(x_TD.dtype).astype(jnp.float32), weights_TA, valid_T)
         state = dataclasses.replace(state, pools=pools, loads=state.loads.at[moe_layer].add(loads))
@@ -177,7 +183,8 @@ class SlotBank:
         place = place_all(choice, where, need, base, base + slots)
         if not self._at_once(ids_TA.size):
             place = self._in_waves(choice, place, row_counts(ids_TA, valid_T, self.experts))
-        state = dataclasses.replace(state,
+        state = dataclasses.replace(
+            state,
             slot_of_expert=jax.lax.dynamic_update_index_in_dim(state.slot_of_expert, place.resident, moe_layer, 0),
             tables=with_row(state.tables, moe_layer, row),
             requests=state.requests.at[moe_layer].add(need.sum(dtype=jnp.int32)),
@@ -256,6 +263,30 @@ class SlotBank:
             pools = self._poisoned(pools)
         return y[plan.row_TA], pools, loads
 
+    def _run_ahead(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels):
+        """Computes the experts that are there, then the missing ones one by one, reading each while the one before it is computed."""
+        assert self.store is not None
+        store, act = self.store, ACTIVATIONS[self.activation]
+        ranked = rank(choice, place.slot, x_TD, ids_TA, valid_T)
+        records = moe_layer * self.experts + jnp.roll(ranked.experts, -ranked.hits)
+        slots = jnp.roll(ranked.slots, -ranked.hits)
+        y, some = ranked.compute_hits(pools, ranked.empty(), act, kernels), jnp.minimum(ranked.misses, 1)
+        pools, loads = fill(pools, store, records, slots, 0, some, kernels, self.fill)
+
+        def one_miss(i, carry):
+            y, pools, loads = carry
+            record = read_record(store, records[i + 1])
+            with jax.named_scope("compute"):
+                y = ranked.compute_miss(pools, i, y, act, kernels)
+            return y, land(pools, record, slots[i + 1]), loads + 1
+
+        y, pools, loads = jax.lax.fori_loop(0, ranked.misses - 1, one_miss, (y, pools, loads))
+        last = (jnp.arange(self.experts) == ranked.hits + ranked.misses - 1) & (ranked.misses > 0)
+        y = ranked.compute(pools, last, y, act, kernels)
+        if self.poison:
+            pools = self._poisoned(pools)
+        return y[ranked.row], pools, loads
+
     def most_waves(self, assignments: int) -> int:
         """The most waves that a step with so many token-expert pairs can need."""
         asked = min(assignments, self.experts)
@@ -281,11 +312,6 @@ def uses(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int, ord
     """Which experts each step asks for: one step for all tokens, or one for each where they come in order."""
     chosen = (ids_TA[:, :, None] == jnp.arange(experts)) & valid_T[:, None, None]
     return chosen.any(1) if ordered else chosen.any((0, 1))[None]
-
-
-def row_counts(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int) -> Int[Array, "E"]:
-    """How many token-expert pairs each expert has."""
-    return jnp.sum((ids_TA[:, :, None] == jnp.arange(experts)) & valid_T[:, None, None], axis=(0, 1), dtype=jnp.int32)
 
 
 def place_all(choice: Choice, where: Int[Array, "E"], need: Bool[Array, "E"], first, stop) -> Placement:

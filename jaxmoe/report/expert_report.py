@@ -19,6 +19,9 @@ from jaxmoe.offload.budget import format_bytes
 from jaxmoe.offload.replay import replay
 
 LINK_REPEATS = 15
+_NO_LINK: dict[str, Any] = {
+    "link_gbps": None, "link_emulated": False, "link_bound_fraction": None, "serial_bound_fraction": None, "stall": None,
+}  # fmt: skip
 
 
 def measure_link(record_bytes: int) -> float | None:
@@ -58,7 +61,8 @@ def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows
         "resident_device_bytes": resident,
     }  # fmt: skip
     if plan.all_resident:
-        return out | {"hit_rate": 1.0, "opt_hit_rate": 1.0, "regret": 0.0, "bytes_per_token": 0.0, "link_gbps": None, "link_bound_fraction": None}
+        nothing_streams = {"hit_rate": 1.0, "opt_hit_rate": 1.0, "regret": 0.0, "bytes_per_token": 0.0, "prefill_bytes": 0}
+        return out | nothing_streams | {"prefill_bytes_ratio": None, **_NO_LINK}
     size, decode, prefill = bank.record_bytes, _totals(timings.decode_experts), _totals(timings.prefill_experts)
     best = replay(streamed.engine.trace(), plan.slots, "opt").hit_rate if timings.decode_steps else None
     hit_rate = decode["hits"] / decode["requests"] if decode["requests"] else None
@@ -82,7 +86,7 @@ def _link(streamed: Streamed, timings: Timings, sent: int, memory_gbps: float, r
     """Decoding beside its bounds. In a compiled step on a CPU nothing crosses a link, and no time is given as if."""
     emulated = streamed.link is not None and streamed.link.gbps is not None
     gbps = streamed.link.gbps if streamed.link is not None and emulated else measure_link(streamed.model.bank.record_bytes)
-    out: dict[str, Any] = {"link_gbps": gbps, "link_emulated": emulated, "link_bound_fraction": None, "serial_bound_fraction": None, "stall": None}
+    out = _NO_LINK | {"link_gbps": gbps, "link_emulated": emulated}
     if gbps is None or not timings.decode_steps:
         return out
     link = sent / gbps / 1e9
@@ -94,8 +98,17 @@ def _link(streamed: Streamed, timings: Timings, sent: int, memory_gbps: float, r
     return out
 
 
+def emulation_mark(found: dict[str, Any]) -> str:
+    """What every line of a run with an emulated link ends with, for its times are no machine's; nothing for another run."""
+    return ", with an EMULATED link" if found.get("link_emulated") else ""
+
+
 def lines(found: dict[str, Any], experts: int) -> list[str]:
     """The report in a few lines for the terminal."""
+    return [line + emulation_mark(found) for line in _lines(found, experts)]
+
+
+def _lines(found: dict[str, Any], experts: int) -> list[str]:
     saved = 100 * (1 - found["device_bytes"] / found["resident_device_bytes"])
     memory = f"device bytes {format_bytes(found['device_bytes'])}, resident {format_bytes(found['resident_device_bytes'])} ({saved:.0f} % saved)"
     if found["expert_mode"] == "resident":
@@ -111,11 +124,11 @@ def lines(found: dict[str, Any], experts: int) -> list[str]:
     out = [text]
     ratio = found["prefill_bytes_ratio"]
     out.append(f"prefill brought {format_bytes(found['prefill_bytes'])}" + ("" if ratio is None else f", {ratio:.2f}x the experts it lacked"))
+    if found["link_gbps"] is None:
+        return [*out, "host and device are one memory here: bytes are counted, and no speed of a link is claimed", memory]
+    link = f"link of {found['link_gbps']:.3g} GB/s{'' if found['link_emulated'] else ' measured'}"
     if found["link_bound_fraction"] is not None:
-        kind = "EMULATED link" if found["link_emulated"] else "link"
         bounds = f"{100 * found['link_bound_fraction']:.0f} % of the overlapped bound, {100 * found['serial_bound_fraction']:.0f} % of the serial one"
         stall = "" if found["stall"] is None else f", stalled {100 * found['stall']:.0f} % of the time"
-        out.append(f"{kind} of {found['link_gbps']:.2f} GB/s: {bounds}{stall}")
-    elif found["expert_mode"] != "host-driven":
-        out.append("host and device are one memory here: bytes are counted, and no speed of a link is claimed")
-    return [*out, memory]
+        link += f": {bounds}{stall}"
+    return [*out, link, memory]

@@ -53,6 +53,11 @@ def fill(
         return METHODS[method](tuple(pools), store, ids_M, slots_M, jnp.asarray(first, jnp.int32), jnp.asarray(stop, jnp.int32))
 
 
+def read_record(store: Num[Array, "X R C"], i: Int[Array, ""]) -> Num[Array, "N"]:
+    """One record on the device, flat: a read that a compiler may start early, for `land` to write later."""
+    return xla.read(store, i)
+
+
 def land(pools: Pools, record: Num[Array, "R C"], slot: Int[Array, ""]) -> Pools:
     """The pools with one record, which is on the device already, in a slot. Donate the pools, and they are updated in place."""
     parts = xla.split(record.reshape(-1), pools)

@@ -25,7 +25,7 @@ def by_while(
 
     def body(carry):
         i, pools, count = carry
-        parts = split(_read(store, ids_M[i]), pools)
+        parts = split(read(store, ids_M[i]), pools)
         return i + 1, write(pools, parts, slots_M[i]), count + 1
 
     _, pools, count = lax.while_loop(lambda carry: carry[0] < stop, body, (first, pools, jnp.int32(0)))
@@ -47,14 +47,14 @@ def by_fixed(
     def body(i, carry):
         pools, count = carry
         j = jnp.clip(i, low, jnp.maximum(stop - 1, low))
-        parts = split(_read(store, ids_M[j]), pools)
+        parts = split(read(store, ids_M[j]), pools)
         parts = tuple(jnp.where(missed, part, kept) for part, kept in zip(parts, own, strict=True))
         return write(pools, parts, slots_M[j]), count + 1
 
     return lax.fori_loop(0, ids_M.shape[0], body, (pools, jnp.int32(0)))
 
 
-def _read(store: jax.Array, i: jax.Array) -> jax.Array:
+def read(store: jax.Array, i: jax.Array) -> jax.Array:
     """Record `i`, flat, on the device."""
     return jax.device_put(lax.dynamic_slice_in_dim(store, i, 1, 0), jax.memory.Space.Device).reshape(-1)
 

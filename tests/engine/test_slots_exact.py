@@ -12,9 +12,10 @@ from checkpoints.load import load_hf_or_checkpoint
 from jaxmoe.cache.contiguous import init_kv
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Model, Offload, load_model
+from jaxmoe.engine.steps import committed
 from pallas_kernels.dispatch import Kernels
 from tests.engine.test_invariance import SHIPPED, bits
-from tests.models import committed, prefill_logits, random_model, slot_model
+from tests.models import prefill_logits, random_model, slot_model
 
 STEPS = 1000
 

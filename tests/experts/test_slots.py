@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe.engine.steps import committed
 from jaxmoe.experts import ResidentBank, SlotBank, host_store
 from jaxmoe.formats import store_numpy
 from jaxmoe.residency.policies import DECAY
 from pallas_kernels.dispatch import Kernels
-from tests.models import committed
 
 LAYERS, EXPERTS, ACTIVE, WIDTH, HIDDEN = 3, 12, 2, 64, 32
 CALLS = 40

@@ -1,0 +1,94 @@
+"""Measures expert streaming on a GPU, in under ten minutes: the link, the ways to fill slots, decoding beside its bounds, bits, and a profile.
+
+    python scripts/bench_streaming_device.py [--out benchmarks] [--only link,fills,bits,decode,profile]      on an H100 or H200
+    python scripts/bench_streaming_device.py --tiny --out /tmp/records                                      the same code, anywhere, in a minute
+
+Each part runs in a process of its own and writes records as it goes; what fails, and what time ran out for, gets a record that says so.
+"""
+
+from __future__ import annotations
+
+import argparse  # and not tyro: a rented machine has jax and what a model needs, and little else
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if importlib.util.find_spec("jaxmoe") is None:
+    sys.path.insert(0, str(ROOT))
+
+import jax
+
+from jaxmoe.report import device_bench, device_driver, device_fills, device_steps
+
+PARTS = {
+    "link": device_fills.link, "fills": device_fills.fills, "bits": device_steps.bits, "decode": device_steps.decode,
+    "profile": device_steps.profiled,
+}  # fmt: skip
+HOST_MEMORY_GB = "100"
+"""Of pinned memory, at most: jax allows 64 otherwise."""
+
+
+def arguments() -> argparse.Namespace:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder for records")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a check of the code; its numbers mean nothing")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
+    parser.add_argument("--trace", type=Path, default=ROOT / "tests" / "offload" / "data" / "qwen3_30b_a3b.npz", help="routing that decoding follows")
+    parser.add_argument("--part", choices=PARTS, help="run one part in this process (the driver's own use)")
+    parser.add_argument("--method", help="how slots are filled in decode and profile; by default the fastest fill of this run")
+    parser.add_argument("--link-gbps", type=float, help="with --part: the link's best rate so far")
+    found = parser.parse_args()
+    unknown = [name for name in found.only.split(",") if name not in PARTS]
+    if unknown:
+        parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
+    return found
+
+
+def run_part(args: argparse.Namespace) -> int:
+    """One part, in this process."""
+    sizes = device_bench.TINY if args.tiny else device_bench.FULL
+    platform = jax.devices()[0].platform
+    if platform != "gpu" and not args.tiny:
+        sys.exit(f"this needs a GPU, and jax found a {platform}; --tiny checks the code without one")
+    PARTS[args.part](device_bench.Part(sizes, args.out, args.method, args.link_gbps, args.trace))
+    return 0
+
+
+def start(args: argparse.Namespace, job: device_driver.Job, method: str, link_gbps: float | None, seconds: float) -> device_driver.Ended:
+    """A process for one job, ended when its time is over."""
+    command = [sys.executable, __file__, "--part", job.part, "--method", method, "--out", str(args.out), "--trace", str(args.trace)]
+    command += ["--tiny"] * args.tiny + (["--link-gbps", str(link_gbps)] if link_gbps else [])
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {job.flags}".strip()
+    environment = {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": HOST_MEMORY_GB} | os.environ | {"XLA_FLAGS": flags}  # jax reads both when it starts
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        print(str(error.stderr or "")[-4000:], file=sys.stderr)
+        return device_driver.Ended(seconds, f"it had not ended after {seconds:.0f} s")
+    took = time.monotonic() - began
+    if done.returncode == 0:
+        return device_driver.Ended(took)
+    print(done.stderr[-4000:], file=sys.stderr)
+    return device_driver.Ended(took, f"the process ended with {done.returncode}: {device_driver.reason_of(done.stderr)}")
+
+
+def main() -> int:
+    """Runs the parts; 0 if every record came and none says that it failed."""
+    args = arguments()
+    if args.part:
+        return run_part(args)
+    jax.config.update("jax_platforms", "cpu")  # the driver keeps off the GPU, of whose memory jax would take most
+    sizes = device_bench.TINY if args.tiny else device_bench.FULL
+    good = device_driver.drive(args.only.split(","), args.out, sizes, 60 * args.minutes, lambda *job: start(args, *job), args.method)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
