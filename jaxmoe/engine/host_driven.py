@@ -154,6 +154,7 @@ class HostDriven:
         self.programs, self.source, self.link = Programs(spec, bank, kernels), source, link or Link()
         self._spec, self._greedy, self._record, self._overlap = spec, greedy, record, overlap
         self._loads = np.zeros(len(spec.moe_layers), np.int32)
+        self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # a bare device would keep a pinned record's memory kind
         forgotten = np.isin(np.arange(len(spec.moe_layers)), list(cold))
         self._forget = jax.jit(lambda there: jnp.where(forgotten[:, None], -1, there), donate_argnums=0) if cold else None
 
@@ -251,7 +252,7 @@ class HostDriven:
                 jax.block_until_ready(y)
                 send()
             give, arrival = asked.popleft()
-            record = jax.device_put(give(), jax.devices()[0])
+            record = jax.device_put(give(), self._device)
             if self._overlap:
                 send()
             self.link.wait(arrival)

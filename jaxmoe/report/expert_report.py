@@ -34,7 +34,7 @@ def measure_link(record_bytes: int) -> float | None:
     times = []
     for _ in range(LINK_REPEATS):
         began = time.perf_counter()
-        jax.block_until_ready(jax.device_put(record, device))
+        jax.block_until_ready(jax.device_put(record, jax.sharding.SingleDeviceSharding(device)))
         times.append(time.perf_counter() - began)
     return record_bytes / statistics.median(times) / 1e9
 
