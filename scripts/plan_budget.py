@@ -27,7 +27,7 @@ from rich.table import Table
 
 from checkpoints.load import read_spec
 from jaxmoe import formats
-from jaxmoe.offload import bounds, budget, replay, trace
+from jaxmoe.offload import bounds, budget, published, replay, trace
 from jaxmoe.report import record
 from jaxmoe.report.command import run_command
 from jaxmoe.residency import find_policy
@@ -108,7 +108,7 @@ def hit_curve(path: Path) -> tuple[list[tuple[float, float]], str]:
 
 def table_rows(curve: list[tuple[float, float]], traced: str, context: int) -> Iterator[dict[str, Any]]:
     """What `make_record` takes of every model, dtype and budget that can be had."""
-    for name, model in budget.PUBLISHED.items():
+    for name, model in published.PUBLISHED.items():
         for dtype in model.expert_dtypes:
             shapes = model.shapes(name, dtype)
             for given in BUDGETS:
@@ -128,7 +128,7 @@ def table_row(shapes: budget.ExpertShapes, plan: budget.BudgetPlan, curve: list[
     """One row."""
     total, resident = (budget.total_bytes(p, shapes, settings["context"]) for p in (plan, None))
     slots = sum(plan.slots) / len(plan.slots)
-    traced = budget.interpolate_hits(curve, slots, shapes.active)
+    traced = published.interpolate_hits(curve, slots, shapes.active)
     counters: dict[str, float] = {
         "slots": slots, "experts": shapes.experts, "staging": plan.staging, "saving_percent": 100 * (1 - total / resident),
         "budget_percent": 100 * plan.device_bytes / plan.resident_bytes, "hit_even_percent": 100 * slots / shapes.experts,
@@ -138,7 +138,7 @@ def table_row(shapes: budget.ExpertShapes, plan: budget.BudgetPlan, curve: list[
         key = link.lower().replace(" ", "")
         counters[f"{key}_even_tokens_per_second"] = budget.predict(plan, shapes, None, gbps).overlapped
         counters[f"{key}_trace_tokens_per_second"] = budget.predict(plan, shapes, traced, gbps).overlapped
-    fits = {"fits_in": budget.fits_in(total), "resident_fits_in": budget.fits_in(resident), "links_gbps": LINKS_GBPS}
+    fits = {"fits_in": published.fits_in(total), "resident_fits_in": published.fits_in(resident), "links_gbps": LINKS_GBPS}
     kv = settings["context"] * shapes.kv_bytes_per_token
     return {
         "settings": settings | fits, "counters": counters,

@@ -8,21 +8,18 @@ import numpy as np
 import pytest
 
 from jaxmoe.offload.budget import (
-    DEVICES_GB,
-    PUBLISHED,
     Amount,
     BudgetError,
     ExpertShapes,
     describe,
-    fits_in,
     format_bytes,
-    interpolate_hits,
     minimum_bytes,
     parse_memory,
     predict,
     solve,
     total_bytes,
 )
+from jaxmoe.offload.published import DEVICES_GB, PUBLISHED, fits_in, interpolate_hits
 from jaxmoe.report import record
 from jaxmoe.spec import ModelSpec
 from tests.scripts.commands import call, load
