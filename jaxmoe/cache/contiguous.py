@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.spec import AttentionSpec, ModelSpec
+from pallas_kernels.dense.api import MIN_ROWS
 from pallas_kernels.dense.cpu import ROW_TILES, same_order
 from pallas_kernels.dispatch import Kernels
 
@@ -154,6 +155,7 @@ def _blocks(rows, at_row, keys, values, layer, seg, end, first, window, row_inva
 def _write_runs(state: KVState, layer, k, v, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The caches with every run written, one contiguous piece each: a scatter would have XLA lay the whole cache out for its own sake, in a copy."""
     run, valid = batch.run, batch.segments >= 0
+    segments, positions = jnp.asarray(batch.run_segments), jnp.asarray(batch.run_positions)
 
     def write(cache, new, mine, at):
         start = (layer, *at)
@@ -164,7 +166,7 @@ def _write_runs(state: KVState, layer, k, v, batch: Batch) -> tuple[jax.Array, j
 
     def one_run(r, caches):
         keys, values = caches
-        here, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
+        here, seg, pos = r * run, segments[r], positions[r]
         k_run, v_run, mine = (jax.lax.dynamic_slice_in_dim(t, here, run) for t in (k, v, valid))
         keys = write(keys, k_run.transpose(1, 2, 0), mine, (seg, 0, 0, pos))
         return keys, write(values, v_run.transpose(1, 0, 2), mine[:, None], (seg, 0, pos, 0))
@@ -172,25 +174,33 @@ def _write_runs(state: KVState, layer, k, v, batch: Batch) -> tuple[jax.Array, j
     return jax.lax.fori_loop(0, batch.tokens.shape[0] // run, one_run, (state.k, state.v))
 
 
-def _rows(cache: jax.Array, layer, rows: jax.Array) -> jax.Array:
-    """cache[layer, rows], row by row: a gather would have XLA's TPU compiler cut up, and copy, the cache of all layers."""
-    size = (1, 1, *cache.shape[2:])
-    return jax.lax.map(lambda r: jax.lax.dynamic_slice(cache, (layer, r, 0, 0, 0), size)[0, 0], rows)
-
-
 def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch):
-    """The plain way, for backends without a kernel and as a reference: each run against a copy of its whole cache row."""
+    """The plain way, for backends without a kernel and as a reference: one run after another, each over its whole cache row.
+
+    All rows at once would be gathered first: a copy of a layer's cache, for which XLA's TPU compiler cuts up, and copies, the cache of all layers.
+    """
     run, (heads, c), kv_heads = batch.run, q.shape[1:], k.shape[1]
     keys, values = _write_runs(state, layer, k, v, batch)
-    q_run = q.reshape(-1, run, kv_heads, heads // kv_heads, c)
-    k_run, v_run = (formats.load(_rows(cache, layer, batch.run_segments), q.dtype) for cache in (keys, values))
+    group = heads // kv_heads
+    m = max(run * group, MIN_ROWS)  # of fewer XLA makes sums of products, and lays the whole cache out anew for them
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    s = jnp.einsum("rqkgc,rkcs->rkgqs", q_run, k_run, precision=exact, preferred_element_type=jnp.float32) * spec.softmax_scale
-    at_key, at_row = jnp.arange(s.shape[-1]), batch.positions.reshape(-1, 1, 1, run, 1)
-    seen = at_key <= at_row
-    if spec.window is not None:
-        seen &= at_key > at_row - spec.window
-    p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1).astype(q.dtype)
-    o = jnp.einsum("rkgqs,rksc->rqkgc", p, v_run, precision=exact, preferred_element_type=jnp.float32)
+
+    def row(cache, seg):
+        return formats.load(jax.lax.dynamic_slice(cache, (layer, seg, 0, 0, 0), (1, 1, *cache.shape[2:]))[0, 0], q.dtype)
+
+    def one_run(part):
+        seg, q_run, at_row = part
+        rows = q_run.reshape(run, kv_heads, group, c).transpose(1, 0, 2, 3).reshape(kv_heads, run * group, c)
+        rows = jnp.pad(rows, ((0, 0), (0, m - run * group), (0, 0)))
+        s = jnp.einsum("kmc,kcs->kms", rows, row(keys, seg), precision=exact, preferred_element_type=jnp.float32) * spec.softmax_scale
+        at_key, at_row = jnp.arange(s.shape[-1]), jnp.pad(jnp.repeat(at_row, group), (0, m - run * group))[:, None]
+        seen = at_key <= at_row
+        if spec.window is not None:
+            seen &= at_key > at_row - spec.window
+        p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1).astype(q.dtype)
+        o = jnp.einsum("kms,ksc->kmc", p, row(values, seg), precision=exact, preferred_element_type=jnp.float32)
+        return o[:, : run * group].reshape(kv_heads, run, group, c).transpose(1, 0, 2, 3).reshape(run, heads, c)
+
+    o = jax.lax.map(one_run, (batch.run_segments, q.reshape(-1, run, heads, c), batch.positions.reshape(-1, run)))
     o = jnp.where(batch.segments[:, None, None] >= 0, o.reshape(q.shape), 0.0)
     return o.astype(q.dtype), KVState(keys, values)

@@ -22,7 +22,7 @@ from jaxmoe.experts import host_store
 from jaxmoe.experts.source import DiskSource, ExpertSource, check_host_memory, least_host_memory
 from jaxmoe.offload import bounds, budget
 from jaxmoe.offload.link import Link
-from jaxmoe.offload.replay import prompt_profile
+from jaxmoe.offload.replay import prompt_profile, replay
 from jaxmoe.offload.trace import PROMPT, Trace, as_teacher_forced, check_model, load_or_import, used_steps
 from jaxmoe.residency import find_policy
 from jaxmoe.residency.policies import DEFAULT
@@ -204,6 +204,23 @@ def _reclaimable() -> int:
         return 1024 * (int(fields["MemAvailable"].split()[0]) - int(fields["MemFree"].split()[0]))
     except (OSError, KeyError, ValueError):
         return 0
+
+
+def foretell(plan: Plan, spec: ModelSpec, rows: int, positions: int, link_gbps: float | None) -> str:
+    """What a plan will take and bring, in two lines, before any weights are read.
+
+    Args:
+        plan, spec: the plan, and the model it was made for.
+        rows, positions: as for `make_plan`.
+        link_gbps: of the link, 10^9 bytes per second; None where there is none.
+
+    Returns:
+        Slots and bytes, then bytes a token and the link's ceiling: at the policy's hits on the plan's trace, or else at those of even routing.
+    """
+    shapes = budget.ExpertShapes.from_spec(spec)
+    hits = None if plan.trace is None or plan.budget.all_resident else replay(plan.trace, plan.budget.slots, plan.asked.policy).hit_rate
+    prediction = budget.predict(plan.budget, shapes, hits, link_gbps, None, rows)
+    return budget.describe(plan.budget, shapes, positions_bucket(positions), prediction, rows)
 
 
 def load_streamed(

@@ -289,7 +289,7 @@ class Prediction:
         even_routing: whether `hit_rate` is that of routing that has no favourites, slots / E, because none was given.
         link_bytes: that cross the link in a step.
         memory_bytes: that a step reads from device memory: parameters, experts, keys and values.
-        link_seconds: of a step at the link's speed.
+        link_seconds: of a step at the link's speed; 0 where that is not known.
         memory_seconds: of a step at the memory's speed; 0 where that is not known.
     """
 
@@ -325,7 +325,7 @@ def predict(
     plan: BudgetPlan,
     shapes: ExpertShapes,
     hit_rate: float | Sequence[float] | None,
-    link_gbps: float,
+    link_gbps: float | None,
     memory_gbps: float | None = None,
     tokens: int = 1,
     context: int = 0,
@@ -337,15 +337,16 @@ def predict(
         shapes: the model it was made for.
         hit_rate: share of expert requests, distinct per layer and step, that find their expert on the device; one number, or one a layer. None takes
             slots / E, what any policy gets from even routing.
-        link_gbps: of the link from host to device, in 10^9 bytes per second, as measured on copies of an expert's size.
-        memory_gbps: of the device's memory; None leaves it out of the ceilings.
+        link_gbps: of the link from host to device, in 10^9 bytes per second, as measured on copies of an expert's size; None leaves it out of the
+            ceilings, as does no `memory_gbps`.
+        memory_gbps: of the device's memory.
         tokens: rows in a step. Each is taken to choose its experts evenly and on its own (`iid_distinct`); rows of text ask for fewer.
         context: tokens of keys and values that each row reads.
 
     Raises:
         ValueError: a hit rate outside of 0 to 1, or a speed or number of tokens that isn't positive.
     """
-    valid = link_gbps > 0 and (memory_gbps is None or memory_gbps > 0) and tokens >= 1 and context >= 0
+    valid = (link_gbps is None or link_gbps > 0) and (memory_gbps is None or memory_gbps > 0) and tokens >= 1 and context >= 0
     hits = np.broadcast_to([n / plan.experts for n in plan.slots] if hit_rate is None or plan.all_resident else hit_rate, shapes.layers)
     if not (valid and ((hits >= 0) & (hits <= 1)).all()):
         speeds = f"link {link_gbps} GB/s, memory {memory_gbps} GB/s"
@@ -355,7 +356,7 @@ def predict(
     memory = shapes.dense_bytes - shapes.lookup_bytes + float(np.sum(sizes)) + tokens * context * shapes.kv_bytes_per_token
     return Prediction(
         tokens=tokens, hit_rate=1 - link / float(np.sum(sizes)), even_routing=hit_rate is None, link_bytes=link, memory_bytes=memory,
-        link_seconds=link / link_gbps / 1e9, memory_seconds=0.0 if memory_gbps is None else memory / memory_gbps / 1e9,
+        link_seconds=0.0 if link_gbps is None else link / link_gbps / 1e9, memory_seconds=0.0 if memory_gbps is None else memory / memory_gbps / 1e9,
     )  # fmt: skip
 
 
@@ -382,5 +383,6 @@ def describe(plan: BudgetPlan, shapes: ExpertShapes, context: int = 4096, predic
         if prediction.memory_seconds:
             ceiling += f" with link and memory overlapped, {prediction.serial:,.1f} one after the other"
         link = format_bytes(round(prediction.link_bytes_per_token))
-        lines.append(f"at {100 * prediction.hit_rate:.0f} % hits{source} {link} a token cross the link: {ceiling}")
+        text = f"at {100 * prediction.hit_rate:.0f} % hits{source} {link} a token cross the link"
+        lines.append(f"{text}: {ceiling}" if prediction.link_seconds else text)
     return "\n".join(lines)
