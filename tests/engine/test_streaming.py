@@ -11,11 +11,12 @@ from checkpoints.convert import convert
 from checkpoints.load import Checkpoint, open_checkpoint
 from jaxmoe.engine import steps, streaming
 from jaxmoe.engine.generate import Request
-from jaxmoe.engine.streaming import MODES, Plan, Streamed, Streaming, load_streamed, make_plan, make_source
+from jaxmoe.engine.streaming import MODES, Plan, Streamed, Streaming, foretell, load_streamed, make_plan, make_source
 from jaxmoe.experts import ResidentBank, SlotBank
 from jaxmoe.experts.source import DiskSource, ExpertSource, least_host_memory
-from jaxmoe.offload.budget import BudgetError
-from jaxmoe.offload.trace import DECODE, PROMPT, TraceBuilder, model_meta, save
+from jaxmoe.offload.budget import BudgetError, format_bytes
+from jaxmoe.offload.replay import replay
+from jaxmoe.offload.trace import DECODE, PROMPT, TraceBuilder, load, model_meta, save
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 from tests.checkpoints import hf_folders
@@ -74,6 +75,20 @@ def test_memory_buys_as_many_slots_in_every_layer_or_one_more(memory, slots):
     assert found.staging == 2 and not found.all_resident
     assert min(found.slots) == slots and max(found.slots) <= slots + 1
     assert found.device_bytes == (sum(found.slots) + 2) * RECORD <= found.budget_bytes and found.resident_bytes == ALL
+
+
+def test_what_a_plan_will_bring_is_foretold(tmp_path):
+    """Even routing hits slots of 8; a trace, one of whose layers asks for two experts alone, says more."""
+    made = plan("50%")
+    without, with_link = (foretell(made, SPEC, 1, POSITIONS, link).splitlines()[1] for link in (None, 1e-3))
+    active = SPEC.moe[0].active
+    missing = round(sum(active * RECORD * (1 - n / 8) for n in made.budget.slots))
+    assert without == f"at {100 * sum(made.budget.slots) / 16:.0f} % hits (even routing) {format_bytes(missing)} a token cross the link"
+    assert with_link == f"{without}: at most {1e6 / missing:,.1f} tok/s"
+    traced = plan("50%", trace=write_trace(tmp_path / "t.npz"))
+    hits = replay(load(tmp_path / "t.npz"), traced.budget.slots, "lfu").hit_rate
+    assert hits > sum(traced.budget.slots) / 16
+    assert foretell(traced, SPEC, 1, POSITIONS, None).splitlines()[1].startswith(f"at {100 * hits:.0f} % hits ")
 
 
 def test_what_is_streamed_takes_the_bytes_that_the_plan_says(checkpoint):
