@@ -181,6 +181,7 @@ class Engine:
         self._moving: Any = None
         self._sequence = 0
         self._programs = programs or steps.Fused(model.spec, model.kernels, greedy, record)
+        self._unread: list[Callable[[TraceBuilder], None]] = []
         self._recorder = TraceBuilder(model_meta(model.spec, model.spec.family, "generation")) if record else None
         most = self.positions * rows if isinstance(model.bank, SlotBank) else steps.TOKEN_BUCKETS[-1]
         self._prefill_tokens = most if prefill_tokens is None else prefill_tokens
@@ -234,6 +235,9 @@ class Engine:
         """
         if self._recorder is None:
             raise ValueError("this engine was not made to record: Engine(..., record=True)")
+        for add in self._unread:
+            add(self._recorder)
+        self._unread = []
         return self._recorder.build()
 
     def forget(self) -> None:
@@ -253,19 +257,25 @@ class Engine:
         return self._programs.decode(self.model.params, self.model.bank, state, rows, tokens, positions, budget, self._eos, sampling)
 
     def _record_prompt(self, first: int, batch, routed) -> None:
-        if self._recorder is not None:
+        """Keeps a prompt's routing for `trace` to read: reading it here would cost every step some of its time."""
+
+        def add(recorder: TraceBuilder) -> None:
             ids, weights = map(np.asarray, routed)
-            self._recorder.add(ids, weights, batch.tokens, first + batch.segments, PROMPT, batch.segments >= 0)
+            recorder.add(ids, weights, batch.tokens, first + batch.segments, PROMPT, batch.segments >= 0)
+
+        if self._recorder is not None:
+            self._unread.append(add)
 
     def _record_decode(self, first: int, live: list[int], last: np.ndarray, out: np.ndarray, routed) -> None:
-        """Records a chunk: what each step read is what the step before wrote."""
-        if self._recorder is None:
-            return
-        read = np.concatenate([last[None], out[:-1]])
-        rows = first + np.asarray(live)
-        n = len(live)
-        for ids, weights, tokens, new in zip(*map(np.asarray, routed), read, out, strict=True):
-            self._recorder.add(ids[:n], weights[:n], tokens[:n], rows, DECODE, new[:n] >= 0)
+        """Keeps a chunk's: what each step reads is what the step before wrote."""
+
+        def add(recorder: TraceBuilder) -> None:
+            read, n = np.concatenate([last[None], out[:-1]]), len(live)
+            for ids, weights, tokens, new in zip(*map(np.asarray, routed), read, out, strict=True):
+                recorder.add(ids[:n], weights[:n], tokens[:n], first + np.asarray(live), DECODE, new[:n] >= 0)
+
+        if self._recorder is not None:
+            self._unread.append(add)
 
     def generate(
         self,

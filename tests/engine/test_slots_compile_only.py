@@ -1,15 +1,15 @@
 """The decode step with experts in host memory, at the shapes of real models, by the compilers of an H100 and of TPUs: it asks the host for nothing
 and needs little memory beside the pool.
 
-What the bank needs is what the step needs more than the same step with a bank that does nothing; attention, logits and slices of other weights are
-no business of the bank's.
+Little is three experts: one in use, in float32 where few rows are a sum of products (two), and the activations. XLA may hold one layer's other
+weights and its keys and values beside them: a scanned layer's weights are slices of the weights of all layers, which newer versions for GPUs fetch
+ahead, all at the start of the layer. That is of a layer, not of the bank, and grows neither with the experts nor with the slots; the programs that do
+without it are held to three experts.
 """
 
 import dataclasses
-import functools
 import re
 
-import flax.struct
 import jax
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from jaxmoe.cache.contiguous import init_kv
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Offload, slot_bank
-from jaxmoe.experts import SlotBank, host_store
+from jaxmoe.experts import host_store
 from jaxmoe.formats import leaf_dtype
 from jaxmoe.spec import ModelSpec, abstract_params, stack_layers
 from pallas_kernels.dispatch import Kernels
@@ -81,23 +81,15 @@ CONFIGS = {
 DEVICE_BYTES = {"h100": 80e9, "v5e:2x2": 16e9, "v6e:2x2": 32e9}
 POSITIONS = 1024
 
-
-@flax.struct.dataclass
-class NoExperts(SlotBank):
-    """The bank with everything that it carries, in which nothing is filled and nothing computed."""
-
-    def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels):
-        """Uses the routing, so that the router stays."""
-        state = self._carried
-        state = dataclasses.replace(state, requests=state.requests.at[moe_layer].add(ids_TA.sum()))
-        return (x_TD * weights_TA.sum(1, keepdims=True)).astype(x_TD.dtype), dataclasses.replace(self, state=state), {}
+SLICES_IN_TURN = jax.__version_info__ < (0, 11)
+"""Whether XLA slices a layer's weights on a GPU when they are needed, so that one takes the place of another."""
 
 
 def nbytes(tree) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def parts(model: str, slots: int, rows: int, kind: type):
+def parts(model: str, slots: int, rows: int):
     """Spec and abstract `(params, bank, state)` in bfloat16, layers stacked."""
     spec = ModelSpec.from_hf(CONFIGS[model]).with_precision("bfloat16")
 
@@ -111,44 +103,37 @@ def parts(model: str, slots: int, rows: int, kind: type):
     records = len(spec.moe_layers) * spec.moe[0].experts
     store = jax.ShapeDtypeStruct((records, *host_store.record_shape(spec)), leaf_dtype("bfloat16"))
     bank = dataclasses.replace(slot_bank(spec, None, Offload(slots)), store=store)
-    bank = kind(**{field.name: getattr(bank, field.name) for field in dataclasses.fields(bank)})
     moving = jax.eval_shape(lambda: bank.init_state())
     return spec, params, bank, steps.EngineState(jax.eval_shape(lambda: init_kv(spec, rows, POSITIONS, 1)), moving)
 
 
-def compiled(target: str, model: str, slots: int, rows: int, kind: type = SlotBank):
+def compiled(target: str, model: str, slots: int, rows: int):
     """The decode step's program, the spec, and the step's abstract `(params, bank, state)`."""
-    spec, *held = parts(model, slots, rows, kind)
+    spec, *held = parts(model, slots, rows)
     kernels = Kernels("gpu" if target == "h100" else "tpu")
     row = np.zeros(rows, np.int32)
     rest = (row, row, row, row, np.full(steps.EOS_SLOTS, -2, np.int32), sampling_params(rows))
-    # Sampling is the same for every bank, and takes compilers for TPUs as long as all the rest.
-    step = steps.decode_step(spec, kernels, greedy=target != "h100")
+    # Sampling is the same for every bank, and takes most compilers as long as all the rest; on GPUs it has to go without branches too.
+    step = steps.decode_step(spec, kernels, greedy=target != "h100" or rows > 1)
     program = compile_with_host(target, step.__wrapped__, *held, *rest, host={1}, donate=(2,), options=kernels.compiler_options())
     return program, spec, held
 
 
-@functools.cache
-def rest_of_the_step(target: str, model: str, slots: int, rows: int) -> int:
-    """Bytes of temporaries of the step with `NoExperts`."""
-    return compiled(target, model, slots, rows, NoExperts)[0].temp_size
-
-
 # At batch 1 all experts that a token asks for have slots; at batch 8 tokens may ask for more, so that the step goes by waves.
 @pytest.mark.parametrize(
-    "target, model, slots, rows",
+    "target, model, slots, rows, strict",
     [
-        ("h100", "Qwen3-30B-A3B", 32, 1),
-        ("h100", "Mixtral-8x7B", 4, 1),
-        ("h100", "OLMoE-1B-7B", 16, 8),
-        ("v5e:2x2", "Qwen3-30B-A3B", 16, 8),
-        ("v5e:2x2", "OLMoE-1B-7B", 16, 1),
-        ("v6e:2x2", "Qwen3-30B-A3B", 32, 1),
-        ("v6e:2x2", "Mixtral-8x7B", 2, 1),
-        ("v6e:2x2", "OLMoE-1B-7B", 16, 8),
+        ("h100", "Qwen3-30B-A3B", 32, 1, SLICES_IN_TURN),
+        ("h100", "Mixtral-8x7B", 4, 1, True),
+        ("h100", "OLMoE-1B-7B", 16, 8, True),
+        ("v5e:2x2", "Qwen3-30B-A3B", 16, 8, True),
+        ("v5e:2x2", "OLMoE-1B-7B", 16, 1, True),
+        ("v6e:2x2", "Qwen3-30B-A3B", 32, 1, True),
+        ("v6e:2x2", "Mixtral-8x7B", 2, 1, True),
+        ("v6e:2x2", "OLMoE-1B-7B", 16, 8, True),
     ],
 )
-def test_decoding_asks_the_host_for_nothing_and_needs_little_beside_the_pool(target, model, slots, rows):
+def test_decoding_asks_the_host_for_nothing_and_needs_little_beside_the_pool(target, model, slots, rows, strict):
     program, spec, (params, bank, state) = compiled(target, model, slots, rows)
     record = host_store.record_bytes(spec)
     assert (spec.moe[0].active * rows > slots) == (rows > 1)
@@ -160,9 +145,9 @@ def test_decoding_asks_the_host_for_nothing_and_needs_little_beside_the_pool(tar
     assert program.alias_size >= nbytes(state), "the pool and the cache are updated in place"
     assert program.argument_size + program.temp_size < DEVICE_BYTES[target]
 
-    beside = program.temp_size - rest_of_the_step(target, model, slots, rows)
-    assert beside <= 3 * record, f"{beside / record:.2f} experts"
+    one_layer = nbytes((params["segments"], state.layers)) // spec.n_layers
     assert nothing_of_the_pool(program.text, state.bank.pools) == []
+    assert program.temp_size <= 3 * record + (0 if strict else one_layer), f"{program.temp_size / record:.2f} experts"
 
     assert not re.search(r" (send|recv|infeed|outfeed)\(", program.text)
     assert not [name for name in re.findall(r'custom_call_target="([^"]*)"', program.text) if "callback" in name.lower()]
@@ -176,7 +161,7 @@ def test_decoding_asks_the_host_for_nothing_and_needs_little_beside_the_pool(tar
 def nothing_of_the_pool(text: str, pools) -> list[str]:
     """Instructions that make another array as large as one of the pools, rather than an update of it in place.
 
-    That compilers share memory between what is not needed at the same time might hide such an array in the difference of two programs.
+    Temporaries tell as well that there is one; this tells which.
     """
     sizes = {int(np.prod(pool.shape)) for pool in pools}
     in_place = {"parameter", "get-tuple-element", "bitcast", "dynamic-update-slice"}

@@ -55,7 +55,7 @@ def arguments(tokens, position: int):
 
 
 def test_a_step_needs_little_beside_the_pools(model):
-    state, step = first_state(model), steps.decode_step(model.spec, model.kernels, greedy=False)
+    state, step = first_state(model), steps.decode_step(model.spec, model.kernels, greedy=True)
     program = step.lower(model.params, model.bank.split()[0], state, *arguments(np.ones(1, np.int32), 0)).compile()
     stats = program.memory_analysis()
     assert stats.alias_size_in_bytes >= nbytes(state)
@@ -63,9 +63,10 @@ def test_a_step_needs_little_beside_the_pools(model):
     assert "callback" not in program.as_text()
 
 
-@pytest.mark.parametrize("dtype, rows", [("float32", 8), ("bfloat16", 1), ("bfloat16", 8)])
-def test_the_bank_needs_little_beside_the_pools(dtype, rows):
+@pytest.mark.parametrize("rows", [1, 8])
+def test_the_bank_needs_little_beside_the_pools(rows):
     """Alone: logits of many rows are large beside these experts, and XLA's CPU backend widens bfloat16 weights. Eight rows need waves."""
+    dtype = "bfloat16"
     spec = ModelSpec.from_hf(json.loads((SHIPPED / "config.json").read_text())).with_precision(dtype)
     layers, router = len(spec.moe_layers), spec.moe[0]
     record, held = host_store.record_shape(spec), leaf_dtype(dtype)
@@ -94,7 +95,7 @@ def test_the_bank_needs_little_beside_the_pools(dtype, rows):
 def test_the_pools_stay_where_they_are(model, compilations):
     """Over a hundred steps, of which the first alone compiles."""
     state, tokens = first_state(model), np.ones(1, np.int32)
-    step = steps.decode_step(model.spec, model.kernels, greedy=False)
+    step = steps.decode_step(model.spec, model.kernels, greedy=True)
     fixed, where = model.bank.split()[0], [leaf.unsafe_buffer_pointer() for leaf in state.bank.pools]
     for position in range(STEPS):
         out, state = step(model.params, fixed, state, *arguments(tokens, position))[:2]
