@@ -1,6 +1,6 @@
 """Times streamed experts over an emulated link beside loading on demand and whole resident layers, at equal bytes, in turn.
 
-    python scripts/bench_streaming.py [MODEL] [--slots 8] [--speeds 0.05 0.1 0.2] [--rounds 3] [--out benchmarks]
+    python scripts/bench_streaming.py [MODEL] [--slots 8] [--speeds 0.02 0.05 0.1] [--rounds 3] [--out benchmarks]
     python scripts/bench_streaming.py --recorder [--pairs 40] [--out benchmarks]
 
 MODEL is a Hugging Face folder, or random-olmoe for a random one of 1.3 GB. Links are emulated: every expert byte is paced against real time.
@@ -44,12 +44,12 @@ class Arguments:
     """How weights are held."""
     slots: int = 8
     """Slots a layer; other arms get the same bytes."""
-    speeds: Annotated[tuple[float, ...], tyro.conf.arg(help="Emulated links, 10^9 bytes per second.")] = (0.05, 0.1, 0.2)
+    speeds: Annotated[tuple[float, ...], tyro.conf.arg(help="Emulated links, 10^9 bytes per second.")] = (0.02, 0.05, 0.1)
     rounds: int = 3
     """How often every arm runs, in turn with the others."""
-    new: int = 64
+    new: int = 32
     """Tokens to decode."""
-    prefill: int = 512
+    prefill: int = 256
     """Length of the long prompt."""
     recorder: bool = False
     """Time the trace recorder instead."""
@@ -91,6 +91,7 @@ def write(args: Arguments, folder: Path, bench, name: str, gbps: float, runs: li
         settings={
             "model": folder.name, "dtype": args.dtype, "arm": name, "slots": list(arm.slots), "policy": arm.policy, "link_gbps": gbps,
             "link_emulated": True, "new": args.new, "prompt": streaming_bench.PROMPT, "prefill": args.prefill, "rounds": args.rounds,
+            "temperature": streaming_bench.SAMPLING.temperature,
             "in_turn_with": [a.name for a in bench.arms if a is not arm],
         },
         seeds={"prompts": 0},

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import flax.struct
@@ -154,6 +154,7 @@ class HostDriven:
         self.programs, self.source, self.link = Programs(spec, bank, kernels), source, link or Link()
         self._spec, self._greedy, self._record, self._overlap = spec, greedy, record, overlap
         self._loads = np.zeros(len(spec.moe_layers), np.int32)
+        self._listed: tuple | None = None
         self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # a bare device would keep a pinned record's memory kind
         forgotten = np.isin(np.arange(len(spec.moe_layers)), list(cold))
         self._forget = jax.jit(lambda there: jnp.where(forgotten[:, None], -1, there), donate_argnums=0) if cold else None
@@ -216,8 +217,13 @@ class HostDriven:
         carried = dataclasses.replace(tables, pools=pools, loads=tables.loads + self._loads.copy())
         return tokens, logits, steps.EngineState(layers, carried), self._routing(chosen)
 
-    def _layers(self, params):
+    def _layers(self, params) -> list[tuple]:
         """Every layer in order: its spec, its weights or its segment's, which of those it is, and its index."""
+        if self._listed is None or self._listed[0] is not params:
+            self._listed = params, list(self._list_layers(params))
+        return self._listed[1]
+
+    def _list_layers(self, params) -> Iterator[tuple]:
         for segment, trees in zip(self._spec.segments, params["segments"], strict=True):
             unrolled = isinstance(trees[0]["norm_attn"]["scale"], tuple)
             for r in range(segment.repeats):
