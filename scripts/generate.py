@@ -157,20 +157,13 @@ def open_checkpoint(args: Arguments, console: Console):
         return load_hf_or_checkpoint(args.model, args.cache / "converted", None, show)
 
 
-def plan_streaming(args: Arguments, spec, rows: int, positions: int, console: Console):
+def plan_streaming(args: Arguments, spec, rows: int, positions: int):
     """What was asked for about experts, checked; None if nothing was."""
-    from jaxmoe.engine.streaming import Streaming, foretell, make_plan
-    from jaxmoe.experts.host_store import record_bytes
-    from jaxmoe.report.expert_report import measure_link
+    from jaxmoe.engine.streaming import Streaming, make_plan
 
     options = {name: getattr(args, option) for option, name in STREAMING.items() if getattr(args, option) is not None}
     if args.expert_memory is not None:
-        plan = make_plan(Streaming(args.expert_memory, **options), spec, rows, positions)
-        link = args.link_gbps or measure_link(record_bytes(spec))
-        emulated = "" if args.link_gbps is None else ", with an EMULATED link"
-        for line in foretell(plan, spec, rows, positions, link).splitlines():
-            console.print(f"foretold: {line}{emulated}", style="dim", highlight=False, soft_wrap=True, markup=False)
-        return plan
+        return make_plan(Streaming(args.expert_memory, **options), spec, rows, positions)
     if options:
         option = next(option for option, name in STREAMING.items() if name in options)
         raise ValueError(f"--{option.replace('_', '-')} is for streamed experts: give --expert-memory too")
@@ -235,7 +228,7 @@ def run(args: Arguments, console: Console) -> None:
     requests = make_requests(args, prompts, tokenizer)
     check_requests(spec, requests)
     spec = spec.with_precision(args.dtype or ("float32" if kernels.backend == "cpu" else spec.precision.params))
-    plan = plan_streaming(args, spec, len(requests), max(len(r.prompt_ids) + r.max_new_tokens for r in requests), console)
+    plan = plan_streaming(args, spec, len(requests), max(len(r.prompt_ids) + r.max_new_tokens for r in requests))
     model, engine, streamed = load(args, plan, open_checkpoint(args, console), spec, kernels, requests, tokenizer.eos_ids, console)
     load_seconds = time.perf_counter() - began
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))

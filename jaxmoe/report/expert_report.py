@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jaxmoe.engine.generate import Timings
-from jaxmoe.engine.streaming import Streamed
+from jaxmoe.engine.streaming import Streamed, foretell
 from jaxmoe.offload.budget import format_bytes
 from jaxmoe.offload.replay import replay
 
@@ -51,7 +51,7 @@ def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows
     Returns:
         `hit_rate`, `opt_hit_rate` and `regret` of decoding; `bytes_per_token`, `prefill_bytes` and `prefill_bytes_ratio` (of the experts that were
         asked for and not there); `link_gbps` and `link_emulated`; `link_bound_fraction` (overlapped), `serial_bound_fraction`, `stall`;
-        `device_bytes` and `resident_device_bytes`. What can't be known is None.
+        `device_bytes` and `resident_device_bytes`; `foretold`, what the budget promised. What can't be known is None.
     """
     plan, bank = streamed.plan.budget, streamed.model.bank
     resident = plan.resident_bytes + streamed.model.bytes()["params"] + streamed.engine.kv_bytes()
@@ -62,7 +62,7 @@ def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows
     }  # fmt: skip
     if plan.all_resident:
         nothing_streams = {"hit_rate": 1.0, "opt_hit_rate": 1.0, "regret": 0.0, "bytes_per_token": 0.0, "prefill_bytes": 0}
-        return out | nothing_streams | {"prefill_bytes_ratio": None, **_NO_LINK}
+        return out | nothing_streams | {"prefill_bytes_ratio": None, "foretold": None, **_NO_LINK}
     size, decode, prefill = bank.record_bytes, _totals(timings.decode_experts), _totals(timings.prefill_experts)
     best = replay(streamed.engine.trace(), plan.slots, "opt").hit_rate if timings.decode_steps else None
     hit_rate = decode["hits"] / decode["requests"] if decode["requests"] else None
@@ -75,7 +75,9 @@ def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows
         "prefill_bytes": prefill["loads"] * size,
         "prefill_bytes_ratio": prefill["loads"] / missed if missed else None,
     }
-    return out | _link(streamed, timings, decode["loads"] * size, memory_gbps, rows)
+    out |= _link(streamed, timings, decode["loads"] * size, memory_gbps, rows)
+    told = foretell(streamed.plan, streamed.model.spec, rows, streamed.engine.positions, out["link_gbps"])
+    return out | {"foretold": told.splitlines()[1]}
 
 
 def _totals(counters: dict[str, np.ndarray]) -> dict[str, int]:
@@ -113,6 +115,7 @@ def _lines(found: dict[str, Any], experts: int) -> list[str]:
     memory = f"device bytes {format_bytes(found['device_bytes'])}, resident {format_bytes(found['resident_device_bytes'])} ({saved:.0f} % saved)"
     if found["expert_mode"] == "resident":
         return [f"experts: all {experts} of every layer on the device", memory]
+    foretold = f"foretold from the budget: {found['foretold']}"
     low, high = min(found["slots"]), max(found["slots"])
     slots = f"{low}" if low == high else f"{low} to {high}"
     text = f"experts: {slots} of {experts} a layer and {found['staging']} in staging, {found['expert_policy']}, {found['expert_mode']}"
@@ -125,10 +128,10 @@ def _lines(found: dict[str, Any], experts: int) -> list[str]:
     ratio = found["prefill_bytes_ratio"]
     out.append(f"prefill brought {format_bytes(found['prefill_bytes'])}" + ("" if ratio is None else f", {ratio:.2f}x the experts it lacked"))
     if found["link_gbps"] is None:
-        return [*out, "host and device are one memory here: bytes are counted, and no speed of a link is claimed", memory]
+        return [*out, "host and device are one memory here: bytes are counted, and no speed of a link is claimed", memory, foretold]
     link = f"link of {found['link_gbps']:.3g} GB/s{'' if found['link_emulated'] else ' measured'}"
     if found["link_bound_fraction"] is not None:
         bounds = f"{100 * found['link_bound_fraction']:.0f} % of the overlapped bound, {100 * found['serial_bound_fraction']:.0f} % of the serial one"
         stall = "" if found["stall"] is None else f", stalled {100 * found['stall']:.0f} % of the time"
         link += f": {bounds}{stall}"
-    return [*out, link, memory]
+    return [*out, link, memory, foretold]

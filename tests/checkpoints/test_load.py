@@ -16,6 +16,7 @@ from checkpoints import store
 from checkpoints.convert import convert, partial_of
 from checkpoints.errors import CheckpointError
 from checkpoints.load import load_hf_or_checkpoint, open_checkpoint, read_spec
+from jaxmoe import formats
 from jaxmoe.spec import ModelSpec, SpecError, abstract_experts, abstract_params
 from tests.checkpoints import hf_folders
 
@@ -159,16 +160,14 @@ def test_bank_reads_a_few_experts_at_a_time(copy, monkeypatch):
 
 def test_bank_on_the_cpu_is_the_memory_that_was_filled(copy, monkeypatch):
     """No second copy: the array's buffer is the one that numpy filled."""
-    from checkpoints import load
-
-    filled, real = [], load._aligned_empty
+    filled, real = [], formats.aligned_empty
 
     def remember(shape, dtype):
         out = real(shape, dtype)
         filled.append(out.ctypes.data)
         return out
 
-    monkeypatch.setattr(load, "_aligned_empty", remember)
+    monkeypatch.setattr(formats, "aligned_empty", remember)
     bank = open_checkpoint(copy).restore_bank()
     assert [bank["w_in"].unsafe_buffer_pointer(), bank["w_out"].unsafe_buffer_pointer()] == filled
 

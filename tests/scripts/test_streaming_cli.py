@@ -168,7 +168,7 @@ def test_the_terminal_says_the_same(made):
     assert say[4].startswith(f"link of 0.01 GB/s: {percents[0]} of the overlapped bound, {percents[1]} of the serial one, stalled {percents[2]} of")
     saved = 100 * (1 - found["device_bytes"] / found["resident_device_bytes"])
     assert re.match(rf"device bytes \d+ kB, resident \d+ kB \({saved:.0f} % saved\)", say[5])
-    assert len(say) == 6
+    assert say[6].startswith("foretold from the budget: at ") and len(say) == 7
 
 
 def test_every_line_of_a_run_with_an_emulated_link_says_so(made, place):
