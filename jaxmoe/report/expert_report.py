@@ -112,7 +112,8 @@ def lines(found: dict[str, Any], experts: int) -> list[str]:
 
 def _lines(found: dict[str, Any], experts: int) -> list[str]:
     saved = 100 * (1 - found["device_bytes"] / found["resident_device_bytes"])
-    memory = f"device bytes {format_bytes(found['device_bytes'])}, resident {format_bytes(found['resident_device_bytes'])} ({saved:.0f} % saved)"
+    here, resident = (format_bytes(found[name]) for name in ("device_bytes", "resident_device_bytes"))
+    memory = f"device bytes {here} with KV, resident {resident} ({saved:.0f} % saved)"
     if found["expert_mode"] == "resident":
         return [f"experts: all {experts} of every layer on the device", memory]
     foretold = f"foretold from the budget: {found['foretold']}"

@@ -167,7 +167,7 @@ def test_the_terminal_says_the_same(made):
     percents = [f"{100 * found[field]:.0f} %" for field in ("link_bound_fraction", "serial_bound_fraction", "stall")]
     assert say[4].startswith(f"link of 0.01 GB/s: {percents[0]} of the overlapped bound, {percents[1]} of the serial one, stalled {percents[2]} of")
     saved = 100 * (1 - found["device_bytes"] / found["resident_device_bytes"])
-    assert re.match(rf"device bytes \d+ kB, resident \d+ kB \({saved:.0f} % saved\)", say[5])
+    assert re.match(rf"device bytes \d+ kB with KV, resident \d+ kB \({saved:.0f} % saved\)", say[5])
     assert say[6].startswith("foretold from the budget: at ") and len(say) == 7
 
 
