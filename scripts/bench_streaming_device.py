@@ -8,7 +8,7 @@ Each part runs in a process of its own and writes records as it goes; what fails
 
 from __future__ import annotations
 
-import argparse  # and not tyro: a rented machine has jax and what a model needs, and little else
+import argparse  # and not tyro: where the GPU is, there may be jax and what a model needs, and little else
 import importlib.util
 import os
 import subprocess
