@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -96,16 +95,9 @@ class Report:
 
 def check_out(path: Path) -> None:
     """Refuses a trace file that could not be written after the run."""
-    if path.suffix != ".npz":
-        raise ValueError(f"a trace goes to a .npz file, got {path}")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder, not a file")
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}")
-    try:
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise OSError(error.errno, f"no file can be made here: {error.strerror}", str(path.parent)) from error
+    from jaxmoe.report import record
+
+    record.check_path(path, "a trace", ".npz")
 
 
 def describe(trace, path: Path) -> str:

@@ -226,16 +226,21 @@ def write_record(path: str | Path, record: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(_plain(record, ""), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def check_path(path: str | Path) -> None:
-    """Find out before a long run whether `write_record` will be able to write there; leaves nothing behind.
+def check_path(path: str | Path, what: str = "a record", suffix: str = ".json") -> None:
+    """Find out before a long run whether a file, such as one of `write_record`, can be written there; leaves nothing behind.
+
+    Args:
+        path: the file.
+        what: what it is to hold, for messages.
+        suffix: what its name has to end in.
 
     Raises:
-        ValueError: the path does not end in .json, is a folder, or lies in a folder that does not exist (mistyped, rather than to be made).
+        ValueError: the path has another suffix, is a folder, or lies in a folder that does not exist (mistyped, rather than to be made).
         OSError: no file can be made in its folder.
     """
     path = Path(path)
-    if path.suffix != ".json":
-        raise ValueError(f"a record goes to a .json file, got {path}")
+    if path.suffix != suffix:
+        raise ValueError(f"{what} goes to a {suffix} file, got {path}")
     if path.is_dir():
         raise ValueError(f"{path}: is a folder, not a file")
     if not path.parent.is_dir():
