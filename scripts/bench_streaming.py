@@ -65,7 +65,8 @@ def compare(args: Arguments, folder: Path, checkpoint, console: Console) -> None
     samples: dict[tuple[str, float | None], list] = {}
     for name, gbps, sample in streaming_bench.rounds(bench, args.speeds, args.rounds):
         samples.setdefault((name, gbps), []).append(sample)
-        console.print(f"[dim]{name} {gbps or ''}: decode {sample.decode_seconds:.2f} s, prefill {sample.prefill_seconds:.2f} s[/dim]")
+        link = "" if gbps is None else f" over an EMULATED link of {gbps:g} GB/s"
+        console.print(f"[dim]{name}{link}: decode {sample.decode_seconds:.2f} s, prefill {sample.prefill_seconds:.2f} s[/dim]")
     resident = samples.pop(("resident", None))
     table = Table("EMULATED GB/s", "arm", "hits %", "decode tok/s", "% serial", "% overlapped", "prefill s", "% serial", "% overlapped", "same ids")
     pace = {gbps: streaming_bench.link_only(gbps, bench.resident.spec.expert_bytes()[0], 50) for gbps in args.speeds}

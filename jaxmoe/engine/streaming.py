@@ -52,7 +52,6 @@ class Streaming:
         fill: how the compiled step brings experts; None for the backend's way.
         link_gbps: emulate a link of this speed.
         host_memory: host memory for experts; the others are read from disk when they are asked for.
-        overlap: in the host-driven mode, send while computing.
     """
 
     expert_memory: str
@@ -63,7 +62,6 @@ class Streaming:
     fill: str | None = None
     link_gbps: float | None = None
     host_memory: str | None = None
-    overlap: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
     """
     mode = _mode(asked)
     policy = find_policy(asked.policy)
-    _check_link(asked.link_gbps)
+    Link(asked.link_gbps)  # refuses a speed that is none
     _check_fill(asked, mode, spec)
     if policy.needs_profile and asked.trace is None:
         raise ValueError(f"the policy {asked.policy!r} needs a profile of how much each expert is used: give --expert-trace")
@@ -127,12 +125,6 @@ def _mode(asked: Streaming) -> Mode:
         option = "--" + needs[0].replace("_", "-")
         raise ValueError(f"{option} needs --expert-mode host-driven, not {mode}: in a compiled step the host can't pace or read experts")
     return mode
-
-
-def _check_link(gbps: float | None) -> None:
-    Link(gbps)
-    if gbps == math.inf:
-        raise ValueError(f"a link of {gbps} GB/s: its speed has to be finite")
 
 
 def _check_fill(asked: Streaming, mode: Mode, spec: ModelSpec) -> None:
@@ -252,7 +244,7 @@ def load_streamed(
     model = load_model(checkpoint, dtype, kernels, offload=dataclasses.replace(offload, store=False))
     source = make_source(plan, checkpoint, model.spec, progress)
     link = Link(asked.link_gbps)
-    programs = HostDriven(model.spec, model.bank, kernels, greedy, source, link, record, asked.overlap)
+    programs = HostDriven(model.spec, model.bank, kernels, greedy, source, link, record)
     return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, programs), link, source)
 
 

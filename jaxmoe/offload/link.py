@@ -6,6 +6,7 @@ each occupying the link for its bytes over the speed, while the caller goes on; 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -29,10 +30,12 @@ class Link:
             clock, sleep: for tests.
 
         Raises:
-            ValueError: a speed that is not positive.
+            ValueError: a speed that is not positive, or not finite.
         """
         if gbps is not None and not gbps > 0:
             raise ValueError(f"a link of {gbps} GB/s: its speed has to be positive")
+        if gbps == math.inf:
+            raise ValueError(f"a link of {gbps} GB/s: its speed has to be finite")
         self.gbps, self.bytes, self.stalled = gbps, 0, 0.0
         self._clock, self._sleep = clock, sleep
         self._free_at = 0.0
@@ -52,6 +55,6 @@ class Link:
             return
         if arrival - now > SPIN_SECONDS:
             self._sleep(arrival - now - SPIN_SECONDS)
-        while self._clock() < arrival:
-            pass
-        self.stalled += self._clock() - began
+        while now < arrival:
+            now = self._clock()
+        self.stalled += now - began
