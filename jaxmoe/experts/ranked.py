@@ -65,21 +65,27 @@ class Ranked:
 
 
 def rank(choice: Choice, slot_E: Int[Array, "E"], x_TD: Float[Array, "T D"], ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"]) -> Ranked:
-    """Ranks the experts of a step.
+    """Ranks the experts of a step: hits, then misses by popularity, then those that nobody asks for.
 
     Args:
         choice: which of them are there, and which are missing.
         slot_E: where each is to be computed, -1 for those that nobody asks for. One after another, several may have the same slot.
         x_TD, ids_TA, valid_T: as for `expert_ffn`.
     """
+    rows = row_counts(ids_TA, valid_T, slot_E.shape[0])
+    order = jnp.lexsort((-rows, choice.enter | choice.stream, slot_E < 0))
+    return in_order(order, choice, slot_E, x_TD, ids_TA, valid_T)
+
+
+def in_order(order: Int[Array, "E"], choice: Choice, slot_E: Int[Array, "E"], x_TD, ids_TA: Int[Array, "T A"], valid_T) -> Ranked:
+    """The experts ranked in a given order; see `rank`."""
     experts = slot_E.shape[0]
-    miss, rows = choice.enter | choice.stream, row_counts(ids_TA, valid_T, experts)
-    order = jnp.lexsort((-rows, miss.astype(jnp.int32), slot_E < 0)).astype(jnp.int32)
     place = jnp.zeros(experts, jnp.int32).at[order].set(jnp.arange(experts, dtype=jnp.int32), unique_indices=True)
     plan = dispatch(place[ids_TA], valid_T, experts)
     x = jnp.pad(rows_of(x_TD, plan), ((0, ROW_SLACK), (0, 0)))
     starts, slots = jnp.cumsum(plan.sizes_E) - plan.sizes_E, jnp.maximum(slot_E[order], 0)
-    return Ranked(x, plan.row_TA, order, slots, starts, plan.sizes_E, choice.hit.sum(dtype=jnp.int32), miss.sum(dtype=jnp.int32))
+    hits, misses = choice.hit.sum(dtype=jnp.int32), (choice.enter | choice.stream).sum(dtype=jnp.int32)
+    return Ranked(x, plan.row_TA, order.astype(jnp.int32), slots, starts, plan.sizes_E, hits, misses)
 
 
 def row_counts(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int) -> Int[Array, "E"]:

@@ -28,11 +28,11 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
-from jaxmoe.experts.ranked import rank, row_counts
+from jaxmoe.experts.ranked import in_order, rank, row_counts
 from jaxmoe.experts.resident import ACTIVATIONS
 from jaxmoe.residency import Choice, choose, find_policy
 from jaxmoe.residency.policies import Tables, layer_row, with_row
-from pallas_kernels.dispatch import ROW_SLACK, Kernels
+from pallas_kernels.dispatch import Kernels
 from pallas_kernels.expert_fill.api import fill, land, read_record
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
 
@@ -223,45 +223,36 @@ class SlotBank:
         assert self.store is not None
         store, e, act = self.store, self.experts, ACTIVATIONS[self.activation]
         miss, need = choice.enter | choice.stream, place.slot >= 0
-        rows = row_counts(ids_TA, valid_T, e)
         wave = jnp.where(need, place.wave, e)
-        order = jnp.lexsort((-rows, wave))  # experts, wave by wave, the most asked for first
-        rank = jnp.zeros(e, jnp.int32).at[order].set(jnp.arange(e, dtype=jnp.int32), unique_indices=True)
-        plan = dispatch(rank[ids_TA], valid_T, e)
-        starts, slots, waves = jnp.cumsum(plan.sizes_E) - plan.sizes_E, jnp.maximum(place.slot[order], 0), wave[order]
+        order = jnp.lexsort((-row_counts(ids_TA, valid_T, e), wave))  # experts, wave by wave, the most asked for first
+        ranked, waves = in_order(order, choice, place.slot, x_TD, ids_TA, valid_T), wave[order]
         missed, _ = _compact(miss[order], min(ids_TA.size, e))  # ranks of the misses, in order
         until = jnp.cumsum(jnp.zeros(e + 1, jnp.int32).at[wave].add(miss, mode="drop"))  # misses up to and including each wave
         groups = min(e, max(self.slots) + self.staging)
-        x = jnp.pad(rows_of(x_TD, plan), ((0, ROW_SLACK), (0, 0)))
 
         def one_wave(w, carry):
             y, pools, loads = carry
             if self.poison:
                 pools = self._poisoned(pools)
             low = jnp.where(w == 0, 0, until[jnp.maximum(w - 1, 0)])
-            pools, n = fill(pools, store, moe_layer * e + order[missed], slots[missed], low, until[w], kernels, self.fill)
+            pools, n = fill(pools, store, moe_layer * e + order[missed], ranked.slots[missed], low, until[w], kernels, self.fill)
             first = jnp.minimum(jnp.sum(waves < w, dtype=jnp.int32), e - groups)
 
             def part(values):
                 return jax.lax.dynamic_slice_in_dim(values, first, groups)
 
-            sizes = jnp.where(part(waves) == w, part(plan.sizes_E), 0)
+            sizes = jnp.where(part(waves) == w, part(ranked.sizes), 0)
             with jax.named_scope("compute"):
-                y = grouped_swiglu(x, pools[0], pools[1], part(slots), sizes, act, kernels, part(starts), y)
+                y = grouped_swiglu(ranked.x, pools[0], pools[1], part(ranked.slots), sizes, act, kernels, part(ranked.starts), y)
             return y, pools, loads + n
 
         count = jnp.max(jnp.where(need, place.wave, -1)) + 1
-        # A plain constant would be shared by all layers, and copied for each.
-        y = jnp.full((x.shape[0], x_TD.shape[1]), jnp.minimum(count, 0), jnp.float32)
-        carry = (y, pools, jnp.int32(0))
-        if kernels.backend == "gpu":  # a loop of unknown length would read its predicate back to the host
-            carry = jax.lax.fori_loop(0, self.most_waves(ids_TA.size), one_wave, carry)
-        else:
-            carry = jax.lax.fori_loop(0, count, one_wave, carry)
-        y, pools, loads = carry
+        # On a GPU a loop of unknown length would read its predicate back to the host.
+        length = self.most_waves(ids_TA.size) if kernels.backend == "gpu" else count
+        y, pools, loads = jax.lax.fori_loop(0, length, one_wave, (ranked.empty(), pools, jnp.int32(0)))
         if self.poison:
             pools = self._poisoned(pools)
-        return y[plan.row_TA], pools, loads
+        return y[ranked.row], pools, loads
 
     def _run_ahead(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels):
         """Computes the experts that are there, then the missing ones one by one, reading each while the one before it is computed."""
