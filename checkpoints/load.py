@@ -27,6 +27,7 @@ from checkpoints.manifest import MANIFEST, SPEC, Manifest, read_manifest
 from checkpoints.plan import make_plan, read_config
 from checkpoints.safetensors_reader import SafetensorsFolder
 from jaxmoe import formats
+from jaxmoe.formats import ExpertLayout
 from jaxmoe.spec import Leaf, ModelSpec, SpecError
 
 Placement = jax.sharding.Sharding | Callable[[Leaf], jax.sharding.Sharding] | None
@@ -121,9 +122,9 @@ class Checkpoint:
         return out
 
     def restore_bank(
-        self, spec: ModelSpec | None = None, dtype: str | None = None, sharding: Placement = None
+        self, spec: ModelSpec | None = None, dtype: str | None = None, sharding: Placement = None, layout: ExpertLayout = "d2f"
     ) -> dict[str, jax.Array]:
-        """All experts as a resident bank holds them: `w_in[..., 0, :]` is gate, `w_in[..., 1, :]` up.
+        """All experts as a resident bank holds them: index 0 of w_in's axis of 2 is gate, 1 up.
 
         Each device's part is filled in place on the host and handed over whole, so that no second copy of it is made
         here. On the CPU, jax takes over the host's memory.
@@ -131,10 +132,11 @@ class Checkpoint:
         Args:
             spec, dtype: as `restore_params`.
             sharding: as `restore_params`; the leaves' axes are ('layers', 'experts', 'embed', None, 'hidden') and
-                ('layers', 'experts', 'hidden', 'embed').
+                ('layers', 'experts', 'hidden', 'embed'), the last ones in the order of `layout`.
+            layout: the order of an expert's axes.
 
         Returns:
-            `{"w_in": [L_moe, E, D, 2, F], "w_out": [L_moe, E, F, D]}`; bfloat16 as uint16.
+            `{"w_in": [L_moe, E, D, 2, F], "w_out": [L_moe, E, F, D]}`, in that order; bfloat16 as uint16.
 
         Raises:
             CheckpointError: as `restore_params`.
@@ -144,11 +146,11 @@ class Checkpoint:
         router, experts = spec.moe
         n, e, d, f = len(spec.moe_layers), router.experts, spec.width, experts.width
         held = formats.leaf_dtype(dtype)
-        w_in = Leaf((n, e, d, 2, f), held, ("layers", "experts", "embed", None, "hidden"))
-        w_out = Leaf((n, e, f, d), held, ("layers", "experts", "hidden", "embed"))
+        shapes, axes = formats.expert_shapes(d, f, layout), formats.expert_axis_names(layout)
+        w_in, w_out = (Leaf((n, e, *shape), held, ("layers", "experts", *names)) for shape, names in zip(shapes, axes, strict=True))
         return {
-            "w_in": _build(w_in, sharding, lambda index: self._bank_in(w_in, index, dtype)),
-            "w_out": _build(w_out, sharding, lambda index: self._bank_out(w_out, index, dtype)),
+            "w_in": _build(w_in, sharding, lambda index: self._bank_in(w_in, index, dtype, layout)),
+            "w_out": _build(w_out, sharding, lambda index: self._bank_out(w_out, index, dtype, layout)),
         }
 
     def verify(self, progress: store.Progress | None = None) -> None:
@@ -215,17 +217,19 @@ class Checkpoint:
                 )
         return unflatten(leaves)
 
-    def _bank_in(self, leaf: Leaf, index: tuple, dtype: str) -> np.ndarray:
-        layers, experts, embed, pair, hidden = index
+    def _bank_in(self, leaf: Leaf, index: tuple, dtype: str, layout: ExpertLayout) -> np.ndarray:
         out = formats.aligned_empty(_shape_of(leaf.shape, index), leaf.dtype)
+        axes = formats.expert_axes(layout)[0]
+        embed, pair, hidden = (index[2 + axis] for axis in axes)
+        parts = _inner_transposed(out, axes)
         for j, name in enumerate(("gate", "up")[pair]):
-            self._fill(out[:, :, :, j], name, layers, experts, (embed, hidden), dtype)
+            self._fill(parts[:, :, :, j], name, index[0], index[1], (embed, hidden), dtype)
         return out
 
-    def _bank_out(self, leaf: Leaf, index: tuple, dtype: str) -> np.ndarray:
-        layers, experts, hidden, embed = index
+    def _bank_out(self, leaf: Leaf, index: tuple, dtype: str, layout: ExpertLayout) -> np.ndarray:
         out = formats.aligned_empty(_shape_of(leaf.shape, index), leaf.dtype)
-        self._fill(out, "down", layers, experts, (hidden, embed), dtype)
+        axes = formats.expert_axes(layout)[1]
+        self._fill(_inner_transposed(out, axes), "down", index[0], index[1], tuple(index[2 + axis] for axis in axes), dtype)
         return out
 
     def _fill(self, out: np.ndarray, name: str, layers: slice, experts: slice, inner: tuple, dtype: str) -> None:
@@ -240,6 +244,11 @@ def _blocks(span: slice, count: int, step: int) -> Iterator[slice]:
     first = span.start or 0
     for start in range(first, first + count, step):
         yield slice(start, min(start + step, first + count))
+
+
+def _inner_transposed(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """A view of [layers, experts, ...] with the axes after the first two in another order."""
+    return x.transpose(0, 1, *(2 + axis for axis in axes))
 
 
 def _shape_of(shape: tuple[int, ...], index: tuple) -> tuple[int, ...]:

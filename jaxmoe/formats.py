@@ -1,17 +1,24 @@
 """How weights are held in memory and on disk, known to kernels, checkpoints and compressors alike.
 
 bfloat16 is held as uint16 and bitcast after it has been sliced: XLA's CPU backend otherwise widens a whole array to float32 at every step.
-A uint16 leaf is therefore always bfloat16 here. Quantized leaves join this file with the kernels that read them.
+A uint16 leaf is therefore always bfloat16 here.
+
+Quantized weights are whole numbers and scales, one scale for `group` neighbours along K (the axis that a matmul sums over). Two 4-bit numbers share a
+byte: within blocks of `pack_block(K)`, the low half of byte j is number j and the high half is number j + block / 2, so that a kernel unpacks a
+tile by two shifts and never interleaves.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jaxtyping import Array, Float, Int8
 
 DTYPES = ("float32", "bfloat16")
 """Names of the dtypes in which weights can be held."""
@@ -76,3 +83,146 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) 
     raw = np.empty(size + alignment, np.uint8)
     start = -raw.ctypes.data % alignment
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+ExpertLayout = Literal["d2f", "2df", "2fd"]
+"""Order of the axes of an expert's two leaves, set once when they are loaded, by what multiplies with them: 'd2f' has w_in [D, 2, F] and w_out [F, D]
+(CPUs: gate and up are one matrix), '2df' has w_in [2, D, F] and w_out [F, D] (TPUs, which would pad an axis of 2 next to the last), and '2fd' has
+w_in [2, F, D] and w_out [D, F] (GPUs, whose tiles run along K). Index 0 of the axis of 2 is the gate."""
+
+LAYOUTS: tuple[ExpertLayout, ...] = ("d2f", "2df", "2fd")
+
+
+def expert_shapes(d: int, f: int, layout: ExpertLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of an expert's w_in and w_out, of model width `d` and hidden width `f`."""
+    sizes = {"d": d, "2": 2, "f": f}
+    return tuple(sizes[letter] for letter in layout), (d, f) if layout == "2fd" else (f, d)
+
+
+def expert_axes(layout: ExpertLayout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the axes of an expert's leaves are: `w_in.transpose(first)` is [D, 2, F] and `w_out.transpose(second)` is [F, D]."""
+    return tuple(layout.index(letter) for letter in "d2f"), (1, 0) if layout == "2fd" else (0, 1)
+
+
+def expert_axis_names(layout: ExpertLayout) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """The logical names of the axes of an expert's w_in and w_out."""
+    names = {"d": "embed", "2": None, "f": "hidden"}
+    return tuple(names[letter] for letter in layout), tuple(names[letter] for letter in ("df" if layout == "2fd" else "fd"))
+
+
+def expert_widths(w_in_shape: tuple[int, ...], layout: ExpertLayout) -> tuple[int, int]:
+    """`(D, F)` of the shape of an expert's w_in."""
+    sizes = dict(zip(layout, w_in_shape, strict=True))
+    return sizes["d"], sizes["f"]
+
+
+PACK_BLOCK = 128
+"""Numbers along K in one block of packed 4-bit weights, where K is a multiple of it."""
+
+
+def pack_block(k: int) -> int:
+    """Numbers along K that are packed together: the largest power of two up to `PACK_BLOCK` that divides K.
+
+    Raises:
+        ValueError: K is odd.
+    """
+    if k % 2:
+        raise ValueError(f"4-bit weights are packed in pairs along K, and {k} is odd")
+    return math.gcd(k, PACK_BLOCK)
+
+
+@flax.struct.dataclass
+class Quantized:
+    """Weights as small whole numbers times scales.
+
+    Attributes:
+        values: int8, the axis `axis` being K, or K / 2 with 4 bits (see the module's docstring for which number lies where).
+        scales: float32, as `values` but K / group along K; always with K before the other axes of a matrix, wherever it is in `values`.
+        bits: 8 or 4.
+        group: numbers along K that share a scale.
+        axis: where K is in `values`, counted from the end.
+    """
+
+    values: Int8[Array, "..."]
+    scales: Float[Array, "..."]
+    bits: int = flax.struct.field(pytree_node=False, default=8)
+    group: int = flax.struct.field(pytree_node=False, default=128)
+    axis: int = flax.struct.field(pytree_node=False, default=-2)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weights' own shape."""
+        axis = self.values.ndim + self.axis
+        return tuple(n * (8 // self.bits) if i == axis else n for i, n in enumerate(self.values.shape))
+
+    @property
+    def ndim(self) -> int:
+        """How many axes there are."""
+        return self.values.ndim
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of numbers and scales."""
+        return self.values.nbytes + self.scales.nbytes
+
+
+def quantize(w: jax.Array, bits: int, group: int, axis: int) -> Quantized:
+    """Rounds float weights to the nearest of 2^bits - 1 steps of a group's own, symmetric about zero.
+
+    Args:
+        w: [E, K, N] or [E, K, 2, N] with `axis` -2 or -3, or [E, N, K] or [E, 2, N, K] with `axis` -1.
+        bits: 8 or 4.
+        group: numbers along K that share a scale.
+        axis: where K is, counted from the end.
+
+    Raises:
+        ValueError: other bits, or K is not a whole number of groups.
+    """
+    k = w.shape[axis]
+    if bits not in (4, 8):
+        raise ValueError(f"weights are quantized to 4 or 8 bits, not {bits}")
+    if group <= 0 or k % group:
+        raise ValueError(f"K = {k} is not a whole number of groups of {group}")
+    w = jnp.moveaxis(w.astype(jnp.float32), axis, 1)
+    grouped = w.reshape(w.shape[0], k // group, group, *w.shape[2:])
+    largest = 2 ** (bits - 1) - 1
+    scales = jnp.abs(grouped).max(2) / largest
+    numbers = jnp.round(grouped / jnp.where(scales == 0, 1.0, scales)[:, :, None]).astype(jnp.int8).reshape(w.shape)
+    if bits == 4:
+        numbers = pack_int4(numbers, 1)
+    return Quantized(jnp.moveaxis(numbers, 1, axis), scales, bits, group, axis)
+
+
+def dequantize(q: Quantized) -> jax.Array:
+    """The float32 weights that `q` stands for; K where it is in `q.values`."""
+    numbers = jnp.moveaxis(q.values, q.axis, 1)
+    if q.bits == 4:
+        numbers = unpack_int4(numbers, 1)
+    return jnp.moveaxis(numbers.astype(jnp.float32) * jnp.repeat(q.scales, q.group, axis=1), 1, q.axis)
+
+
+def entry(pool: jax.Array | Quantized, i: jax.Array) -> jax.Array:
+    """Entry `i` of a pool [Z, ...]; a uint16 leaf is read as bfloat16, quantized weights come as float32."""
+    one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, i, 1), pool)
+    if isinstance(one, Quantized):
+        return dequantize(one)[0]
+    return load(one, jnp.bfloat16 if one.dtype == jnp.uint16 else one.dtype)[0]
+
+
+def pack_int4(numbers: jax.Array, axis: int) -> jax.Array:
+    """int8 in -8..7 to bytes of two, along `axis`."""
+    block = pack_block(numbers.shape[axis])
+    shape = numbers.shape
+    numbers = numbers.reshape(*shape[:axis], shape[axis] // block, 2, block // 2, *shape[axis + 1 :])
+    low, high = jnp.split(numbers, 2, axis + 1)
+    return ((low & 15) | (high << 4)).astype(jnp.int8).reshape(*shape[:axis], shape[axis] // 2, *shape[axis + 1 :])
+
+
+def unpack_int4(packed: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `pack_int4`."""
+    shape = packed.shape
+    k = shape[axis] * 2
+    half = pack_block(k) // 2
+    packed = packed.reshape(*shape[:axis], shape[axis] // half, 1, half, *shape[axis + 1 :])
+    both = jnp.concatenate([jnp.right_shift(packed << 4, 4), jnp.right_shift(packed, 4)], axis + 1)
+    return both.reshape(*shape[:axis], k, *shape[axis + 1 :])

@@ -28,7 +28,6 @@ from jaxmoe.decode.sampling import SamplingParams, sample
 from jaxmoe.engine import steps
 from jaxmoe.experts.dispatch import weighted_sum
 from jaxmoe.experts.ranked import Ranked, rank
-from jaxmoe.experts.resident import ACTIVATIONS
 from jaxmoe.experts.slots import Pools, SlotBank, uses
 from jaxmoe.nn.layers import rope_tables
 from jaxmoe.nn.transformer import decoder_layer, embed, head
@@ -36,6 +35,7 @@ from jaxmoe.offload.link import Link
 from jaxmoe.spec import LayerSpec, ModelSpec
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.expert_fill.api import land
+from pallas_kernels.grouped_matmul.glu import GLUS
 
 IN_FLIGHT = 4
 """Records on their way at a time: enough to keep a link busy, few enough that they take little of the device's memory."""
@@ -82,7 +82,7 @@ class Programs:
     def __init__(self, spec: ModelSpec, bank: SlotBank, kernels: Kernels):
         self.spec, self.kernels = spec, kernels
         self._bank = _PlanningBank(**{f: getattr(bank, f) for f in bank.__dataclass_fields__} | {"store": None, "state": None})
-        self._act = ACTIVATIONS[bank.activation]
+        self._how = (GLUS[bank.activation], kernels, bank.layout)
         self._options = kernels.compiler_options()
         self.front = functools.cache(self._front)
         self.hits = self._jit(self._hits)
@@ -118,12 +118,12 @@ class Programs:
 
     def _hits(self, pools: Pools, ranked: Ranked) -> jax.Array:
         """The rows of the experts that are there; float32 [M, D]."""
-        return ranked.compute_hits(pools, ranked.empty(), self._act, self.kernels)
+        return ranked.compute_hits(pools, ranked.empty(), *self._how)
 
     def _land(self, pools: Pools, y: jax.Array, record: jax.Array, ranked: Ranked, turn) -> tuple[Pools, jax.Array]:
         """One missing expert into its slot, and its rows."""
         pools = land(pools, record, ranked.slots[ranked.hits + turn])  # type: ignore[assignment]
-        return pools, ranked.compute_miss(pools, turn, y, self._act, self.kernels)
+        return pools, ranked.compute_miss(pools, turn, y, *self._how)
 
     def _tail(self, greedy: bool) -> Callable:
         """The jitted `(params, x, before, batch, sampling, positions) -> (tokens, logits)`."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from checkpoints.load import Checkpoint
 from jaxmoe.experts import ResidentBank, SlotBank, host_store
+from jaxmoe.formats import ExpertLayout
 from jaxmoe.residency import find_policy
 from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec, stack_layers
@@ -97,24 +98,26 @@ def load_model(
     if kernels.backend == "cpu" and "lm_head" not in params:
         params["lm_head"] = {"kernel": jnp.array(params["embed"]["table"].T)}
     if offload is not None:
-        records = read_store(checkpoint, spec, progress) if offload.store else None
-        return Model(spec, params, slot_bank(spec, records, offload), kernels, checkpoint.folder)
-    arrays = checkpoint.restore_bank(spec)
-    bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation)
+        records = read_store(checkpoint, spec, progress, kernels.expert_layout) if offload.store else None
+        return Model(spec, params, slot_bank(spec, records, offload, kernels.expert_layout), kernels, checkpoint.folder)
+    arrays = checkpoint.restore_bank(spec, layout=kernels.expert_layout)
+    bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation, kernels.expert_layout)
     return Model(spec, params, bank, kernels, checkpoint.folder)
 
 
-def read_store(checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
-    """Every expert's record in host memory; each is compared with its checksum as it is read."""
+def read_store(
+    checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int, int], None] = lambda done, total: None, layout: ExpertLayout = "d2f"
+) -> np.ndarray:
+    """Every expert's record in host memory, in `layout`; each is compared with its checksum as it is read."""
 
     def read(moe_layer: int, expert: int):
         return checkpoint.read_expert(spec.moe_layers[moe_layer], expert, spec.precision.params, verify=True)
 
-    return host_store.read_records(spec, read, progress)
+    return host_store.read_records(spec, read, progress, layout)
 
 
-def slot_bank(spec: ModelSpec, records: np.ndarray | None, offload: Offload) -> SlotBank:
-    """A slot bank over records of `read_store`, or without a store.
+def slot_bank(spec: ModelSpec, records: np.ndarray | None, offload: Offload, layout: ExpertLayout = "d2f") -> SlotBank:
+    """A slot bank over records of `read_store`, which are in `layout`, or without a store.
 
     Raises:
         ValueError: slots that the model can't run with, or an unknown policy.
@@ -133,6 +136,6 @@ def slot_bank(spec: ModelSpec, records: np.ndarray | None, offload: Offload) -> 
     profile = None if offload.profile is None else jnp.asarray(offload.profile, jnp.float32)
     return SlotBank(
         None if records is None else host_store.pinned(records), profile=profile, slots=tuple(slots), staging=offload.staging,
-        experts=router.experts, entries=host_store.entry_shapes(spec), dtype=spec.precision.params, activation=experts.activation,
-        policy=offload.policy, fill=offload.fill,
+        experts=router.experts, entries=host_store.entry_shapes(spec, layout), layout=layout, dtype=spec.precision.params,
+        activation=experts.activation, policy=offload.policy, fill=offload.fill,
     )  # fmt: skip

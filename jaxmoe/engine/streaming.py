@@ -242,22 +242,22 @@ def load_streamed(
         most = steps.TOKEN_BUCKETS[-1] if plan.mode == "fused" else None
         return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, prefill_tokens=most))
     model = load_model(checkpoint, dtype, kernels, offload=dataclasses.replace(offload, store=False))
-    source = make_source(plan, checkpoint, model.spec, progress)
+    source = make_source(plan, checkpoint, model.spec, progress, kernels.expert_layout)
     link = Link(asked.link_gbps)
     programs = HostDriven(model.spec, model.bank, kernels, greedy, source, link, record)
     return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, programs), link, source)
 
 
-def make_source(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int, int], None]):
-    """Where the host-driven mode gets experts from."""
+def make_source(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int, int], None], layout: formats.ExpertLayout = "d2f"):
+    """Where the host-driven mode gets experts from, in `layout`."""
     if plan.asked.host_memory is None:
-        return ExpertSource(spec, read_store(checkpoint, spec, progress))
+        return ExpertSource(spec, read_store(checkpoint, spec, progress, layout))
     room = budget.parse_memory(plan.asked.host_memory).resolve(plan.budget.resident_bytes, None)
 
     def read(moe_layer: int, expert: int) -> dict[str, np.ndarray]:
         return checkpoint.read_expert(spec.moe_layers[moe_layer], expert, spec.precision.params, verify=True)
 
-    return DiskSource(spec, read, room)
+    return DiskSource(spec, read, room, layout)
 
 
 def profile_of(trace: Trace) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The experts' home in host memory: one contiguous record an expert, read only, never copied back.
 
-A record is what one transfer moves: the elements of an expert's input matrices [D, 2, F], then those of its output matrix [F, D]. Knows neither
-checkpoints nor disks: readers come in as callables.
+A record is what one transfer moves: the elements of an expert's input matrices [D, 2, F], then those of its output matrix [F, D], each with its axes
+in the order that the device's kernels want (`jaxmoe.formats.ExpertLayout`). Knows neither checkpoints nor disks: readers come in as callables.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from jaxmoe import formats
+from jaxmoe.formats import ExpertLayout
 from jaxmoe.spec import ModelSpec
 
 COLUMNS = 256
@@ -22,10 +23,9 @@ ExpertReader = Callable[[int, int], dict[str, np.ndarray]]
 """`(moe_layer, expert) -> {gate [D, F], up [D, F], down [F, D]}` in the dtype of the leaves; raises where what it reads is damaged."""
 
 
-def entry_shapes(spec: ModelSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of one expert's entries in the pools: [D, 2, F] and [F, D]."""
-    _, experts = spec.moe
-    return (spec.width, 2, experts.width), (experts.width, spec.width)
+def entry_shapes(spec: ModelSpec, layout: ExpertLayout = "d2f") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of one expert's entries in the pools: [D, 2, F] and [F, D], in the order of `layout`."""
+    return formats.expert_shapes(spec.width, spec.moe[1].width, layout)
 
 
 def record_shape(spec: ModelSpec) -> tuple[int, int]:
@@ -40,35 +40,42 @@ def record_bytes(spec: ModelSpec) -> int:
     return math.prod(record_shape(spec)) * formats.leaf_dtype(spec.precision.params).itemsize
 
 
-def pack_record(spec: ModelSpec, expert: dict[str, np.ndarray], out: np.ndarray | None = None) -> np.ndarray:
+def pack_record(
+    spec: ModelSpec, expert: dict[str, np.ndarray], out: np.ndarray | None = None, layout: ExpertLayout = "d2f"
+) -> np.ndarray:
     """One expert's matrices as its record [rows, columns].
 
     Args:
         spec: the model.
         expert: `{gate, up, down}`.
         out: where to write it.
+        layout: the order of axes in it.
     """
-    (d, _, f), _ = entry_shapes(spec)
+    shapes, axes = entry_shapes(spec, layout), formats.expert_axes(layout)
+    size = math.prod(shapes[0])
     out = np.empty(record_shape(spec), formats.leaf_dtype(spec.precision.params)) if out is None else out
     flat = out.reshape(-1)
-    both = flat[: 2 * d * f].reshape(d, 2, f)
+    both = flat[:size].reshape(shapes[0]).transpose(axes[0])
     both[:, 0], both[:, 1] = expert["gate"], expert["up"]
-    flat[2 * d * f :].reshape(f, d)[:] = expert["down"]
+    flat[size:].reshape(shapes[1]).transpose(axes[1])[:] = expert["down"]
     return out
 
 
-def read_records(spec: ModelSpec, read: ExpertReader, progress: Callable[[int, int], None] = lambda done, total: None) -> np.ndarray:
+def read_records(
+    spec: ModelSpec, read: ExpertReader, progress: Callable[[int, int], None] = lambda done, total: None, layout: ExpertLayout = "d2f"
+) -> np.ndarray:
     """All records [L * E, rows, columns] in ordinary host memory.
 
     Args:
         spec: the model.
         read: gives one expert.
         progress: called with records read and records in all.
+        layout: the order of axes in them.
     """
     layers, experts = len(spec.moe_layers), spec.moe[0].experts
     out = formats.aligned_empty((layers * experts, *record_shape(spec)), formats.leaf_dtype(spec.precision.params))
     for i in range(layers * experts):
-        pack_record(spec, read(i // experts, i % experts), out[i])
+        pack_record(spec, read(i // experts, i % experts), out[i], layout)
         progress(i + 1, layers * experts)
     return out
 

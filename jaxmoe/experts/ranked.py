@@ -6,16 +6,16 @@ it. Both the compiled step that reads ahead and the host-driven mode go by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxmoe.experts.dispatch import dispatch, rows_of
+from jaxmoe.formats import ExpertLayout
 from jaxmoe.residency import Choice
 from pallas_kernels.dispatch import ROW_SLACK, Kernels
 from pallas_kernels.grouped_matmul.api import grouped_swiglu
+from pallas_kernels.grouped_matmul.glu import Glu
 
 
 @flax.struct.dataclass
@@ -48,20 +48,21 @@ class Ranked:
         pools: tuple[Num[Array, "Z D two F"], Num[Array, "Z F D"]],
         ranks: Bool[Array, "E"],
         y: Float[Array, "M D"],
-        act: Callable,
+        glu: Glu,
         kernels: Kernels,
+        layout: ExpertLayout,
     ) -> Float[Array, "M D"]:
         """`y` with the rows of these ranks, which come after those that are in it already."""
         sizes = jnp.where(ranks, self.sizes, 0)
-        return grouped_swiglu(self.x, pools[0], pools[1], self.slots, sizes, act, kernels, self.starts, y)
+        return grouped_swiglu(self.x, pools[0], pools[1], self.slots, sizes, glu, kernels, self.starts, y, layout)
 
-    def compute_hits(self, pools, y, act: Callable, kernels: Kernels) -> Float[Array, "M D"]:
+    def compute_hits(self, pools, y, glu: Glu, kernels: Kernels, layout: ExpertLayout) -> Float[Array, "M D"]:
         """The rows of the experts that are there."""
-        return self.compute(pools, jnp.arange(self.slots.shape[0]) < self.hits, y, act, kernels)
+        return self.compute(pools, jnp.arange(self.slots.shape[0]) < self.hits, y, glu, kernels, layout)
 
-    def compute_miss(self, pools, i: Int[Array, ""], y, act: Callable, kernels: Kernels) -> Float[Array, "M D"]:
+    def compute_miss(self, pools, i: Int[Array, ""], y, glu: Glu, kernels: Kernels, layout: ExpertLayout) -> Float[Array, "M D"]:
         """The rows of the i-th missing expert, which is in its slot by now."""
-        return self.compute(pools, jnp.arange(self.slots.shape[0]) == self.hits + i, y, act, kernels)
+        return self.compute(pools, jnp.arange(self.slots.shape[0]) == self.hits + i, y, glu, kernels, layout)
 
 
 def rank(choice: Choice, slot_E: Int[Array, "E"], x_TD: Float[Array, "T D"], ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"]) -> Ranked:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
+from jaxmoe.formats import ExpertLayout, expert_axis_names
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
-
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": jax.nn.gelu}
-"""Elementwise gate activations by the names that `ExpertSpec` uses."""
+from pallas_kernels.grouped_matmul.glu import GLUS
 
 
 @flax.struct.dataclass
@@ -20,18 +18,21 @@ class ResidentBank:
     """Every expert of every MoE layer, on device.
 
     Attributes:
-        w_in: [L, E, D, 2, F], gate at index 0 and up at 1; float32, or bfloat16 held as uint16.
-        w_out: [L, E, F, D], down.
-        activation: the gate's activation.
+        w_in: [L, E, D, 2, F], gate at index 0 and up at 1, the last three in the order of `layout`; float32, or bfloat16 held as uint16.
+        w_out: [L, E, F, D], down, likewise.
+        activation: what joins gate and up (`GLUS`).
+        layout: see `jaxmoe.formats.ExpertLayout`.
     """
 
     w_in: Num[Array, "L E D two F"]
     w_out: Num[Array, "L E F D"]
     activation: str = flax.struct.field(pytree_node=False, default="silu")
+    layout: ExpertLayout = flax.struct.field(pytree_node=False, default="d2f")
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical name of every axis of every leaf."""
-        return {"w_in": ("layers", "experts", "embed", None, "hidden"), "w_out": ("layers", "experts", "hidden", "embed")}
+        w_in, w_out = expert_axis_names(self.layout)
+        return {"w_in": ("layers", "experts", *w_in), "w_out": ("layers", "experts", *w_out)}
 
     def split(self) -> tuple[ResidentBank, tuple]:
         """`(fixed, moving)`: nothing of this bank changes as it is used."""
@@ -72,13 +73,15 @@ class ResidentBank:
         kernels: Kernels,
     ) -> tuple[Float[Array, "T D"], ResidentBank, dict]:
         """See `jaxmoe.experts.expert_ffn`."""
-        layers, experts, d, _, f = self.w_in.shape
-        pool = (self.w_in.reshape(layers * experts, d, 2, f), self.w_out.reshape(layers * experts, f, d))
-        first, act = moe_layer * experts, ACTIVATIONS[self.activation]
+        layers, experts = self.w_in.shape[:2]
+        w_in, w_out = (w.reshape(layers * experts, *w.shape[2:]) for w in (self.w_in, self.w_out))
+        first, glu = moe_layer * experts, GLUS[self.activation]
         if x_TD.shape[0] == 1:
-            y = swiglu_rows(x_TD, *pool, first + ids_TA[0], act, kernels)[None]
+            y = swiglu_rows(x_TD, w_in, w_out, first + ids_TA[0], glu, kernels, self.layout)[None]
         else:
             plan = dispatch(ids_TA, valid_T, experts)
-            y = grouped_swiglu(rows_of(x_TD, plan), *pool, first + jnp.arange(experts), plan.sizes_E, act, kernels)[plan.row_TA]
+            ids = first + jnp.arange(experts)
+            y = grouped_swiglu(rows_of(x_TD, plan), w_in, w_out, ids, plan.sizes_E, glu, kernels, layout=self.layout)[plan.row_TA]
         y_TD = weighted_sum(y.astype(x_TD.dtype).astype(jnp.float32), weights_TA, valid_T)
         return y_TD.astype(x_TD.dtype), self, {}
+

@@ -29,12 +29,12 @@ from jaxtyping import Array, Bool, Float, Int, Num
 from jaxmoe import formats
 from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
 from jaxmoe.experts.ranked import in_order, rank, row_counts
-from jaxmoe.experts.resident import ACTIVATIONS
 from jaxmoe.residency import Choice, choose, find_policy
 from jaxmoe.residency.policies import Tables, layer_row, with_row
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.expert_fill.api import fill, land, read_record
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
+from pallas_kernels.grouped_matmul.glu import GLUS
 
 Pools = tuple[Num[Array, "Z D two F"], Num[Array, "Z F D"]]
 
@@ -78,8 +78,9 @@ class SlotBank:
     staging: slots that all layers share, for experts that pass through.
     experts: E.
     entries: shapes of one expert's entries in the pools.
+    layout: the order of their axes (`jaxmoe.formats.ExpertLayout`).
     dtype: in which weights are held, 'float32' or 'bfloat16'.
-    activation: the gate's.
+    activation: what joins gate and up (`GLUS`).
     policy: which experts stay.
     fill: how misses are brought (`pallas_kernels.expert_fill`); None lets the backend choose.
     ordered: the tokens of a step come one after another, as in a prompt, rather than side by side.
@@ -95,6 +96,7 @@ class SlotBank:
     staging: int = flax.struct.field(pytree_node=False, default=2)
     experts: int = flax.struct.field(pytree_node=False, default=0)
     entries: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False, default=())
+    layout: formats.ExpertLayout = flax.struct.field(pytree_node=False, default="d2f")
     dtype: str = flax.struct.field(pytree_node=False, default="float32")
     activation: str = flax.struct.field(pytree_node=False, default="silu")
     policy: str = flax.struct.field(pytree_node=False, default="lfu")
@@ -210,18 +212,19 @@ class SlotBank:
         assert self.store is not None
         ids, n = _compact(choice.enter, min(ids_TA.size, self.experts))
         pools, loads = fill(pools, self.store, moe_layer * self.experts + ids, place.slot[ids], 0, n, kernels, self.fill)
-        act = ACTIVATIONS[self.activation]
+        glu = GLUS[self.activation]
         with jax.named_scope("compute"):
             if x_TD.shape[0] == 1:
-                return swiglu_rows(x_TD, pools[0], pools[1], jnp.maximum(place.slot[ids_TA[0]], 0), act, kernels)[None], pools, loads
+                return swiglu_rows(x_TD, pools[0], pools[1], jnp.maximum(place.slot[ids_TA[0]], 0), glu, kernels, self.layout)[None], pools, loads
             plan = dispatch(ids_TA, valid_T, self.experts)
-            y = grouped_swiglu(rows_of(x_TD, plan), pools[0], pools[1], jnp.maximum(place.slot, 0), plan.sizes_E, act, kernels)
+            slots = jnp.maximum(place.slot, 0)
+            y = grouped_swiglu(rows_of(x_TD, plan), pools[0], pools[1], slots, plan.sizes_E, glu, kernels, layout=self.layout)
             return y[plan.row_TA], pools, loads
 
     def _run_in_waves(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels):
         """Fills and computes wave by wave; rows lie in the order of the waves."""
         assert self.store is not None
-        store, e, act = self.store, self.experts, ACTIVATIONS[self.activation]
+        store, e, glu = self.store, self.experts, GLUS[self.activation]
         miss, need = choice.enter | choice.stream, place.slot >= 0
         wave = jnp.where(need, place.wave, e)
         order = jnp.lexsort((-row_counts(ids_TA, valid_T, e), wave))  # experts, wave by wave, the most asked for first
@@ -243,7 +246,7 @@ class SlotBank:
 
             sizes = jnp.where(part(waves) == w, part(ranked.sizes), 0)
             with jax.named_scope("compute"):
-                y = grouped_swiglu(ranked.x, pools[0], pools[1], part(ranked.slots), sizes, act, kernels, part(ranked.starts), y)
+                y = grouped_swiglu(ranked.x, pools[0], pools[1], part(ranked.slots), sizes, glu, kernels, part(ranked.starts), y, self.layout)
             return y, pools, loads + n
 
         count = jnp.max(jnp.where(need, place.wave, -1)) + 1
@@ -257,23 +260,23 @@ class SlotBank:
     def _run_ahead(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels):
         """Computes the experts that are there, then the missing ones one by one, reading each while the one before it is computed."""
         assert self.store is not None
-        store, act = self.store, ACTIVATIONS[self.activation]
+        store, how = self.store, (GLUS[self.activation], kernels, self.layout)
         ranked = rank(choice, place.slot, x_TD, ids_TA, valid_T)
         records = moe_layer * self.experts + jnp.roll(ranked.experts, -ranked.hits)
         slots = jnp.roll(ranked.slots, -ranked.hits)
-        y, some = ranked.compute_hits(pools, ranked.empty(), act, kernels), jnp.minimum(ranked.misses, 1)
+        y, some = ranked.compute_hits(pools, ranked.empty(), *how), jnp.minimum(ranked.misses, 1)
         pools, loads = fill(pools, store, records, slots, 0, some, kernels, self.fill)
 
         def one_miss(i, carry):
             y, pools, loads = carry
             record = read_record(store, records[i + 1])
             with jax.named_scope("compute"):
-                y = ranked.compute_miss(pools, i, y, act, kernels)
+                y = ranked.compute_miss(pools, i, y, *how)
             return y, land(pools, record, slots[i + 1]), loads + 1
 
         y, pools, loads = jax.lax.fori_loop(0, ranked.misses - 1, one_miss, (y, pools, loads))
         last = (jnp.arange(self.experts) == ranked.hits + ranked.misses - 1) & (ranked.misses > 0)
-        y = ranked.compute(pools, last, y, act, kernels)
+        y = ranked.compute(pools, last, y, *how)
         if self.poison:
             pools = self._poisoned(pools)
         return y[ranked.row], pools, loads

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxmoe.experts.host_store import ExpertReader, pack_record, record_bytes
+from jaxmoe.formats import ExpertLayout
 from jaxmoe.spec import ModelSpec
 
 READERS = 4
@@ -64,12 +65,13 @@ class DiskSource:
     Attributes: see `ExpertSource`.
     """
 
-    def __init__(self, spec: ModelSpec, read: ExpertReader, host_memory: int):
+    def __init__(self, spec: ModelSpec, read: ExpertReader, host_memory: int, layout: ExpertLayout = "d2f"):
         """
         Args:
             spec: the model.
             read: reads one expert and raises where it is damaged; called from several threads.
             host_memory: bytes for records.
+            layout: the order of axes in records.
 
         Raises:
             ValueError: less than `least_host_memory`.
@@ -77,7 +79,8 @@ class DiskSource:
         self.record_bytes, self.reads = record_bytes(spec), 0
         check_host_memory(spec, host_memory)
         self.host_bytes = host_memory
-        self._spec, self._read, self._room = spec, read, host_memory // self.record_bytes
+        self._spec, self._read, self._layout = spec, read, layout
+        self._room = host_memory // self.record_bytes
         self._held: OrderedDict[tuple[int, int], Future] = OrderedDict()
         self._pool = ThreadPoolExecutor(READERS, thread_name_prefix="expert-reader")
 
@@ -102,4 +105,4 @@ class DiskSource:
         return result
 
     def _load(self, moe_layer: int, expert: int) -> np.ndarray:
-        return pack_record(self._spec, self._read(moe_layer, expert))
+        return pack_record(self._spec, self._read(moe_layer, expert), layout=self._layout)

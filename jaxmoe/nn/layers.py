@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank, expert_ffn
-from jaxmoe.experts.resident import ACTIVATIONS
 from jaxmoe.routing.route import RouterOut, route
 from jaxmoe.spec import AttentionSpec, ExpertSpec, LayerSpec, Precision, RopeSpec
 from pallas_kernels.dense.api import dense, row_sum
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.grouped_matmul.glu import GLUS
 
 
 def held(init, precision: Precision):
@@ -131,8 +131,8 @@ class GatedMLP(nn.Module):
         def linear(name: str, inputs: int, outputs: int, x: jax.Array) -> jax.Array:
             return Linear((inputs,), (outputs,), self.precision, self.kernels, name=name)(x)
 
-        gate = ACTIVATIONS[self.spec.activation](linear("gate", self.width, self.spec.width, x))
-        return linear("down", self.spec.width, self.width, gate * linear("up", self.width, self.spec.width, x))
+        gate, up = (linear(name, self.width, self.spec.width, x) for name in ("gate", "up"))
+        return linear("down", self.spec.width, self.width, GLUS[self.spec.activation](gate, up))
 
 
 class Router(nn.Module):

@@ -6,6 +6,7 @@ A random router has none of a real one's habits; so a bank takes the place of ea
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -134,18 +135,20 @@ def slots_of(spec: ModelSpec, percent: int) -> int:
 
 def make_bank(spec: ModelSpec, store: Any, slots: int, method: str | None) -> SlotBank:
     """A slot bank over experts in pinned host memory."""
+    layout = Kernels.default().expert_layout
     return SlotBank(
-        store, slots=(slots,) * len(spec.moe_layers), experts=spec.moe[0].experts, entries=host_store.entry_shapes(spec), dtype="bfloat16",
-        activation=spec.moe[1].activation, fill=method,
+        store, slots=(slots,) * len(spec.moe_layers), experts=spec.moe[0].experts, entries=host_store.entry_shapes(spec, layout), layout=layout,
+        dtype="bfloat16", activation=spec.moe[1].activation, fill=method,
     )  # fmt: skip
 
 
 def resident_bank(spec: ModelSpec, records: np.ndarray) -> ResidentBank:
     """The same experts, all on the device."""
-    (d, _, f), _ = host_store.entry_shapes(spec)
+    layout = Kernels.default().expert_layout
+    first, second = host_store.entry_shapes(spec, layout)
     flat = records.reshape(len(spec.moe_layers), spec.moe[0].experts, -1)
-    w_in, w_out = (to_device(part) for part in (flat[..., : 2 * d * f], flat[..., 2 * d * f :]))
-    return ResidentBank(w_in.reshape(*w_in.shape[:2], d, 2, f), w_out.reshape(*w_out.shape[:2], f, d), spec.moe[1].activation)
+    w_in, w_out = (to_device(part) for part in (flat[..., : math.prod(first)], flat[..., math.prod(first) :]))
+    return ResidentBank(w_in.reshape(*w_in.shape[:2], *first), w_out.reshape(*w_out.shape[:2], *second), spec.moe[1].activation, layout)
 
 
 def committed(tree: Any) -> Any:

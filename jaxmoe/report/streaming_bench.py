@@ -90,7 +90,7 @@ class Bench:
         router, _ = spec.moe
         self.arms = arms(len(spec.moe_layers), router.experts, router.active, slots)
         self._checkpoint, self._dtype = checkpoint, dtype
-        self._records = read_store(checkpoint, spec)
+        self._records = read_store(checkpoint, spec, layout=self.kernels.expert_layout)
         self._positions = max(prefill + 2, PROMPT + new)
         self._engines: dict[tuple[str, float], tuple[Engine, Link]] = {}
         ids = np.random.default_rng(0).integers(3, spec.vocab, prefill).tolist()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmoe.experts.resident import ACTIVATIONS
+from pallas_kernels.grouped_matmul.glu import GLUS
 
 
 @flax.struct.dataclass
@@ -42,7 +42,7 @@ class TrainBank:
         slot_TA, token_S = slots(ids_TA, valid_T, experts, room)
         rows = gather_rows(x_TD, token_S, slot_TA).reshape(experts, room, d)
         both = jnp.einsum("ecd,edf->ecf", rows, w_in.reshape(experts, d, 2 * f))
-        hidden = ACTIVATIONS[self.activation](both[..., :f]) * both[..., f:]
+        hidden = GLUS[self.activation](both[..., :f], both[..., f:])
         out = jnp.einsum("ecf,efd->ecd", hidden, w_out).reshape(experts * room, d)
         kept = slot_TA < experts * room
         y = sum_rows(out, jnp.where(kept, weights_TA, 0.0).astype(out.dtype), token_S, slot_TA)

@@ -12,6 +12,7 @@ that costs a compiled kernel for every expert and matrix, and a bank that is not
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -21,8 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
+from jaxmoe.formats import Quantized
 from pallas_kernels.dense.cpu import ROW_TILES, row_tile, same_order
 from pallas_kernels.dispatch import ROW_SLACK
+from pallas_kernels.grouped_matmul.glu import Glu
 
 _LARGE_TILES = (64, 96, ROW_SLACK)
 _LARGE_WEIGHTS = 2**17
@@ -99,26 +102,38 @@ def _over_groups(
 
 
 def swiglu_rows(
-    x_D: Float[Array, "one D"], w_in_ZD2F: Num[Array, "Z D two F"], w_out_ZFD: Num[Array, "Z F D"], ids_A: Int[Array, "A"], act: Callable
+    x_D: Float[Array, "one D"],
+    w_in_ZD2F: Num[Array, "Z D two F"] | Quantized,
+    w_out_ZFD: Num[Array, "Z F D"] | Quantized,
+    ids_A: Int[Array, "A"],
+    glu: Glu,
 ) -> Float[Array, "A D"]:
     """One row through several matrices of the pool: decoding's case, with nothing to sort. Bits as in `grouped_swiglu`."""
-    z, d, _, f = w_in_ZD2F.shape
-    w_in = w_in_ZD2F.reshape(z, d, 2 * f)
+    _, d, _, f = w_in_ZD2F.shape
+    w_in = _matrices(w_in_ZD2F)
     dtype = x_D.dtype
     tile, (parts_in, parts_out) = _one_row(((d, 2 * f), (f, d)))
     rows = jnp.pad(x_D.astype(jnp.float32), ((0, tile - 1), (0, 0)))
 
     def expert(i, y):
         both = _dot(rows, _pick(w_in, ids_A[i], parts_in)).astype(dtype)
-        hidden = act(both[:, :f]) * both[:, f:]
+        hidden = glu(both[:, :f], both[:, f:])
         out = _dot(hidden.astype(jnp.float32), _pick(w_out_ZFD, ids_A[i], parts_out))
         return jax.lax.dynamic_update_slice(y, out[:1], (i, 0))
 
     return jax.lax.fori_loop(0, ids_A.shape[0], expert, jnp.zeros((ids_A.shape[0], d), jnp.float32))
 
 
-def _pick(pool: jax.Array, i: Int[Array, ""], parts: int = 1) -> list[jax.Array]:
+def _matrices(pool: jax.Array | Quantized) -> jax.Array | Quantized:
+    """A pool [Z, D, 2, F] as matrices [Z, D, 2F]."""
+    flat = jax.tree.map(lambda leaf: leaf.reshape(*leaf.shape[:2], -1), pool)
+    return dataclasses.replace(flat, axis=-2) if isinstance(flat, Quantized) else flat
+
+
+def _pick(pool: jax.Array | Quantized, i: Int[Array, ""], parts: int = 1) -> list[jax.Array]:
     """One matrix [K, N] of the pool, cut into parts of K."""
+    if isinstance(pool, Quantized):
+        return jnp.split(formats.entry(pool, i), parts)
     _, k, n = pool.shape
     sizes = (1, k // parts, n)
     return [formats.load(jax.lax.dynamic_slice(pool, (i, at, 0), sizes)[0], jnp.float32) for at in range(0, k, k // parts)]
@@ -130,7 +145,7 @@ def _dot(rows: jax.Array, weights: list[jax.Array]) -> jax.Array:
 
 
 def grouped_matmul(
-    x_MK: Float[Array, "M K"], w_ZKN: Num[Array, "Z K N"], group_ids: Int[Array, "G"], group_sizes: Int[Array, "G"]
+    x_MK: Float[Array, "M K"], w_ZKN: Num[Array, "Z K N"] | Quantized, group_ids: Int[Array, "G"], group_sizes: Int[Array, "G"]
 ) -> Float[Array, "M N"]:
     """See `api.grouped_matmul`."""
     tile, (parts,) = tiling(x_MK.shape[0], group_ids.shape[0], (w_ZKN.shape[1:],))
@@ -139,17 +154,17 @@ def grouped_matmul(
 
 def grouped_swiglu(
     x_MD: Float[Array, "M D"],
-    w_in_ZD2F: Num[Array, "Z D two F"],
-    w_out_ZFD: Num[Array, "Z F D"],
+    w_in_ZD2F: Num[Array, "Z D two F"] | Quantized,
+    w_out_ZFD: Num[Array, "Z F D"] | Quantized,
     group_ids: Int[Array, "G"],
     group_sizes: Int[Array, "G"],
-    act: Callable,
+    glu: Glu,
     starts: Int[Array, "G"] | None = None,
     into: Float[Array, "M D"] | None = None,
 ) -> Float[Array, "M D"]:
     """See `api.grouped_swiglu`. In bfloat16 the gate, up and hidden values are rounded where a separate op would have rounded them."""
-    z, d, _, f = w_in_ZD2F.shape
-    w_in = w_in_ZD2F.reshape(z, d, 2 * f)
+    _, d, _, f = w_in_ZD2F.shape
+    w_in = _matrices(w_in_ZD2F)
     dtype = x_MD.dtype
     rows = x_MD.shape[0] - (0 if into is None else ROW_SLACK)
     tile, (parts_in, parts_out) = tiling(rows, group_ids.shape[0], ((d, 2 * f), (f, d)))
@@ -159,7 +174,7 @@ def grouped_swiglu(
 
     def expert(rows, weights):
         both = _dot(rows, weights[0]).astype(dtype)
-        hidden = act(both[:, :f]) * both[:, f:]
+        hidden = glu(both[:, :f], both[:, f:])
         return _dot(hidden.astype(jnp.float32), weights[1])
 
     return _over_groups(x_MD, d, group_ids, group_sizes, pick, expert, tile, starts, into)

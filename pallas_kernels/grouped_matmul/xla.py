@@ -14,53 +14,63 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
+from jaxmoe.formats import ExpertLayout, Quantized
 from pallas_kernels.dispatch import ROW_SLACK
+from pallas_kernels.grouped_matmul.glu import Glu
 
 TILE = ROW_SLACK
 """Rows of a tile, if there are so many."""
 
+Pool = Num[Array, "Z ..."] | Quantized
+
+_INTO_HIDDEN = {"d2f": "md,dcf->mcf", "2df": "md,cdf->mcf", "2fd": "md,cfd->mcf"}
+_OUT_OF_HIDDEN = {"d2f": "mf,fd->md", "2df": "mf,fd->md", "2fd": "mf,df->md"}
+
 
 def grouped_matmul(
-    x_MK: Float[Array, "M K"], w_ZKN: Num[Array, "Z K N"], group_ids: Int[Array, "G"], group_sizes: Int[Array, "G"], known_length: bool
+    x_MK: Float[Array, "M K"], w: Pool, group_ids: Int[Array, "G"], group_sizes: Int[Array, "G"], known_length: bool, transposed: bool = False
 ) -> Float[Array, "M N"]:
     """See `api.grouped_matmul`.
 
     Args:
         known_length: no loop of a length that the compiler doesn't know; on a GPU such a loop reads its predicate back to the host every time.
+        transposed: the layout is 'nk'.
     """
+    equation = "mk,nk->mn" if transposed else "mk,kn->mn"
 
     def f(rows, i):
-        return _dot("mk,kn->mn", rows, _pick(w_ZKN, i))
+        return _dot(equation, rows, formats.entry(w, i))
 
-    return _over_tiles(x_MK, w_ZKN.shape[2], group_ids, group_sizes, f, known_length)
+    return _over_tiles(x_MK, w.shape[1] if transposed else w.shape[2], group_ids, group_sizes, f, known_length)
 
 
 def grouped_swiglu(
     x_MD: Float[Array, "M D"],
-    w_in_ZD2F: Num[Array, "Z D two F"],
-    w_out_ZFD: Num[Array, "Z F D"],
+    w_in: Pool,
+    w_out: Pool,
     group_ids: Int[Array, "G"],
     group_sizes: Int[Array, "G"],
-    act: Callable,
+    glu: Glu,
     known_length: bool,
     starts: Int[Array, "G"] | None = None,
     into: Float[Array, "M D"] | None = None,
+    layout: ExpertLayout = "d2f",
 ) -> Float[Array, "M D"]:
     """See `api.grouped_swiglu`, and `grouped_matmul` for `known_length`."""
 
     def f(rows, i):
-        return _swiglu(rows, _pick(w_in_ZD2F, i), _pick(w_out_ZFD, i), act)
+        return _swiglu(rows, formats.entry(w_in, i), formats.entry(w_out, i), glu, layout)
 
     return _over_tiles(x_MD, x_MD.shape[1], group_ids, group_sizes, f, known_length, starts, into)
 
 
 def swiglu_rows(
-    x_D: Float[Array, "one D"], w_in_ZD2F: Num[Array, "Z D two F"], w_out_ZFD: Num[Array, "Z F D"], ids_A: Int[Array, "A"], act: Callable
+    x_D: Float[Array, "one D"], w_in: Pool, w_out: Pool, ids_A: Int[Array, "A"], glu: Glu, layout: ExpertLayout = "d2f"
 ) -> Float[Array, "A D"]:
     """See `api.swiglu_rows`."""
 
     def expert(_, i):
-        return None, _swiglu(x_D, _pick(w_in_ZD2F, i), _pick(w_out_ZFD, i), act)[0]
+        return None, _swiglu(x_D, formats.entry(w_in, i), formats.entry(w_out, i), glu, layout)[0]
 
     return jax.lax.scan(expert, None, ids_A)[1]
 
@@ -97,16 +107,10 @@ def _over_tiles(
     return jax.lax.fori_loop(0, most if known_length else ends[-1], one_tile, y)
 
 
-def _swiglu(rows: jax.Array, w_in_D2F: jax.Array, w_out_FD: jax.Array, act: Callable) -> jax.Array:
+def _swiglu(rows: jax.Array, w_in: jax.Array, w_out: jax.Array, glu: Glu, layout: ExpertLayout) -> jax.Array:
     """One expert's feed-forward; in bfloat16 rounded where separate ops would round."""
-    both = _dot("md,dcf->mcf", rows, w_in_D2F).astype(rows.dtype)
-    return _dot("mf,fd->md", act(both[:, 0]) * both[:, 1], w_out_FD)
-
-
-def _pick(pool: jax.Array, i: Int[Array, ""]) -> jax.Array:
-    """One entry of the pool, ready for a dot."""
-    leaf = jax.lax.dynamic_index_in_dim(pool, i, 0, keepdims=False)
-    return formats.load(leaf, jnp.bfloat16 if leaf.dtype == jnp.uint16 else leaf.dtype)
+    both = _dot(_INTO_HIDDEN[layout], rows, w_in).astype(rows.dtype)
+    return _dot(_OUT_OF_HIDDEN[layout], glu(both[:, 0], both[:, 1]), w_out)
 
 
 def _dot(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:

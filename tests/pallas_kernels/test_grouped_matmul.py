@@ -14,6 +14,7 @@ import pytest
 from jaxmoe.formats import load_numpy, store_numpy
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu, swiglu_rows
+from pallas_kernels.grouped_matmul.glu import GLUS
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "reference", "gpu", "tpu"])
 DTYPES = pytest.mark.parametrize(("weights", "activations"), [(w, x) for w in ("float32", "bfloat16") for x in ("float32", "bfloat16")])
@@ -74,7 +75,7 @@ def swiglu_loop(x, w_in, w_out, ids, sizes, act) -> np.ndarray:
     for m, i in enumerate(np.repeat(np.asarray(ids), sizes)):
         row = x[m].astype(np.float64)
         gate, up = row @ exact(w_in)[i, :, 0], row @ exact(w_in)[i, :, 1]
-        out.append((act(gate) * up) @ exact(w_out)[i])
+        out.append(act(gate, up) @ exact(w_out)[i])
     return np.stack(out)
 
 
@@ -91,7 +92,18 @@ def square(x):
     return x * x
 
 
-ACTS = {"silu": (jax.nn.silu, silu), "gelu": (jax.nn.gelu, gelu), "square": (square, square)}
+def clamped(g: np.ndarray, u: np.ndarray) -> np.ndarray:
+    """gpt-oss's."""
+    g, u = np.minimum(g, 7.0), np.clip(u, -7.0, 7.0)
+    return g / (1 + np.exp(-1.702 * g)) * (u + 1)
+
+
+ACTS = {
+    "silu": (GLUS["silu"], lambda g, u: silu(g) * u),
+    "gelu": (GLUS["gelu"], lambda g, u: gelu(g) * u),
+    "clamped_swiglu": (GLUS["clamped_swiglu"], clamped),
+    "square": (lambda g, u: square(g) * u, lambda g, u: square(g) * u),
+}
 
 
 compiled = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
@@ -100,17 +112,17 @@ compiled = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precis
 
 @functools.cache
 def matmul_program(backend: str):
-    return compiled(lambda *args: grouped_matmul(*args, Kernels(backend)))
+    return compiled(lambda *args: grouped_matmul(*args, Kernels(backend, pallas=False)))
 
 
 @functools.cache
 def swiglu_program(backend: str, act: str = "silu"):
-    return compiled(lambda *args: grouped_swiglu(*args, ACTS[act][0], Kernels(backend)))
+    return compiled(lambda *args: grouped_swiglu(*args, ACTS[act][0], Kernels(backend, pallas=False)))
 
 
 @functools.cache
 def rows_program(backend: str, act: str = "silu"):
-    return compiled(lambda *args: swiglu_rows(*args, ACTS[act][0], Kernels(backend)))
+    return compiled(lambda *args: swiglu_rows(*args, ACTS[act][0], Kernels(backend, pallas=False)))
 
 
 def ints(values) -> np.ndarray:
@@ -171,14 +183,15 @@ def test_other_shapes(backend, shape):
 
 
 @BACKENDS
-def test_another_activation(backend):
-    check_swiglu(backend, "float32", "float32", ROWS, *CASES["permuted ids with gaps"], "gelu")
+@pytest.mark.parametrize("act", ["gelu", "clamped_swiglu"])
+def test_another_activation(backend, act):
+    check_swiglu(backend, "float32", "float32", ROWS, *CASES["permuted ids with gaps"], act)
 
 
 def check_one_row(backend, weights, activations, ids) -> None:
     x = rows_of(activations, 1)
     w_in, w_out = weights_of(weights, POOL, D, 2, F, seed=3), weights_of(weights, POOL, F, D, seed=4)
-    expected = swiglu_loop(np.repeat(x, len(ids), axis=0), w_in, w_out, ids, [1] * len(ids), silu)
+    expected = swiglu_loop(np.repeat(x, len(ids), axis=0), w_in, w_out, ids, [1] * len(ids), ACTS["silu"][1])
     got = np.asarray(rows_program(backend)(x, w_in, w_out, ints(ids)))
     assert got.dtype == np.float32 and got.shape == expected.shape
     assert np.abs(got - expected).max() <= SWIGLU_TOLERANCE[activations] * np.abs(expected).max()

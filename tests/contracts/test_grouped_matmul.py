@@ -1,0 +1,194 @@
+"""One contract for every grouped matmul: each implementation, in the layout and formats it takes, against a loop over rows in float64.
+
+The Pallas kernels run step by step on the CPU. Plain XLA takes every layout and format; that the dispatcher did not fall back to it is part of what
+is tested. What each kernel does with unusual tiles is in its own test.
+"""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxmoe.formats import ExpertLayout, Quantized, dequantize, expert_axes, load, quantize, store
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu, swiglu_rows
+from pallas_kernels.grouped_matmul.glu import GLUS
+
+IMPLEMENTATIONS: dict[str, tuple[Kernels, ExpertLayout]] = {
+    "reference": (Kernels("reference"), "2fd"),
+    "cpu": (Kernels("cpu"), "d2f"),
+    "xla d2f": (Kernels("gpu", pallas=False), "d2f"),
+    "xla 2df": (Kernels("tpu", pallas=False), "2df"),
+    "xla 2fd": (Kernels("gpu", pallas=False), "2fd"),
+    "mosaic_gpu": (Kernels("gpu", interpret=True), "2fd"),
+    "mosaic_tpu": (Kernels("tpu", interpret=True), "2df"),
+}
+FORMATS = ("bfloat16", "int8", "int4")
+POOL, D, F, ROWS = 6, 256, 128, 24
+
+CASES = {
+    "permuted ids, padding": ([5, 0, 3, 2], [3, 0, 9, 1]),
+    "one group has all rows": ([1, 4, 2, 0], [0, ROWS, 0, 0]),
+    "one row each, one id twice": ([2, 5, 2, 1], [1, 1, 1, 1]),
+    "no row": ([0, 1, 2, 3], [0, 0, 0, 0]),
+}
+TOLERANCE = {"matmul": 2e-6, "swiglu": 1.2e-2}
+"""Of the largest output: sums are float32; between the two matmuls the hidden values are rounded to bfloat16, and by some also gate and up."""
+
+
+@functools.cache
+def experts(form: str) -> tuple:
+    """Held w_in [Z, D, 2, F] and w_out [Z, F, D], and their values in float64. Matrix 5 - that is, none that a case leaves out - has no NaN."""
+    rng = np.random.default_rng(0)
+    w_in, w_out = (jnp.asarray(rng.standard_normal(s, np.float32) * s[1] ** -0.5) for s in ((POOL, D, 2, F), (POOL, F, D)))
+    if form == "bfloat16":
+        return tuple((store(w, form), np.asarray(load(store(w, form), jnp.float32), np.float64)) for w in (w_in, w_out))
+    bits = int(form[3:])
+    held = quantize(w_in, bits, 128, -3), quantize(w_out, bits, 64, -2)
+    return tuple((q, np.asarray(dequantize(q), np.float64)) for q in held)
+
+
+def laid_out(leaf, axes: tuple[int, ...], k: int):
+    """A pool with the axes after the first in another order, K being axis `k` of it; `axes` is how to undo that."""
+    order = (0, *(1 + a for a in np.argsort(axes)))
+    if not isinstance(leaf, Quantized):
+        return leaf.transpose(order)
+    return Quantized(leaf.values.transpose(order), leaf.scales, leaf.bits, leaf.group, k)
+
+
+def pools_for(form: str, layout: ExpertLayout, spoil: tuple[int, ...] = ()) -> tuple:
+    (w_in, _), (w_out, _) = experts(form)
+    first, second = expert_axes(layout)
+    pools = laid_out(w_in, first, layout.index("d") - 3), laid_out(w_out, second, -1 if layout == "2fd" else -2)
+    nan = {jnp.dtype(jnp.float32): np.nan, jnp.dtype(jnp.uint16): 0x7FC0, jnp.dtype(jnp.int8): 99}
+    return jax.tree.map(lambda leaf: leaf.at[list(spoil)].set(nan[leaf.dtype]) if spoil else leaf, pools)
+
+
+def rows(valid: int) -> jax.Array:
+    x = np.random.default_rng(1).standard_normal((ROWS, D), np.float32)
+    x[valid:] = np.nan
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+@pytest.fixture
+def no_fallback(caplog):
+    """Fails a test in which the first implementation refused."""
+    from pallas_kernels import dispatch
+
+    dispatch._say.cache_clear()
+    with caplog.at_level(logging.WARNING, "pallas_kernels"):
+        yield
+    assert not [record.getMessage() for record in caplog.get_records("call")]
+
+
+def check(got, expected: np.ndarray, tolerance: float) -> None:
+    got = np.asarray(got)[: len(expected)]
+    assert got.dtype == np.float32
+    if len(expected):
+        assert np.abs(got - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def ints(values) -> jax.Array:
+    return jnp.asarray(values, jnp.int32)
+
+
+@functools.cache
+def program(op: str, name: str):
+    """Traced once for an implementation and kind of weights."""
+    kernels, layout = IMPLEMENTATIONS[name]
+    matmul_layout = "nk" if layout == "2fd" else "kn"
+    ops = {
+        "matmul": lambda x, w, ids, sizes: grouped_matmul(x, w, ids, sizes, kernels, matmul_layout),
+        "swiglu": lambda x, w_in, w_out, ids, sizes: grouped_swiglu(x, w_in, w_out, ids, sizes, GLUS["silu"], kernels, layout=layout),
+        "rows": lambda x, w_in, w_out, ids: swiglu_rows(x, w_in, w_out, ids, GLUS["silu"], kernels, layout),
+    }
+    return jax.jit(ops[op], compiler_options={"xla_allow_excess_precision": False})
+
+
+def silu_loop(x: np.ndarray, group: np.ndarray, w_in: np.ndarray, w_out: np.ndarray) -> np.ndarray:
+    out = np.zeros((len(group), D))
+    for m, z in enumerate(group):
+        gate, up = x[m] @ w_in[z, :, 0], x[m] @ w_in[z, :, 1]
+        out[m] = (gate / (1 + np.exp(-gate)) * up) @ w_out[z]
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_matmul(name, form, case, no_fallback):
+    ids, sizes = CASES[case]
+    unused = tuple(set(range(POOL)) - {z for z, n in zip(ids, sizes, strict=True) if n})
+    _, w_out = pools_for(form, IMPLEMENTATIONS[name][1], unused)
+    x, group = rows(sum(sizes))[:, :F], np.repeat(ids, sizes)
+    expected = np.array([np.asarray(x[m], np.float64) @ experts(form)[1][1][z] for m, z in enumerate(group)]).reshape(-1, D)
+    check(program("matmul", name)(x, w_out, ints(ids), ints(sizes)), expected, TOLERANCE["matmul"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_swiglu(name, form, case, no_fallback):
+    ids, sizes = CASES[case]
+    unused = tuple(set(range(POOL)) - {z for z, n in zip(ids, sizes, strict=True) if n})
+    pools = pools_for(form, IMPLEMENTATIONS[name][1], unused)
+    x, group = rows(sum(sizes)), np.repeat(ids, sizes)
+    expected = silu_loop(np.asarray(x, np.float64), group, experts(form)[0][1], experts(form)[1][1])
+    check(program("swiglu", name)(x, *pools, ints(ids), ints(sizes)), expected, TOLERANCE["swiglu"])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_one_row_through_several_matrices(name, form, no_fallback):
+    x = rows(1)[:1]
+    expected = silu_loop(np.repeat(np.asarray(x, np.float64), 3, axis=0), np.array([4, 1, 1]), experts(form)[0][1], experts(form)[1][1])
+    check(program("rows", name)(x, *pools_for(form, IMPLEMENTATIONS[name][1]), ints([4, 1, 1])), expected, TOLERANCE["swiglu"])
+
+
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "cpu"])
+def test_some_of_the_groups_into_a_given_array(name):
+    """Rows before the first group given are kept, whatever was there."""
+    kernels, layout = IMPLEMENTATIONS[name]
+    x = jnp.pad(rows(ROWS), ((0, 128), (0, 0)))
+    into = jnp.full(x.shape, 7.0, jnp.float32)
+    ids, sizes, starts = [3, 1], [2, 6], [5, 11]
+    pools = pools_for("bfloat16", layout)
+    got = grouped_swiglu(x, *pools, ints(ids), ints(sizes), GLUS["silu"], kernels, ints(starts), into, layout)
+    wide = np.asarray(x, np.float64)
+    for z, n, at in zip(ids, sizes, starts, strict=True):
+        check(got[at : at + n], silu_loop(wide[at:], np.full(n, z), experts("bfloat16")[0][1], experts("bfloat16")[1][1]), TOLERANCE["swiglu"])
+    assert (np.asarray(got)[:5] == 7.0).all() and (np.asarray(got)[7:11] == 7.0).all()
+
+
+def test_the_dispatcher_says_what_it_chose_and_why(caplog):
+    from pallas_kernels import dispatch
+
+    dispatch._say.cache_clear()
+    pools = pools_for("bfloat16", "d2f")
+    with caplog.at_level(logging.WARNING, "pallas_kernels"):
+        jax.eval_shape(lambda x: grouped_swiglu(x, *pools, ints([0]), ints([1]), GLUS["silu"], Kernels("gpu")), rows(1))
+    (message,) = caplog.messages
+    assert message.startswith("grouped_swiglu runs as xla, because others refuse (mosaic_gpu: it takes weights in the layout '2fd', these are 'd2f'")
+
+
+def test_what_nobody_takes_is_an_error_with_all_reasons():
+    with pytest.raises(NotImplementedError, match="no implementation of op takes these arguments: one: 3 is odd; two: 3 is small"):
+        from pallas_kernels.dispatch import first_that_takes
+
+        def refuse(reason):
+            raise NotImplementedError(reason)
+
+        first_that_takes("op", [("one", lambda: refuse("3 is odd")), ("two", lambda: refuse("3 is small"))])
+
+
+def test_quantized_weights_of_another_layout_are_refused():
+    q = quantize(jnp.ones((2, 128, 64)), 8, 64, -2)
+    args = rows(1)[:, :128], q, ints([0]), ints([1]), Kernels("cpu")
+    with pytest.raises(ValueError, match="K is axis -1 of this layout, the quantized weights have it at -2"):
+        grouped_matmul(jnp.ones((1, 64), ml_dtypes.bfloat16), *args[1:], "nk")
+    with pytest.raises(ValueError, match=r"scales \[2, 2, 64\] for groups of 64, got \[2, 1, 64\]"):
+        grouped_matmul(args[0], Quantized(q.values, q.scales[:, :1], 8, 64, -2), *args[2:])
