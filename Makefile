@@ -17,10 +17,10 @@ WORKERS ?= $(if $(JAX_PLATFORMS),1,2)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench compile-all clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 	@echo '  PYTHON=$(PYTHON) VENV=$(VENV)'
 
 DEMO := scripts/generate.py --prompt "And it came to pass, that" --max-new-tokens 64 --temperature 0.7 --top-p 0.9
@@ -40,6 +40,9 @@ lint: $(LINT_STAMP) ## ruff, mypy and the import floors
 
 bench: $(DEMO_STAMP) ## time generation on this machine
 	$(PLATFORM) $(BIN)/python scripts/bench_generate.py
+
+compile-all: $(TEST_STAMP) ## compile every kernel at every real shape for H100 and TPUs that need not be there (25 minutes)
+	$(BIN)/python scripts/compile_kernels.py
 
 clean: ## remove caches and build outputs; the venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

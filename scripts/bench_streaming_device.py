@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse  # and not tyro: where the GPU is, there may be jax and what a model needs, and little else
 import importlib.util
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,17 +64,7 @@ def start(args: argparse.Namespace, job: device_driver.Job, method: str, link_gb
     command += ["--tiny"] * args.tiny + (["--link-gbps", str(link_gbps)] if link_gbps else [])
     flags = f"{os.environ.get('XLA_FLAGS', '')} {job.flags}".strip()
     environment = {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": HOST_MEMORY_GB} | os.environ | {"XLA_FLAGS": flags}  # jax reads both when it starts
-    began = time.monotonic()
-    try:
-        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", timeout=seconds)
-    except subprocess.TimeoutExpired as error:
-        print(str(error.stderr or "")[-4000:], file=sys.stderr)
-        return device_driver.Ended(seconds, f"it had not ended after {seconds:.0f} s")
-    took = time.monotonic() - began
-    if done.returncode == 0:
-        return device_driver.Ended(took)
-    print(done.stderr[-4000:], file=sys.stderr)
-    return device_driver.Ended(took, f"the process ended with {done.returncode}: {device_driver.reason_of(done.stderr)}")
+    return device_driver.start_process(command, environment, seconds)
 
 
 def main() -> int:

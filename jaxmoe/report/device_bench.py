@@ -116,29 +116,35 @@ class Part:
     trace: Path | None = None
 
     def attempt(self, name: str, stem: str, settings: Mapping[str, Any], measure: Callable[[], Found]) -> Found | None:
-        """Measures and writes a record; one that says why, where `settings["method"]` can't run here or the measurement fails."""
-        given = dict(settings) | {"tiny": self.sizes.tiny, "xla_flags": os.environ.get("XLA_FLAGS", "")}
-        reason = why_not(settings.get("method"))
-        found = None
-        if reason is not None:
-            made = empty_record(name, given | {"skipped": reason})
-        else:
-            try:
-                found = measure()
-                made = record.make_record(
-                    name, found.spec_hash, given | found.settings, found.seeds, found.timings, found.compile_seconds, found.bytes, found.counters,
-                    found.bound,
-                )  # fmt: skip
-            except Exception as error:
-                found, made = None, empty_record(name, given | {"failed": brief(f"{type(error).__name__}: {error}")})
-        record.write_record(path_of(self.out, self.sizes, stem), made)
-        print(line_of(stem, made), flush=True)
-        return found
+        """`attempt` into the part's folder."""
+        return attempt(self.out, self.sizes.tiny, name, stem, settings, measure, why_not(settings.get("method")))
 
 
-def path_of(out: Path, sizes: Sizes, stem: str) -> Path:
+def attempt(
+    out: Path, tiny: bool, name: str, stem: str, settings: Mapping[str, Any], measure: Callable[[], Found], reason: str | None = None
+) -> Found | None:
+    """Measures and writes a record; one that says why, where there is a `reason` why it can't run here, or the measurement fails."""
+    given = dict(settings) | {"tiny": tiny, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+    found = None
+    if reason is not None:
+        made = empty_record(name, given | {"skipped": reason})
+    else:
+        try:
+            found = measure()
+            made = record.make_record(
+                name, found.spec_hash, given | found.settings, found.seeds, found.timings, found.compile_seconds, found.bytes, found.counters,
+                found.bound,
+            )  # fmt: skip
+        except Exception as error:
+            found, made = None, empty_record(name, given | {"failed": brief(f"{type(error).__name__}: {error}")})
+    record.write_record(path_of(out, tiny, stem), made)
+    print(line_of(stem, made), flush=True)
+    return found
+
+
+def path_of(out: Path, tiny: bool, stem: str) -> Path:
     """The file of a record; one of tiny sizes never takes the place of a measurement."""
-    return out / f"{'tiny-' if sizes.tiny else ''}{stem}.json"
+    return out / f"{'tiny-' if tiny else ''}{stem}.json"
 
 
 def why_not(method: str | None) -> str | None:

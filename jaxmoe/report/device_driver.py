@@ -7,8 +7,11 @@ method, where they are many), which writes a record as soon as it has one; for a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,19 +93,52 @@ def drive(
     made: dict[str, dict[str, Any]] = {}
     for job in jobs:
         fill = job.method or method or best_fill(list(made.values())) or ("while" if sizes.tiny else "mosaic_tma")
-        files = {stem: (name, path_of(out, sizes, stem)) for name, stem in job.records(fill, sizes)}
-        for _, path in files.values():
-            path.unlink(missing_ok=True)
         left = min(job.seconds, seconds - (time.monotonic() - began))
-        ended = run(job, fill, link_rate(made.values()), left) if left >= LEAST_SECONDS else Ended(0.0, "no time was left to start it")
-        for stem, (name, path) in files.items():
-            if not path.exists():
-                settings = {"part": job.part, "method": fill, "tiny": sizes.tiny, "failed": brief(ended.reason or "it ended without this record")}
-                record.write_record(path, empty_record(name, settings) | {"device": _device_of(made.values())})
-                print(line_of(stem, _read(path)), flush=True)
-            made[stem] = _read(path)
-        print(f"{job.part} {job.method or ''}: {ended.seconds:.0f} s", flush=True)
+        rate = link_rate(made.values())
+        settings = {"part": job.part, "method": fill, "tiny": sizes.tiny}
+        run_one(out, job.records(fill, sizes), settings, left, functools.partial(run, job, fill, rate), made)
     return not any("failed" in r["settings"] for r in made.values())
+
+
+def run_one(
+    out: Path, records: Iterable[tuple[str, str]], settings: Mapping[str, Any], seconds: float, start: Callable[[float], Ended], made: dict[str, dict]
+) -> None:
+    """Runs a process that writes records, and writes one that says why for each that did not come.
+
+    Args:
+        out: their folder. Files that the process is to write are removed first.
+        records: (name, file without its suffix) of each.
+        settings: of a record that says why; `tiny` is among them.
+        seconds: that are left.
+        start: runs the process for so many seconds at most.
+        made: by file, what has been written so far; the new ones are added.
+    """
+    files = {stem: (name, path_of(out, settings["tiny"], stem)) for name, stem in records}
+    for _, path in files.values():
+        path.unlink(missing_ok=True)
+    ended = start(seconds) if seconds >= LEAST_SECONDS else Ended(0.0, "no time was left to start it")
+    for stem, (name, path) in files.items():
+        if not path.exists():
+            failed = dict(settings) | {"failed": brief(ended.reason or "it ended without this record")}
+            record.write_record(path, empty_record(name, failed) | {"device": _device_of(made.values())})
+            print(line_of(stem, _read(path)), flush=True)
+        made[stem] = _read(path)
+    print(f"{settings['part']} {settings.get('method') or ''}: {ended.seconds:.0f} s", flush=True)
+
+
+def start_process(command: Sequence[str], environment: Mapping[str, str], seconds: float) -> Ended:
+    """Runs a command, ended when its time is over."""
+    began = time.monotonic()
+    try:
+        done = subprocess.run(command, env=dict(environment), stderr=subprocess.PIPE, text=True, errors="replace", timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        print(str(error.stderr or "")[-4000:], file=sys.stderr)
+        return Ended(seconds, f"it had not ended after {seconds:.0f} s")
+    took = time.monotonic() - began
+    if done.returncode == 0:
+        return Ended(took)
+    print(done.stderr[-4000:], file=sys.stderr)
+    return Ended(took, f"the process ended with {done.returncode}: {reason_of(done.stderr)}")
 
 
 def _device_of(made: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:

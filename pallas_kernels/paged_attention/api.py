@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.compat import interpret_gpu
 from pallas_kernels.dispatch import Kernels, first_that_takes
 from pallas_kernels.paged_attention import gpu, reference, tpu, xla
-from pallas_kernels.paged_attention.types import Pages, Partial, Queries, finish
+from pallas_kernels.paged_attention.types import Pages, Partial, Queries, finish, unpacked
 
 
 def paged_attention(
@@ -69,10 +70,10 @@ def partial_attention(
 
     The page table then holds a part of the keys, and `queries.first` counts from the first of them.
     """
-    _check(q_THC, pages, queries)
+    q_THC, pages, queries = jax.tree.map(jnp.asarray, (q_THC, pages, queries))
+    as_given, pages = pages, _checked(q_THC, pages, queries)
     if window is not None and window < 1:
         raise ValueError(f"a window of {window} keys: a query sees at least one")
-    q_THC, pages, queries = jax.tree.map(jnp.asarray, (q_THC, pages, queries))
     args = (q_THC, pages, queries, float(scale), window, soft_cap)
     plain = ("xla", functools.partial(xla.paged_attention, *args))
     order: list[tuple[str, Any]] = [plain]
@@ -82,25 +83,28 @@ def partial_attention(
         interpret = interpret_gpu() if kernels.interpret else False
         order = [("mosaic_gpu", functools.partial(gpu.paged_attention, *args, interpret=interpret)), plain]
     elif kernels.backend == "tpu" and kernels.pallas:
-        order = [("mosaic_tpu", functools.partial(tpu.paged_attention, *args, interpret=kernels.interpret)), plain]
+        interpret_tpu = pltpu.InterpretParams() if kernels.interpret else False
+        order = [("mosaic_tpu", functools.partial(tpu.paged_attention, q_THC, as_given, *args[2:], interpret=interpret_tpu)), plain]
     return first_that_takes("paged_attention", order)
 
 
-def _check(q_THC, pages: Pages, queries: Queries) -> None:
-    """Raises ValueError where something does not fit, with both shapes."""
+def _checked(q_THC, pages: Pages, queries: Queries) -> Pages:
+    """The pages, not packed; raises ValueError where something does not fit, with both shapes."""
 
     def fits(good: bool, expected: str, *arrays) -> None:
         if not good:
             raise ValueError(f"expected {expected}, got {' beside '.join(f'{a.dtype} {list(a.shape)}' for a in arrays)}")
 
-    k, v = pages.k, pages.v
     fits(q_THC.ndim == 3 and q_THC.dtype in (jnp.float32, jnp.bfloat16), "queries [T, H, C] of float32 or bfloat16", q_THC)
-    held = k.dtype in (jnp.float32, jnp.uint16, jnp.int8)
-    fits(k.ndim == 4 and held and k.shape[3] == q_THC.shape[2], "keys [P, K, W, C] of float32, uint16 or int8", k, q_THC)
+    held = pages.k.dtype in (jnp.float32, jnp.uint16, jnp.int8)
+    fits(pages.k.ndim == 4 and held, "keys [P, K, W, C] of float32, uint16 or int8", pages.k, q_THC)
+    if pages.v is not None:
+        fits(pages.v.shape[:3] == pages.k.shape[:3] and pages.v.ndim == 4 and pages.v.dtype == pages.k.dtype,
+             "values [P, K, W, V] held as the keys are", pages.v, pages.k)  # fmt: skip
+    pages = unpacked(pages, q_THC.shape[2])
+    k, v = pages.k, pages.v
     fits(q_THC.shape[1] % k.shape[1] == 0, "query heads that are a multiple of KV heads", q_THC, k)
-    if v is not None:
-        fits(v.shape[:3] == k.shape[:3] and v.ndim == 4 and v.dtype == k.dtype, "values [P, K, W, V] held as the keys are", v, k)
-    elif pages.value_width is None or not 0 < pages.value_width <= k.shape[3]:
+    if v is None and (pages.value_width is None or not 0 < pages.value_width <= k.shape[3]):
         raise ValueError(f"values are the first channels of the keys, of {k.shape[3]}, but value_width is {pages.value_width}")
     for name, scales in (("k_scales", pages.k_scales), ("v_scales", pages.v_scales)):
         wanted = k.dtype == jnp.int8 and (name == "k_scales" or v is not None)
@@ -120,3 +124,4 @@ def _check(q_THC, pages: Pages, queries: Queries) -> None:
              queries.tree, q_THC)  # fmt: skip
     if queries.most < 1:
         raise ValueError(f"at most {queries.most} rows a sequence: at least one is needed")
+    return pages

@@ -29,8 +29,24 @@ SHAPES: dict[str, AttentionShape] = {
 }
 """By model. From the config.json of each."""
 
-TOKENS = (1, 8, 64, 512, 8192)
-"""Query rows in a step: decoding one and several sequences, verifying trees, a piece of a prompt, a whole prompt."""
+@dataclasses.dataclass(frozen=True)
+class Regime:
+    """A kind of step: query rows in all, sequences, the most rows of one, and words of the tree masks."""
+
+    rows: int
+    sequences: int
+    most: int
+    words: int = 0
+
+
+REGIMES: dict[str, Regime] = {
+    "one": Regime(1, 1, 1),
+    "decode": Regime(8, 8, 1),
+    "tree": Regime(64, 4, 16, 1),
+    "mixed": Regime(512, 8, 505),
+    "prompt": Regime(8192, 1, 8192),
+}
+"""Decoding one sequence and several, verifying trees, decoding beside a piece of a prompt, a whole prompt."""
 
 PAGE = 64
 """Tokens of a page in benchmarks."""

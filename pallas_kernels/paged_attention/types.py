@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,9 @@ from jaxtyping import Array, Float, Int, Num, UInt32
 @flax.struct.dataclass
 class Pages:
     """A flat pool of pages: all layers', one after another, so that no layer is ever sliced out (page ids are then global).
+
+    On TPUs, pages are to be kept as `packed` gives them: there, XLA stores an array whose last axis is no multiple of 128 so that a kernel could read
+    it only from a copy of it. Every implementation takes both forms.
 
     Attributes:
         k: [P, K, W, C] keys: float32, bfloat16 held as uint16, or int8 with scales.
@@ -32,6 +37,53 @@ class Pages:
     def width_of_values(self) -> int:
         """V."""
         return self.v.shape[-1] if self.v is not None else self.value_width or 0
+
+
+LANES = 128
+
+
+def tokens_per_row(pages: Pages) -> int:
+    """f of `packed`: the fewest tokens whose keys, and whose values, fill whole rows of 128 channels."""
+    f = max(LANES // math.gcd(LANES, x.shape[-1]) for x in (pages.k, pages.v) if x is not None)
+    return f if pages.k.shape[2] % f == 0 else 1
+
+
+def packed(pages: Pages) -> Pages:
+    """Pages with f tokens to a row. Free where the pool is kept so: XLA takes out two reshapes.
+
+    Returns:
+        k [P, K, W / f, f * C], v [P, K, W / f, f * V], scales and bias [P, 1, K * W] (a bias of all heads [P, 1, W]).
+    """
+    f = tokens_per_row(pages)
+
+    def rows(x):
+        return None if x is None else x.reshape(*x.shape[:2], x.shape[2] // f, f * x.shape[3])
+
+    def flat(x):
+        return None if x is None else x.reshape(x.shape[0], 1, -1)
+
+    return Pages(rows(pages.k), rows(pages.v), flat(pages.k_scales), flat(pages.v_scales), flat(pages.bias), pages.value_width)
+
+
+def unpacked(pages: Pages, head_dim: int) -> Pages:
+    """The inverse of `packed`, for keys of `head_dim` channels; pages that are not packed stay as they are.
+
+    Raises:
+        ValueError: a row of keys is not a whole number of tokens'.
+    """
+    p, heads, rows, channels = pages.k.shape
+    if channels % head_dim:
+        raise ValueError(f"expected keys [P, K, W, C] or, packed, [P, K, W / f, f * C] for C = {head_dim}, got {list(pages.k.shape)}")
+    f = channels // head_dim
+    width = rows * f
+
+    def split(x):
+        return None if x is None else x.reshape(*x.shape[:2], x.shape[2] * f, x.shape[3] // f)
+
+    def by_head(x):
+        return x.reshape(p, heads, width) if x is not None and x.shape == (p, 1, heads * width) else x
+
+    return Pages(split(pages.k), split(pages.v), by_head(pages.k_scales), by_head(pages.v_scales), by_head(pages.bias), pages.value_width)
 
 
 @flax.struct.dataclass
@@ -79,8 +131,7 @@ def merge(a: Partial, b: Partial) -> Partial:
     """Attention over the keys of both, which must not overlap. Exact in real numbers, whatever the split (Milakov and Gimelshein 2018)."""
     m = jnp.maximum(a.m, b.m)
     parts = [jnp.where(p.m == -jnp.inf, 0.0, jnp.exp(p.m - jnp.where(m == -jnp.inf, 0.0, m))) for p in (a, b)]
-    o = sum(p.o * f[..., None] for p, f in zip((a, b), parts, strict=True))
-    return Partial(o, m, a.l * parts[0] + b.l * parts[1])
+    return Partial(a.o * parts[0][..., None] + b.o * parts[1][..., None], m, a.l * parts[0] + b.l * parts[1])
 
 
 def merge_axis(parts: Partial) -> Partial:

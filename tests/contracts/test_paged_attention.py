@@ -17,7 +17,7 @@ import pytest
 from jaxmoe.formats import load_numpy, store_numpy
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.paged_attention.api import paged_attention, partial_attention
-from pallas_kernels.paged_attention.types import Pages, Partial, Queries, finish, merge, merge_axis
+from pallas_kernels.paged_attention.types import Pages, Partial, Queries, finish, merge, merge_axis, packed, unpacked
 
 IMPLEMENTATIONS = {
     "reference": Kernels("reference"),
@@ -218,6 +218,19 @@ def test_parts_of_the_keys_merge(name):
     np.testing.assert_allclose(np.asarray(finish(merge_axis(stacked), None, jnp.float32)), got, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("case", ["int8", "latent"])
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_packed_pages_are_the_same_pages(name, case):
+    p, c = problem(case), CASES[case]
+    plain = jax.tree.map(jnp.asarray, p.pages)
+    folded = packed(plain)
+    assert folded.k.shape[-1] % 128 == 0
+    jax.tree.map(np.testing.assert_array_equal, unpacked(folded, c.head_dim), plain)
+    q = p.q if name.startswith("mosaic") else p.q.astype(np.float32)
+    got = np.asarray(paged_attention(q, folded, p.queries, c.head_dim**-0.5, IMPLEMENTATIONS[name]), np.float64)
+    assert np.abs(got - expected(case)).max() <= TOLERANCE[name] * np.abs(expected(case)).max()
+
+
 def test_parts_without_keys_are_zeros():
     nothing = Partial(jnp.zeros((1, 2, 4)), jnp.full((1, 2), -jnp.inf), jnp.zeros((1, 2)))
     merged = merge(nothing, nothing)
@@ -235,7 +248,7 @@ def test_wrong_shapes_are_refused():
 
     change = dataclasses.replace
     for pages, message in [
-        (change(p.pages, k=p.pages.k[..., :32]), r"keys \[P, K, W, C\] of float32, uint16 or int8, got uint16 .* beside bfloat16"),
+        (change(p.pages, k=p.pages.k[..., :32]), r"\[P, K, W, C\] or, packed, .* for C = 64, got \[27, 2, 16, 32\]"),
         (change(p.pages, v=p.pages.v[:, :1]), r"values \[P, K, W, V\] held as the keys are"),
         (change(p.pages, v=None), "values are the first channels of the keys, of 64, but value_width is None"),
         (change(p.pages, k=p.pages.k.view(np.int16).astype(np.int8), v=p.pages.v.astype(np.int8)), "k_scales are missing for int8"),

@@ -14,6 +14,7 @@ from jaxmoe.cache.contiguous import init_kv
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.experts import ResidentBank
+from jaxmoe.formats import expert_shapes
 from jaxmoe.spec import ModelSpec, abstract_experts, abstract_params, stack_layers
 from pallas_kernels.dispatch import Kernels
 from sharding.compile_only import compile_for
@@ -25,8 +26,8 @@ ROWS, POSITIONS = 8, 1024
 
 
 @functools.cache
-def parts():
-    """Spec and abstract `(params, bank, state)` of the shipped model in bfloat16, layers stacked."""
+def parts(layout):
+    """Spec and abstract `(params, bank, state)` of the shipped model in bfloat16, layers stacked, experts in `layout`."""
     spec = ModelSpec.from_hf(SHIPPED).with_precision("bfloat16")
 
     def shape(leaf):
@@ -39,8 +40,8 @@ def parts():
     experts = list(abstract_experts(spec).values())
     e, d, f = experts[0]["gate"].shape
     dtype = experts[0]["gate"].dtype
-    w_in, w_out = (jax.ShapeDtypeStruct((len(experts), e, *rest), dtype) for rest in ((d, 2, f), (f, d)))
-    bank, moving = ResidentBank(w_in, w_out, spec.moe[1].activation).split()
+    w_in, w_out = (jax.ShapeDtypeStruct((len(experts), e, *rest), dtype) for rest in expert_shapes(d, f, layout))
+    bank, moving = ResidentBank(w_in, w_out, spec.moe[1].activation, layout).split()
     layers = jax.eval_shape(lambda: init_kv(spec, ROWS, POSITIONS, steps.run_length(512)))
     return spec, params, bank, steps.EngineState(layers, moving)
 
@@ -52,8 +53,8 @@ def nbytes(tree) -> int:
 @pytest.mark.parametrize("target, backend", [("h100", "gpu"), ("v5e:2x2", "tpu")])
 @pytest.mark.parametrize("which", ["prefill", "decode"])
 def test_steps_compile(target, backend, which):
-    spec, params, bank, state = parts()
     kernels = Kernels(backend)
+    spec, params, bank, state = parts(kernels.expert_layout)
     if which == "prefill":
         step = steps.prefill_step(spec, kernels, False)
         batch = make_batch([(0, 0, [1] * 512)], steps.run_length(512), 512, n_logits=steps.LOGIT_ROWS)

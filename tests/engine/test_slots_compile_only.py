@@ -89,8 +89,8 @@ def nbytes(tree) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def parts(model: str, slots: int, rows: int):
-    """Spec and abstract `(params, bank, state)` in bfloat16, layers stacked."""
+def parts(model: str, slots: int, rows: int, layout: str):
+    """Spec and abstract `(params, bank, state)` in bfloat16, layers stacked, experts in `layout`."""
     spec = ModelSpec.from_hf(CONFIGS[model]).with_precision("bfloat16")
 
     def shape(leaf):
@@ -102,15 +102,15 @@ def parts(model: str, slots: int, rows: int):
     params = stack_layers(spec, jax.tree.map(shape, abstract_params(spec)), stack)
     records = len(spec.moe_layers) * spec.moe[0].experts
     store = jax.ShapeDtypeStruct((records, *host_store.record_shape(spec)), leaf_dtype("bfloat16"))
-    bank = dataclasses.replace(slot_bank(spec, None, Offload(slots)), store=store)
+    bank = dataclasses.replace(slot_bank(spec, None, Offload(slots), layout), store=store)
     moving = jax.eval_shape(lambda: bank.init_state())
     return spec, params, bank, steps.EngineState(jax.eval_shape(lambda: init_kv(spec, rows, POSITIONS, 1)), moving)
 
 
 def compiled(target: str, model: str, slots: int, rows: int):
     """The decode step's program, the spec, and the step's abstract `(params, bank, state)`."""
-    spec, *held = parts(model, slots, rows)
     kernels = Kernels("gpu" if target == "h100" else "tpu")
+    spec, *held = parts(model, slots, rows, kernels.expert_layout)
     row = np.zeros(rows, np.int32)
     rest = (row, row, row, row, np.full(steps.EOS_SLOTS, -2, np.int32), sampling_params(rows))
     # Sampling is the same for every bank, and takes most compilers as long as all the rest; on GPUs it has to go without branches too.

@@ -1,0 +1,107 @@
+"""Tries tile sizes on the device at hand and keeps the fastest of each shape, for `pallas_kernels.tuned`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from checkpoints.manifest import write_text
+from jaxmoe.report import record
+from jaxmoe.report.device_bench import seconds_of
+from jaxmoe.report.kernel_bench import Form, KernelSizes, in_a_row, random_pool, random_routing
+from pallas_kernels.compat import interpret_gpu
+from pallas_kernels.grouped_matmul import gpu
+from pallas_kernels.grouped_matmul.glu import GLUS
+
+CALLS = 10
+ROUNDS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """The fastest config of a problem: `seconds` of a call, of `tried` configs, of which `failed` did not run."""
+
+    problem: dict[str, int]
+    config: dict[str, Any]
+    seconds: float
+    tried: int
+    failed: int
+
+
+def tune_matmul(sizes: KernelSizes, forms: Iterable[Form], most: int, say: Callable[[str], None], until: float) -> list[Tuned]:
+    """The grouped matmul and its gated form at all shapes of `sizes`.
+
+    Args:
+        sizes: models and tokens.
+        forms: of the weights.
+        most: configs tried at a shape: the heuristic's, and others evenly chosen from all that fit.
+        say: is told each result.
+        until: `time.monotonic()` after which no other shape is begun.
+    """
+    out: list[Tuned] = []
+    never = float("inf")
+    for form in forms:
+        for shape in sizes.models.values():
+            for op in ("swiglu", "matmul"):
+                matrix = (2, shape.hidden, shape.width) if op == "swiglu" else (shape.width, shape.hidden)
+                pool = random_pool(form, shape.experts, matrix, 0)
+                for tokens in sizes.tokens:
+                    if time.monotonic() > until:
+                        return out
+                    x = jax.random.normal(jax.random.key(1), (tokens * shape.active, matrix[-1]), jnp.bfloat16)
+                    routing = random_routing(shape, tokens)
+                    problem = gpu.Problem.of(x, pool, jnp.asarray(routing.sizes), x.dtype if op == "swiglu" else jnp.float32)
+                    configs = some_of(problem, most)
+                    times = [_seconds(op, config, x, pool, routing, sizes) for config in configs]
+                    seconds, best = min(zip(times, configs, strict=True), key=lambda pair: pair[0])
+                    if seconds < never:
+                        asked, taken = dataclasses.asdict(problem), dataclasses.asdict(best)
+                        out.append(Tuned(asked, taken, seconds, len(times), times.count(never)))
+                        say(f"{op} {form} {problem}: {seconds * 1e6:.1f} us by {best}; the heuristic's {times[0] * 1e6:.1f} us")
+                jax.tree.map(lambda leaf: leaf.delete(), pool)
+    return out
+
+
+def some_of(problem: gpu.Problem, most: int) -> list[gpu.Config]:
+    """The heuristic's config, then at most `most - 1` others, evenly chosen."""
+    first = gpu.heuristic(problem)
+    others = [config for config in gpu.candidates(problem) if config != first]
+    step = max(1, -(-len(others) // max(1, most - 1)))
+    return [first, *others[::step]]
+
+
+def _seconds(op: str, config: gpu.Config, x, pool, routing, sizes: KernelSizes) -> float:
+    """Seconds of a call, the best of a few rounds; infinite where it does not run."""
+    how = interpret_gpu() if sizes.interpret else False
+
+    def kernel(x, pool, ids, group_sizes):
+        if op == "swiglu":
+            return gpu.grouped_glu(x, pool, ids, group_sizes, GLUS["silu"], config=config, interpret=how)
+        return gpu.grouped_matmul(x, pool, ids, group_sizes, config=config, interpret=how)
+
+    calls = 1 if sizes.tiny else CALLS
+    try:
+        call, _, _ = in_a_row(kernel, calls, x, pool, routing)
+        return min(seconds_of(call, 1 if sizes.tiny else ROUNDS)) / calls
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
+        return float("inf")
+
+
+def write(folder: Path, tuned: list[Tuned]) -> Path:
+    """Adds results to the device's file; those of the same problem take the place of older ones."""
+    kind = jax.devices()[0].device_kind
+    path = folder / f"{re.sub(r'[^a-z0-9]+', '-', kind.lower()).strip('-')}.json"
+    held = json.loads(path.read_text(encoding="utf-8"))["measured"] if path.exists() else []
+    new = [dataclasses.asdict(t) for t in tuned]
+    measured = [entry for entry in held if entry["problem"] not in [t["problem"] for t in new]] + new
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({"device": kind, "versions": record.versions(), "measured": measured}, indent=1) + "\n")
+    return path
