@@ -80,23 +80,29 @@ def devices(target: str) -> tuple[Any, ...]:
     return tuple(topology.devices)
 
 
+def on_device(target: str) -> jax.sharding.SingleDeviceSharding:
+    """One device of `target`; see `devices`."""
+    return jax.sharding.SingleDeviceSharding(devices(target)[0])
+
+
 def compile_for(target: str, f: Callable, *args: Any, donate: tuple[int, ...] = (), options: dict[str, Any] | None = None) -> Any:
     """Compiles `f(*args)` for one device of `target`.
 
     Args:
         target: see `devices`.
         f: the function.
-        args: arrays or `jax.ShapeDtypeStruct`s, in pytrees.
+        args: arrays or `jax.ShapeDtypeStruct`s, in pytrees; of a struct, a format (layout in memory, and `on_device(target)`) is kept.
         donate: arguments whose buffers the program may reuse.
         options: XLA's options for this program.
 
     Returns:
         The compiled program: `as_text()`, `memory_analysis()`, `cost_analysis()`.
     """
-    on = jax.sharding.SingleDeviceSharding(devices(target)[0])
+    on = on_device(target)
 
     def place(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on)
+        given = getattr(x, "format", None) if isinstance(x, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=given if given is not None and given.layout is not None else on)
 
     return jax.jit(f, donate_argnums=donate).lower(*jax.tree.map(place, args)).compile(compiler_options=options)
 

@@ -57,7 +57,7 @@ class KernelSizes:
         decode: (sequences, keys of each) of attention.
         chunks: (rows, keys) of a piece of one prompt.
         repeats: samples of a timing.
-        interpret: run the kernels step by step, on any device.
+        interpret: check the kernels step by step, on any device; something else is timed in their place.
     """
 
     tiny: bool
@@ -191,11 +191,13 @@ def time_matmul(bench: Bench, op: str, shape: ExpertShape, tokens: int, pool: An
     routing = random_routing(shape, tokens)
     k = shape.width if op == "swiglu" else shape.hidden
     x = jax.random.normal(jax.random.key(1), (tokens * shape.active, k), jnp.bfloat16)
-    kernel = kernel_of(op, bench.sizes.interpret)
+    kernel: Callable = kernel_of(op, bench.sizes.interpret)
     error = matmul_error(op, x, pool, routing, np.asarray(jax.jit(kernel)(x, pool, routing.ids, routing.sizes)))
     asked = int((routing.sizes > 0).sum())
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(pool)) / shape.experts * asked
     operations = 2 * tokens * shape.active * shape.width * shape.hidden * (2 if op == "swiglu" else 1)
+    if bench.sizes.interpret:
+        kernel = _nothing
     times = 1 if bench.sizes.tiny else max(2, min(50, int(2e-2 / (weights / (bench.bandwidth or 1) / 1e9 + operations / (bench.rate or 1) / 1e12))))
     call, seconds, nbytes = in_a_row(kernel, times, x, pool, routing)
     timing = record.timing([s / times for s in seconds_of(call, bench.sizes.repeats)])
@@ -210,6 +212,10 @@ def kernel_of(op: str, interpret: bool) -> Callable:
     if op == "swiglu":
         return lambda x, pool, ids, sizes: gpu.grouped_glu(x, pool, ids, sizes, GLUS["silu"], interpret=how)
     return lambda x, pool, ids, sizes: gpu.grouped_matmul(x, pool, ids, sizes, interpret=how)
+
+
+def _nothing(x, pool, ids, sizes):
+    return x * ids[0].astype(x.dtype)
 
 
 def in_a_row(kernel: Callable, times: int, x: jax.Array, pool: Any, routing: Routing) -> tuple[Callable, float, dict[str, int]]:
@@ -336,19 +342,19 @@ def time_attention(bench: Bench, case: AttentionCase) -> Found:
     pages = random_pages(case, count, page)
     order = np.random.default_rng(0).permutation(count).reshape(copies, case.sequences, per).astype(np.int32)
     q = jax.random.normal(jax.random.key(2), (case.sequences * case.rows, shape.heads, shape.head_dim), jnp.bfloat16)
-    kernels, scale = Kernels("gpu", interpret=bench.sizes.interpret), shape.head_dim**-0.5
+    kernel, scale = Kernels("gpu", interpret=bench.sizes.interpret), shape.head_dim**-0.5
 
-    def run(q, pages, table):
+    def run(q, pages, table, kernels=kernel):
         lengths, keys = jnp.full(case.sequences, case.rows), jnp.full(case.sequences, case.keys)
         queries = Queries(table, jnp.arange(case.sequences) * case.rows, lengths, keys, keys - lengths, None, case.rows)
         return attention.paged_attention(q, pages, queries, scale, kernels, window=shape.window)
 
     error = attention_error(case, q, pages, order[0], np.asarray(jax.jit(run)(q, pages, order[0]), np.float64), scale)
-    times = 1 if bench.sizes.tiny else 12
+    times, timed = (1, Kernels("cpu")) if bench.sizes.interpret else (12, kernel)
 
     def repeated(q, pages, tables):
         def one(i, total):
-            return total + run(q, pages, tables[i % copies])[0, 0, 0].astype(jnp.float32)
+            return total + run(q, pages, tables[i % copies], timed)[0, 0, 0].astype(jnp.float32)
 
         return jax.lax.fori_loop(0, times, one, jnp.float32(0))
 

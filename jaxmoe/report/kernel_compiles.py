@@ -24,7 +24,7 @@ from pallas_kernels.paged_attention import gpu as attention_gpu
 from pallas_kernels.paged_attention import shapes as attention_table
 from pallas_kernels.paged_attention import tpu as attention_tpu
 from pallas_kernels.paged_attention.types import Pages, Queries, packed
-from sharding.compile_only import compile_for
+from sharding.compile_only import compile_for, on_device
 
 TARGETS = ("h100", "v5e:2x2", "v5p:2x2x1", "v6e:4x4", "tpu7x:2x2x1")
 FORMS = ("bfloat16", "int8", "int4")
@@ -95,6 +95,9 @@ def _experts(case: Case) -> tuple[Callable, tuple, int]:
     w_in, w_out = expert_shapes(shape.width, shape.hidden, layout)
     matrix, k = (w_in, layout.index("d") - 3) if case.op == "glu" else (w_out, -1 if layout == "2fd" else -2)
     pool = abstract_pool(case.form, (shape.experts, *matrix), k)
+    if case.target != "h100":
+        formats = matmul_tpu.pool_formats(pool, on_device(case.target))
+        pool = jax.tree.map(lambda leaf, held: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=held), pool, formats)
     rows, ints = int(case.step) * shape.active, _shape(jnp.int32, shape.experts)
     args = (_shape(jnp.bfloat16, rows, matrix[k]), pool, ints, ints)
 

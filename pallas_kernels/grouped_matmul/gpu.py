@@ -4,7 +4,7 @@ The weights are wgmma's left side and the rows its right side: a block computes 
 tensor core and not 64. With few rows the time is that of streaming each used matrix once; with many it is the tensor core's. Both are this
 kernel with another `Config`: rows per tile, columns per block and how many copies are under way.
 
-The grid stays (`per_sm` blocks on each of the 132 multiprocessors); each block takes every so-manyth tile of a work list. One warpgroup copies
+The grid stays (`per_sm` blocks on each of the 132 multiprocessors); blocks take the tiles of a work list in turn. One warpgroup copies
 (TMA), running ahead into the next tile while the others multiply and store; stages of shared memory go round between them by two barriers. XLA
 makes the list (`gpu_tiles.work_list`) in two or three reductions over groups; its length is read in the kernel, so that groups without rows cost
 nothing. Copies of tiled shared memory go by slabs of 8 rows, so a group's tiles start at the slab of its first row. Rows of other groups that come
@@ -45,6 +45,7 @@ from pallas_kernels.grouped_matmul.gpu_tiles import (
     Pool,
     Problem,
     candidates,
+    choose,
     heuristic,
     most_tiles,
     moves_registers,
@@ -53,7 +54,7 @@ from pallas_kernels.grouped_matmul.gpu_tiles import (
     work_list,
 )
 
-__all__ = ["Config", "Problem", "candidates", "grouped_glu", "grouped_matmul", "heuristic"]
+__all__ = ["Config", "Problem", "candidates", "choose", "grouped_glu", "grouped_matmul", "heuristic"]
 
 
 def grouped_matmul(
@@ -76,7 +77,7 @@ def grouped_matmul(
         group_sizes: rows of each group; zeros are allowed and cost nothing.
         starts: first row of each group; without it groups lie back to back from row 0.
         out_dtype: float32 or bfloat16.
-        config: sizes of tiles; without it `heuristic` chooses.
+        config: sizes of tiles; without it `choose` does.
         interpret: `pallas_kernels.compat.interpret_gpu()` to run on the CPU.
 
     Returns:
@@ -88,7 +89,7 @@ def grouped_matmul(
     problem = Problem.of(x_MK, w, group_sizes, out_dtype)
     if problem.parts != 1:
         raise ValueError(f"expected a pool [Z, N, K], got {list(w.shape)}")
-    config = config or heuristic(problem)
+    config = config or choose(problem)
     problem.check(config)
     parts = _run(_one, problem, config, (x_MK, w, group_ids, group_sizes, starts), interpret)
     return parts[0] if config.splits == 1 else parts.sum(0).astype(out_dtype)
@@ -121,7 +122,7 @@ def grouped_glu(
     problem = Problem.of(x_MK, w_in, group_sizes, x_MK.dtype)
     if problem.parts != 2:
         raise ValueError(f"expected a pool [Z, 2, F, K], got {list(w_in.shape)}")
-    config = config or heuristic(problem)
+    config = config or choose(problem)
     problem.check(config)
     return _run(glu, problem, config, (x_MK, w_in, group_ids, group_sizes, starts), interpret)[0]
 

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Int, UInt16
 
 from jaxmoe.formats import Quantized, pack_block
+from pallas_kernels import tuned
 
 MULTIPROCESSORS = 132
 """Of an H100 SXM."""
@@ -196,6 +197,18 @@ def thread_registers(config: Config) -> int:
 def moves_registers(config: Config) -> bool:
     """Whether the copying warpgroup hands registers to the others: only where they are alone on the multiprocessor and too many for a full share."""
     return config.warpgroups > 1 and config.per_sm == 1
+
+
+def choose(problem: Problem) -> Config:
+    """The config that was fastest where this problem, or one of about as many rows, was measured on this device; else the heuristic's.
+
+    Raises:
+        NotImplementedError: nothing fits.
+    """
+    measured = tuned.find("grouped_matmul", dataclasses.asdict(problem), "m")
+    if measured is not None and not problem.why_not(config := Config(**measured)):
+        return config
+    return heuristic(problem)
 
 
 def candidates(problem: Problem) -> list[Config]:

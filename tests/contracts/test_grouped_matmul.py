@@ -28,14 +28,24 @@ IMPLEMENTATIONS: dict[str, tuple[Kernels, ExpertLayout]] = {
     "mosaic_tpu": (Kernels("tpu", interpret=True), "2df"),
 }
 FORMATS = ("bfloat16", "int8", "int4")
-POOL, D, F, ROWS = 6, 256, 128, 24
+POOL, D, F, ROWS = 6, 128, 64, 16
 
 CASES = {
-    "permuted ids, padding": ([5, 0, 3, 2], [3, 0, 9, 1]),
+    "permuted ids, padding": ([5, 0, 3, 2], [3, 0, 8, 1]),
     "one group has all rows": ([1, 4, 2, 0], [0, ROWS, 0, 0]),
     "one row each, one id twice": ([2, 5, 2, 1], [1, 1, 1, 1]),
     "no row": ([0, 1, 2, 3], [0, 0, 0, 0]),
 }
+def chosen() -> list[tuple[str, str, str]]:
+    """(implementation, format, case): all of them, but of the GPU's kernel, which takes seconds a program here, every format and every case once."""
+    first = next(iter(CASES))
+    return [
+        (name, form, case)
+        for name in IMPLEMENTATIONS for form in FORMATS for case in CASES
+        if name != "mosaic_gpu" or case == first or form == "bfloat16"
+    ]  # fmt: skip
+
+
 TOLERANCE = {"matmul": 2e-6, "swiglu": 1.2e-2}
 """Of the largest output: sums are float32; between the two matmuls the hidden values are rounded to bfloat16, and by some also gate and up."""
 
@@ -65,7 +75,7 @@ def pools_for(form: str, layout: ExpertLayout, spoil: tuple[int, ...] = ()) -> t
     first, second = expert_axes(layout)
     pools = laid_out(w_in, first, layout.index("d") - 3), laid_out(w_out, second, -1 if layout == "2fd" else -2)
     nan = {jnp.dtype(jnp.float32): np.nan, jnp.dtype(jnp.uint16): 0x7FC0, jnp.dtype(jnp.int8): 99}
-    return jax.tree.map(lambda leaf: leaf.at[list(spoil)].set(nan[leaf.dtype]) if spoil else leaf, pools)
+    return jax.tree.map(lambda leaf: leaf.at[np.array(spoil)].set(nan[leaf.dtype]) if spoil else leaf, pools)
 
 
 def rows(valid: int) -> jax.Array:
@@ -117,9 +127,7 @@ def silu_loop(x: np.ndarray, group: np.ndarray, w_in: np.ndarray, w_out: np.ndar
     return out
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("name", "form", "case"), chosen())
 def test_matmul(name, form, case, no_fallback):
     ids, sizes = CASES[case]
     unused = tuple(set(range(POOL)) - {z for z, n in zip(ids, sizes, strict=True) if n})
@@ -129,9 +137,7 @@ def test_matmul(name, form, case, no_fallback):
     check(program("matmul", name)(x, w_out, ints(ids), ints(sizes)), expected, TOLERANCE["matmul"])
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("name", "form", "case"), chosen())
 def test_swiglu(name, form, case, no_fallback):
     ids, sizes = CASES[case]
     unused = tuple(set(range(POOL)) - {z for z, n in zip(ids, sizes, strict=True) if n})

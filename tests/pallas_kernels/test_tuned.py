@@ -1,10 +1,14 @@
 """Tile sizes that were measured are found again, for the shapes and the device that they were measured on."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import tuned
+from pallas_kernels.grouped_matmul import gpu
 
 
 @pytest.fixture
@@ -37,3 +41,18 @@ def test_a_damaged_file_is_named(table):
     (table / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="other.json is damaged: 'measured'"):
         tuned.find("some_op", {"m": 64, "n": 64}, "m", "Card")
+
+
+def test_the_grouped_matmul_takes_what_was_measured_if_it_fits(tmp_path, monkeypatch):
+    x, pool, sizes = jnp.zeros((64, 256), jnp.bfloat16), jnp.zeros((2, 128, 256), jnp.uint16), jnp.zeros(2, jnp.int32)
+    problem = gpu.Problem.of(x, pool, sizes)
+    fits, does_not = dataclasses.replace(gpu.heuristic(problem), rows=8, stages=2), dataclasses.replace(gpu.heuristic(problem), rows=24, stages=99)
+    folder = tmp_path / "grouped_matmul" / "tuned"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tuned, "ROOT", tmp_path)
+    for config, expected in ((fits, fits), (does_not, gpu.heuristic(problem))):
+        entry = {"problem": dataclasses.asdict(problem), "config": dataclasses.asdict(config)}
+        (folder / "card.json").write_text(json.dumps({"device": jax.devices()[0].device_kind, "measured": [entry]}))
+        tuned.read.cache_clear()
+        assert gpu.choose(problem) == expected
+    tuned.read.cache_clear()
