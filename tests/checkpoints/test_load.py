@@ -145,6 +145,22 @@ def test_bank(converted, dtype, sharded, assert_trees_equal):
         assert bank["w_in"].sharding.shard_shape(bank["w_in"].shape)[1] == 1
 
 
+@pytest.mark.parametrize("layout", ["2df", "2fd"])
+def test_a_bank_in_another_layout_is_the_same_bank(converted, layout):
+    checkpoint = open_checkpoint(converted[0])
+    seen = []
+
+    def place(leaf):
+        seen.append(leaf.axes)
+        return by_axes(leaf)
+
+    plain, bank = checkpoint.restore_bank(), checkpoint.restore_bank(sharding=place, layout=layout)
+    for name, axes in zip(("w_in", "w_out"), formats.expert_axes(layout), strict=True):
+        np.testing.assert_array_equal(np.asarray(bank[name]).transpose(0, 1, *(2 + a for a in axes)), np.asarray(plain[name]))
+    names = formats.expert_axis_names(layout)
+    assert seen == [("layers", "experts", *names[0]), ("layers", "experts", *names[1])]
+
+
 def test_bank_reads_a_few_experts_at_a_time(copy, monkeypatch):
     from checkpoints import load
 

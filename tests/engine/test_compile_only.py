@@ -70,6 +70,7 @@ def test_steps_compile(target, backend, which):
     assert stats.alias_size_in_bytes >= nbytes(state), "the cache is reused in place"
     text = program.as_text()
     assert "bf16[" in text
+    assert ("mosaic_gpu" if target == "h100" else "tpu_custom_call") in text, "experts run by our kernel"
     # On a GPU a loop of unknown length, or a branch, reads its predicate back to the host.
     loops = [line for line in text.splitlines() if re.search(r" (while|conditional)\(", line)]
     assert loops

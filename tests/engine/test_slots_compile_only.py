@@ -139,6 +139,7 @@ def test_decoding_asks_the_host_for_nothing_and_needs_little_beside_the_pool(tar
     assert (spec.moe[0].active * rows > slots) == (rows > 1)
 
     assert "S(5)" in program.text.splitlines()[0]
+    assert program.text.count('custom_call_target="mosaic_gpu' if target == "h100" else '"tpu_custom_call"') >= 2, "experts run by our kernel"
     assert program.host_argument_size == nbytes(bank) == len(spec.moe_layers) * spec.moe[0].experts * record
     assert program.host_temp_size == 0
     assert program.argument_size >= nbytes((params, state))

@@ -14,6 +14,7 @@ from checkpoints.load import open_checkpoint
 from checkpoints.manifest import read_manifest, write_manifest
 from jaxmoe.engine.model import Offload, load_model, read_store
 from jaxmoe.experts import host_store
+from jaxmoe.formats import expert_axes
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 from tests.checkpoints import hf_folders
@@ -103,11 +104,14 @@ def copy(converted, tmp_path):
     return shutil.copytree(converted, tmp_path / "out")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_store_of_a_checkpoint_holds_what_a_resident_bank_holds(converted, dtype):
+@pytest.mark.parametrize(("dtype", "layout"), [("float32", "d2f"), ("bfloat16", "d2f"), ("bfloat16", "2df"), ("float32", "2fd")])
+def test_the_store_of_a_checkpoint_holds_what_a_resident_bank_holds(converted, dtype, layout):
     checkpoint = open_checkpoint(converted)
     spec = checkpoint.spec.with_precision(dtype)
-    records, bank = read_store(checkpoint, spec), checkpoint.restore_bank(spec)
+    records, bank = read_store(checkpoint, spec, layout=layout), checkpoint.restore_bank(spec, layout=layout)
+    plain = checkpoint.restore_bank(spec)
+    for name, axes in zip(("w_in", "w_out"), expert_axes(layout), strict=True):
+        np.testing.assert_array_equal(np.asarray(bank[name]).transpose(0, 1, *(2 + a for a in axes)), np.asarray(plain[name]))
     w_in, w_out = (np.asarray(bank[name]).reshape(len(records), -1) for name in ("w_in", "w_out"))
     np.testing.assert_array_equal(records.reshape(len(records), -1), np.concatenate([w_in, w_out], axis=1))
 
