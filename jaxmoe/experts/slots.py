@@ -246,7 +246,7 @@ class SlotBank:
 
             sizes = jnp.where(part(waves) == w, part(ranked.sizes), 0)
             with jax.named_scope("compute"):
-                y = grouped_swiglu(ranked.x, pools[0], pools[1], part(ranked.slots), sizes, glu, kernels, part(ranked.starts), y, self.layout)
+                y = grouped_swiglu(ranked.x, pools[0], pools[1], part(ranked.slots), sizes, glu, kernels, part(ranked.starts), y, self.layout, e)
             return y, pools, loads + n
 
         count = jnp.max(jnp.where(need, place.wave, -1)) + 1

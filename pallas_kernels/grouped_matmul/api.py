@@ -88,6 +88,7 @@ def grouped_swiglu(
     starts: Int[Array, "G"] | None = None,
     into: Float[Array, "M D"] | None = None,
     layout: ExpertLayout = "d2f",
+    all_groups: int | None = None,
 ) -> Float[Array, "M D"]:
     """A gated feed-forward per group: `glu(x @ gate, x @ up) @ w_out`, gate and up in one pass with the activation.
 
@@ -102,6 +103,8 @@ def grouped_swiglu(
         into: what to write the groups' rows into. Rows before the first group given here are kept; those after the last one hold values of no
             meaning, so that calls for several parts of the groups go in the order of the rows. M must leave `ROW_SLACK` rows past the last group.
         layout: see `jaxmoe.formats.ExpertLayout`.
+        all_groups: how many groups the rows are sorted by, where those given here are some of them; tiles are chosen by it, so that a row's bits
+            don't tell in how many calls the groups came.
 
     Returns:
         float32 [M, D]; padding rows hold values of no meaning.
@@ -124,8 +127,11 @@ def grouped_swiglu(
 
     def two_kernels(kernel, wanted: ExpertLayout, **options):
         _refuse_layout(layout != wanted, layout, wanted)
-        hidden = kernel.grouped_glu(x_MD, w_in, ids, group_sizes, glu, starts, **options)
-        y = kernel.grouped_matmul(hidden, w_out, ids, group_sizes, starts, **options)
+        rows, groups = x_MD.shape[0] - (0 if into is None else ROW_SLACK), all_groups or ids.shape[0]
+        config = kernel.config_for(rows, x_MD.dtype, w_in, groups, x_MD.dtype)
+        hidden = kernel.grouped_glu(x_MD, w_in, ids, group_sizes, glu, starts, config=config, **options)
+        config = kernel.config_for(rows, hidden.dtype, w_out, groups, jnp.float32)
+        y = kernel.grouped_matmul(hidden, w_out, ids, group_sizes, starts, config=config, **options)
         return y if into is None or starts is None else _written(into, y, starts, group_sizes)
 
     return first_that_takes(

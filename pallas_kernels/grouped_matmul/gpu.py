@@ -54,7 +54,7 @@ from pallas_kernels.grouped_matmul.gpu_tiles import (
     work_list,
 )
 
-__all__ = ["Config", "Problem", "candidates", "choose", "grouped_glu", "grouped_matmul", "heuristic"]
+__all__ = ["Config", "Problem", "candidates", "choose", "config_for", "grouped_glu", "grouped_matmul", "heuristic"]
 
 
 def grouped_matmul(
@@ -125,6 +125,16 @@ def grouped_glu(
     config = config or choose(problem)
     problem.check(config)
     return _run(glu, problem, config, (x_MK, w_in, group_ids, group_sizes, starts), interpret)[0]
+
+
+def config_for(rows: int, dtype: Any, w: Pool, groups: int, out_dtype: Any) -> Config:
+    """The config of a call for so many rows of `dtype` in so many groups; of a part of them too, if their bits are to be the same.
+
+    Raises:
+        NotImplementedError, ValueError: see `Problem.of` and `choose`.
+    """
+    x, sizes = jax.ShapeDtypeStruct((rows, w.shape[-1]), dtype), jax.ShapeDtypeStruct((groups,), jnp.int32)
+    return choose(Problem.of(x, w, sizes, out_dtype))  # type: ignore[arg-type]
 
 
 def _one(x: jax.Array) -> jax.Array:

@@ -8,9 +8,9 @@ A matrix whose K is not cut stays in VMEM for all row tiles of its group, so pre
 
 What bounds it: with few rows the weights' bytes, in blocks of about `DECODE_BLOCK` under way while the one before is multiplied; with many rows the
 matrix unit. Quantized weights go to the matrix unit as whole numbers where there are few rows, and each group's sums are scaled, which is exact.
-With many rows, or scales of fewer than 64 numbers, they are unpacked into a scratch in VMEM (rounded to bfloat16), once for all row tiles of a group
-where K is not cut. Everything here is compiled for v5e, v5p, v6e and TPU7x and interpreted on the CPU; speeds and the choice of tiles are
-unmeasured.
+With many rows, scales of fewer than 64 numbers, or K no multiple of 128, they are unpacked into a scratch in VMEM (rounded to bfloat16), once for all
+row tiles of a group where K is not cut. Everything here is compiled for v5e, v5p, v6e and TPU7x and interpreted on the CPU; speeds and the choice of
+tiles are unmeasured.
 
 Gate and up lie one after the other, [Z, 2, K, F] (`jaxmoe.formats.ExpertLayout` '2df'): bfloat16 as [Z, K, 2, F] would share 32-bit words between
 gate and up, and taking them apart costs 2.6 times the bytes' time on v5e, by the length of the compiler's schedule, and more on the others.
