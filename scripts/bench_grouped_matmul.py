@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxmoe.experts import ResidentBank
-from jaxmoe.formats import load, store
+from jaxmoe.formats import expert_axes, expert_shapes, load, store
 from jaxmoe.report import record
 from jaxmoe.report.command import run_command
 from pallas_kernels.dispatch import Kernels
@@ -62,21 +62,22 @@ class Arguments:
 
 
 def make_bank(args: Arguments) -> ResidentBank:
-    """Random experts."""
-    keys = jax.random.split(jax.random.key(0))
+    """Random experts, as this device's kernels want them."""
+    keys, layout = jax.random.split(jax.random.key(0)), Kernels.default().expert_layout
 
-    def random(key, *shape: int) -> jax.Array:
-        return store(jax.random.normal(key, shape) / np.sqrt(shape[-3 if len(shape) == 5 else -2]), args.dtype)
+    def random(key, matrix: tuple[int, ...], k: int) -> jax.Array:
+        return store(jax.random.normal(key, (args.layers, args.experts, *matrix)) / np.sqrt(k), args.dtype)
 
-    d, f = args.width, args.hidden
-    return ResidentBank(random(keys[0], args.layers, args.experts, d, 2, f), random(keys[1], args.layers, args.experts, f, d))
+    w_in, w_out = expert_shapes(args.width, args.hidden, layout)
+    return ResidentBank(random(keys[0], w_in, args.width), random(keys[1], w_out, args.hidden), layout=layout)
 
 
 def ragged(bank: ResidentBank, layer, x, ids, weights):
     """The same layer by `jax.lax.ragged_dot`."""
     order = jnp.argsort(ids.reshape(-1), stable=True)
     sizes = jnp.bincount(ids.reshape(-1), length=bank.w_in.shape[1])
-    w_in, w_out = load(bank.w_in[layer], jnp.float32), load(bank.w_out[layer], jnp.float32)
+    turned = (w[layer].transpose(0, *(1 + a for a in axes)) for w, axes in zip((bank.w_in, bank.w_out), expert_axes(bank.layout), strict=True))
+    w_in, w_out = (load(w, jnp.float32) for w in turned)
     e, d, _, f = w_in.shape
     both = jax.lax.ragged_dot(x[order // ids.shape[1]], w_in.reshape(e, d, 2 * f), sizes)
     y = jax.lax.ragged_dot(jax.nn.silu(both[:, :f]) * both[:, f:], w_out, sizes)
