@@ -128,9 +128,9 @@ def grouped_swiglu(
     def two_kernels(kernel, wanted: ExpertLayout, **options):
         _refuse_layout(layout != wanted, layout, wanted)
         rows, groups = x_MD.shape[0] - (0 if into is None else ROW_SLACK), all_groups or ids.shape[0]
-        config = kernel.config_for(rows, x_MD.dtype, w_in, groups, x_MD.dtype)
+        config = kernel.config_for(x_MD, w_in, rows, groups, x_MD.dtype)
         hidden = kernel.grouped_glu(x_MD, w_in, ids, group_sizes, glu, starts, config=config, **options)
-        config = kernel.config_for(rows, hidden.dtype, w_out, groups, jnp.float32)
+        config = kernel.config_for(hidden, w_out, rows, groups, jnp.float32)
         y = kernel.grouped_matmul(hidden, w_out, ids, group_sizes, starts, config=config, **options)
         return y if into is None or starts is None else _written(into, y, starts, group_sizes)
 

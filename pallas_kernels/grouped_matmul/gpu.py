@@ -127,13 +127,13 @@ def grouped_glu(
     return _run(glu, problem, config, (x_MK, w_in, group_ids, group_sizes, starts), interpret)[0]
 
 
-def config_for(rows: int, dtype: Any, w: Pool, groups: int, out_dtype: Any) -> Config:
-    """The config of a call for so many rows of `dtype` in so many groups; of a part of them too, if their bits are to be the same.
+def config_for(x_MK: BFloat16[Array, "M K"], w: Pool, rows: int, groups: int, out_dtype: Any) -> Config:
+    """The config for `x_MK`, which has some of `groups` groups with `rows` rows in all, with which it gets the bits of a call for all of them.
 
     Raises:
         NotImplementedError, ValueError: see `Problem.of` and `choose`.
     """
-    x, sizes = jax.ShapeDtypeStruct((rows, w.shape[-1]), dtype), jax.ShapeDtypeStruct((groups,), jnp.int32)
+    x, sizes = jax.ShapeDtypeStruct((rows, x_MK.shape[1]), x_MK.dtype), jax.ShapeDtypeStruct((groups,), jnp.int32)
     return choose(Problem.of(x, w, sizes, out_dtype))  # type: ignore[arg-type]
 
 

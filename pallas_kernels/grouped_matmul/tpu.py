@@ -18,6 +18,7 @@ gate and up, and taking them apart costs 2.6 times the bytes' time on v5e, by th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -33,6 +34,7 @@ from jaxmoe.formats import Quantized, pack_block
 from pallas_kernels.grouped_matmul.glu import Glu
 from pallas_kernels.grouped_matmul.tpu_kernel import kernel
 from pallas_kernels.grouped_matmul.tpu_tiles import (
+    ONE_TILE,
     SUBLANES,
     VMEM,
     Config,
@@ -45,7 +47,7 @@ from pallas_kernels.grouped_matmul.tpu_tiles import (
     work_items,
 )
 
-__all__ = ["Config", "candidates", "grouped_glu", "grouped_matmul", "heuristic", "pool_formats"]
+__all__ = ["Config", "candidates", "config_for", "grouped_glu", "grouped_matmul", "heuristic", "pool_formats"]
 
 Weights = Num[Array, "Z ..."] | Quantized
 
@@ -84,7 +86,7 @@ def grouped_matmul(
         raise NotImplementedError(f"the kernel takes a pool [Z, K, N] with K = {x_MK.shape[1]}, not {list(w.shape)}")
     if jnp.dtype(out_dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         raise NotImplementedError(f"the kernel writes float32 or bfloat16, not {jnp.dtype(out_dtype)}")
-    form = _form(x_MK, w, group_ids, w.shape[2], 1, out_dtype)
+    form = _form(x_MK, w, group_ids.shape[0], w.shape[2], 1, out_dtype)
     return _call(form, x_MK, w, group_ids, group_sizes, starts, None, config, interpret)
 
 
@@ -118,8 +120,20 @@ def grouped_glu(
     if w_in.ndim != 4 or w_in.shape[1:3] != (2, k):
         order = " in the order [Z, K, 2, F]" if w_in.ndim == 4 and w_in.shape[1:3] == (k, 2) else ""
         raise NotImplementedError(f"the kernel takes a pool [Z, 2, K, F] with K = {k}, not {list(w_in.shape)}{order}")
-    form = _form(x_MK, w_in, group_ids, w_in.shape[3], 2, x_MK.dtype)
+    form = _form(x_MK, w_in, group_ids.shape[0], w_in.shape[3], 2, x_MK.dtype)
     return _call(form, x_MK, w_in, group_ids, group_sizes, starts, glu, config, interpret)
+
+
+def config_for(x_MK: Float[Array, "M K"], w: Weights, rows: int, groups: int, out_dtype: Any) -> Config:
+    """The tile sizes for `x_MK`, which has some of `groups` groups with `rows` rows in all: K is summed in the pieces of a call for all of them.
+
+    Raises:
+        NotImplementedError: see `grouped_matmul`.
+    """
+    _check_x(x_MK)
+    form = _form(jax.ShapeDtypeStruct((rows, x_MK.shape[1]), x_MK.dtype), w, groups, w.shape[-1], w.ndim - 2, out_dtype)
+    config = choose(form)
+    return dataclasses.replace(config, rows=ONE_TILE) if config.rows < ONE_TILE and x_MK.shape[0] > ONE_TILE else config
 
 
 def pool_formats(w: Any, sharding: jax.sharding.Sharding) -> Any:
@@ -141,7 +155,7 @@ def _check_x(x: jax.Array) -> None:
         raise NotImplementedError(f"the kernel takes bfloat16 rows [M, K], not {x.dtype} {list(x.shape)}")
 
 
-def _form(x: jax.Array, w: Weights, group_ids: jax.Array, n: int, parts: int, out: Any) -> Form:
+def _form(x: Any, w: Weights, groups: int, n: int, parts: int, out: Any) -> Form:
     """The sizes, checked.
 
     Raises:
@@ -150,7 +164,7 @@ def _form(x: jax.Array, w: Weights, group_ids: jax.Array, n: int, parts: int, ou
     m, k = x.shape
     if k % SUBLANES:
         raise NotImplementedError(f"the kernel takes K in multiples of {SUBLANES}, not {k}")
-    common = (m, k, n, group_ids.shape[0], parts)
+    common = (m, k, n, groups, parts)
     if not isinstance(w, Quantized):
         if w.dtype != jnp.uint16:
             raise NotImplementedError(f"the kernel takes bfloat16 held as uint16, or quantized weights, not {w.dtype}")

@@ -51,6 +51,8 @@ class Case:
     """Values are so many first channels of the keys."""
     padding: int = 0
     """Rows of no sequence, before and after the others."""
+    page: int = W
+    """The GPU's kernel copies scales and biases by 32."""
 
 
 CASES = {
@@ -64,9 +66,9 @@ CASES = {
     "soft cap": Case(((30, 4),), soft_cap=0.7),
     "sinks and window": Case(((50, 2), (3, 3)), sinks=True, window=8),
     "trees": Case(((40, 9), (70, 5), (6, 6)), tree=True),
-    "bias of each head": Case(((40, 2), (20, 1)), bias="heads"),
-    "bias of a slot": Case(((40, 2), (20, 1)), bias="shared"),
-    "int8": Case(((40, 2), (90, 1)), int8=True),
+    "bias of each head": Case(((40, 2), (20, 1)), bias="heads", page=32),
+    "bias of a slot": Case(((40, 2), (20, 1)), bias="shared", page=32),
+    "int8": Case(((40, 2), (90, 1)), int8=True, page=32),
     "latent": Case(((40, 2), (90, 1)), heads=8, kv_heads=1, head_dim=192, latent=128),
     "wide heads": Case(((40, 1), (20, 3)), head_dim=128),
 }
@@ -85,19 +87,19 @@ class Problem:
 @functools.cache
 def problem(name: str) -> Problem:
     case, rng = CASES[name], np.random.default_rng(sum(map(ord, name)))
-    b, table_len = len(case.sequences), max(-(-n // W) for n, _ in case.sequences) + 1
+    b, table_len = len(case.sequences), max(-(-n // case.page) for n, _ in case.sequences) + 1
     n_pages = b * table_len + 3
-    k_shape, v_width = (n_pages, case.kv_heads, W, case.head_dim), case.latent or case.head_dim
+    k_shape, v_width = (n_pages, case.kv_heads, case.page, case.head_dim), case.latent or case.head_dim
     table = rng.permutation(n_pages)[: b * table_len].reshape(b, table_len).astype(np.int32)
-    used = np.zeros((n_pages, W), bool)
+    used = np.zeros((n_pages, case.page), bool)
     for i, (n, _) in enumerate(case.sequences):
         at = np.arange(n)
-        used[table[i, at // W], at % W] = True
+        used[table[i, at // case.page], at % case.page] = True
     k, k_scales = held(rng.standard_normal(k_shape, np.float32), case.int8, used)
     v, v_scales = (None, None) if case.latent else held(rng.standard_normal((*k_shape[:3], v_width), np.float32), case.int8, used)
     bias = None
     if case.bias:
-        bias = rng.standard_normal((n_pages, case.kv_heads if case.bias == "heads" else 1, W)).astype(np.float32)
+        bias = rng.standard_normal((n_pages, case.kv_heads if case.bias == "heads" else 1, case.page)).astype(np.float32)
         bias[rng.random(bias.shape) < 0.2] = -np.inf
         bias[~np.broadcast_to(used[:, None], bias.shape)] = np.nan
     pages = Pages(k, v, k_scales, v_scales, bias, case.latent or None)
