@@ -47,11 +47,11 @@ class Kernels:
         return {"xla_allow_excess_precision": False}
 
     @staticmethod
-    def default(row_invariant: bool = True) -> Kernels:
+    def default(row_invariant: bool = True, pallas: bool = True) -> Kernels:
         """The kernels of the process's default device."""
         platform = jax.default_backend()
         backend: Backend = {"cuda": "gpu", "rocm": "gpu", "gpu": "gpu", "tpu": "tpu"}.get(platform, "cpu")  # type: ignore[assignment]
-        return Kernels(backend, row_invariant)
+        return Kernels(backend, row_invariant, pallas)
 
 
 T = TypeVar("T")

@@ -40,6 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trace", type=Path, default=ROOT / "tests" / "offload" / "data" / "qwen3_30b_a3b.npz", help="routing that decoding follows")
     parser.add_argument("--part", choices=PARTS, help="run one part in this process (the driver's own use)")
     parser.add_argument("--method", help="how slots are filled in decode and profile; by default the fastest fill of this run")
+    parser.add_argument("--kernels", choices=("pallas", "xla"), default="pallas", help="what experts are multiplied with")
     parser.add_argument("--link-gbps", type=float, help="with --part: the link's best rate so far")
     found = parser.parse_args()
     unknown = [name for name in found.only.split(",") if name not in PARTS]
@@ -54,14 +55,14 @@ def run_part(args: argparse.Namespace) -> int:
     platform = jax.devices()[0].platform
     if platform != "gpu" and not args.tiny:
         sys.exit(f"this needs a GPU, and jax found a {platform}; --tiny checks the code without one")
-    PARTS[args.part](device_bench.Part(sizes, args.out, args.method, args.link_gbps, args.trace))
+    PARTS[args.part](device_bench.Part(sizes, args.out, args.method, args.link_gbps, args.trace, args.kernels == "pallas"))
     return 0
 
 
 def start(args: argparse.Namespace, job: device_driver.Job, method: str, link_gbps: float | None, seconds: float) -> device_driver.Ended:
     """A process for one job, ended when its time is over."""
     command = [sys.executable, __file__, "--part", job.part, "--method", method, "--out", str(args.out), "--trace", str(args.trace)]
-    command += ["--tiny"] * args.tiny + (["--link-gbps", str(link_gbps)] if link_gbps else [])
+    command += ["--kernels", args.kernels, *["--tiny"] * args.tiny, *(["--link-gbps", str(link_gbps)] if link_gbps else [])]
     flags = f"{os.environ.get('XLA_FLAGS', '')} {job.flags}".strip()
     environment = {"XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": HOST_MEMORY_GB} | os.environ | {"XLA_FLAGS": flags}  # jax reads both when it starts
     return device_driver.start_process(command, environment, seconds)

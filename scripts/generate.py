@@ -65,6 +65,8 @@ class Arguments:
     """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
     fast: bool = False
     """Let results depend in their last bits on batch and prompt length, for faster prefill on the CPU."""
+    kernels: Literal["pallas", "xla"] = "pallas"
+    """On GPUs and TPUs: our own kernels for experts, or plain XLA."""
     expert_memory: str | None = None
     """Device memory for routed experts: 4GB, 512MiB, 25% (of all experts) or auto. The others stay in host memory."""
     expert_policy: Literal["lfu", "lru", "static"] | None = None
@@ -138,7 +140,7 @@ def find_kernels(args: Arguments):
     from pallas_kernels.dispatch import Kernels
 
     try:
-        return Kernels.default(row_invariant=not args.fast)
+        return Kernels.default(row_invariant=not args.fast, pallas=args.kernels == "pallas")
     except RuntimeError as error:  # JAX_PLATFORMS names a device that is not there
         raise ValueError(str(error)) from error
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from jaxmoe.formats import aligned_empty, leaf_dtype, store_numpy
 from jaxmoe.report import record
+from pallas_kernels.dispatch import Kernels
 
 MIB = 2**20
 COLUMNS = 256
@@ -107,6 +108,7 @@ class Part:
         method: how slots are filled.
         link_gbps: the link's best rate in this run, if it is known already.
         trace: a routing trace, for `decode` and `profile`.
+        pallas: multiply with our kernels; else with plain XLA.
     """
 
     sizes: Sizes
@@ -114,10 +116,17 @@ class Part:
     method: str | None = None
     link_gbps: float | None = None
     trace: Path | None = None
+    pallas: bool = True
+
+    @property
+    def kernels(self) -> Kernels:
+        """What a step multiplies with."""
+        return Kernels.default(pallas=self.pallas)
 
     def attempt(self, name: str, stem: str, settings: Mapping[str, Any], measure: Callable[[], Found]) -> Found | None:
         """`attempt` into the part's folder."""
-        return attempt(self.out, self.sizes.tiny, name, stem, settings, measure, why_not(settings.get("method")))
+        given = dict(settings) | ({} if self.pallas else {"kernels": "xla"})
+        return attempt(self.out, self.sizes.tiny, name, stem, given, measure, why_not(settings.get("method")))
 
 
 def attempt(

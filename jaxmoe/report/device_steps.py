@@ -73,7 +73,7 @@ def decode(part: Part) -> None:
     store_seconds, params = time.perf_counter() - began, make_params(spec)
     memory_gbps = record.measure_memory_bandwidth(*((0.05, 2**24) if sizes.tiny else (0.3,)))
     link_gbps = link_ceiling(part)
-    full = Decoder(spec, params, make_bank(spec, store, spec.moe[0].experts, part.method), ids_SLA)
+    full = Decoder(spec, params, make_bank(spec, store, spec.moe[0].experts, part.method, part.kernels), ids_SLA, part.kernels)
     run_all(full, 0, len(ids_SLA))
     hits = []
     for _ in range(sizes.rounds):
@@ -88,9 +88,9 @@ def decode(part: Part) -> None:
     rates = {"link_gbps": link_gbps, "memory_gbps": memory_gbps, "store_seconds": store_seconds}
 
     def measure(share: int) -> Found:
-        bank = make_bank(spec, store, slots_of(spec, share), part.method)
-        model = Model(spec, params, bank, Kernels.default())
-        return measure_decode(Decoder(spec, params, bank, ids_SLA), model, prompt, len(ids_SLA), hits, rates, sizes.rounds)
+        bank = make_bank(spec, store, slots_of(spec, share), part.method, part.kernels)
+        model = Model(spec, params, bank, part.kernels)
+        return measure_decode(Decoder(spec, params, bank, ids_SLA, part.kernels), model, prompt, len(ids_SLA), hits, rates, sizes.rounds)
 
     for share in sizes.shares:
         settings = common | {"method": part.method, "resident_percent": share, "slots": slots_of(spec, share)}
@@ -144,16 +144,16 @@ def bits(part: Part) -> None:
     sizes = part.sizes
     spec = spec_of(sizes.model, sizes.short_layers, QWEN3_30B_A3B["num_experts_per_tok"])
     records, params = make_records(spec), make_params(spec)
-    store, resident = host_store.pinned(records), resident_bank(spec, records)
+    store, resident = host_store.pinned(records), resident_bank(spec, records, part.kernels)
     del records
     link_gbps = link_ceiling(part)
-    wanted = {rows: run_steps(spec, params, resident, rows, sizes.bits_steps) for rows in {rows: 0 for _, rows in sizes.bits}}
+    wanted = {rows: run_steps(spec, params, resident, rows, sizes.bits_steps, part.kernels) for rows in {rows: 0 for _, rows in sizes.bits}}
     for method, rows in sizes.bits:
-        bank = make_bank(spec, store, slots_of(spec, PROFILE_SHARE), method)
+        bank = make_bank(spec, store, slots_of(spec, PROFILE_SHARE), method, part.kernels)
         settings = {"method": method, "rows": rows, "layers": sizes.short_layers, "steps": sizes.bits_steps, "slots": bank.slots[0]}
         part.attempt(
             "stream_bits", f"stream_bits-{method}-b{rows}", settings,
-            lambda b=bank, r=rows: measure_bits(spec, params, b, wanted[r], link_gbps),  # type: ignore[misc]
+            lambda b=bank, r=rows: measure_bits(spec, params, b, wanted[r], link_gbps, part.kernels),  # type: ignore[misc]
         )  # fmt: skip
 
 
@@ -169,13 +169,13 @@ class Ran:
     bytes: dict[str, int]
 
 
-def run_steps(spec: ModelSpec, params: dict, bank: Any, rows: int, count: int) -> Ran:
+def run_steps(spec: ModelSpec, params: dict, bank: Any, rows: int, count: int, kernels: Kernels) -> Ran:
     """Decodes random tokens, the same for every bank, one step a call."""
     tokens = np.random.default_rng(rows).integers(0, spec.vocab, (count, rows)).astype(np.int32)
     live, row = np.ones(rows, bool), np.arange(rows, dtype=np.int32)
     batches = [steps.decode_batch(row, tokens[i], np.full(rows, i, np.int32), live) for i in range(count)]
     state = committed(steps.EngineState(init_kv(spec, rows, POSITIONS, 1), bank.init_state()))
-    program, compile_seconds, nbytes = compiled(steps.logits_step(spec, Kernels.default()), params, bank, state, batches[0])
+    program, compile_seconds, nbytes = compiled(steps.logits_step(spec, kernels), params, bank, state, batches[0])
     logits = []
     began = time.perf_counter()
     for batch in batches:
@@ -185,10 +185,10 @@ def run_steps(spec: ModelSpec, params: dict, bank: Any, rows: int, count: int) -
     return Ran(logits, state.layers, state.bank, (time.perf_counter() - began) / count, compile_seconds, nbytes)
 
 
-def measure_bits(spec: ModelSpec, params: dict, bank: SlotBank, wanted: Ran, link_gbps: float) -> Found:
+def measure_bits(spec: ModelSpec, params: dict, bank: SlotBank, wanted: Ran, link_gbps: float, kernels: Kernels) -> Found:
     """One method. Counters: `steps_that_differ` in any bit of their logits, `cache_bits_equal`, and `finite`, without which equality says nothing."""
     count, rows = len(wanted.logits), wanted.logits[0].shape[0]
-    ran = run_steps(spec, params, bank, rows, count)
+    ran = run_steps(spec, params, bank, rows, count, kernels)
     same = [same_bits(a, b) for a, b in zip(ran.logits, wanted.logits, strict=True)]
     counted = {name: int(n.sum()) for name, n in bank.counters(ran.bank).items()}
     counters = counted | {
@@ -222,8 +222,8 @@ def profiled(part: Part) -> None:
     link_gbps = link_ceiling(part)
 
     def measure(method: str) -> Found:
-        bank = make_bank(spec, store, slots_of(spec, PROFILE_SHARE), method)
-        return measure_profile(Decoder(spec, params, bank, ids_SLA), bank, spec, prompt, link_gbps)
+        bank = make_bank(spec, store, slots_of(spec, PROFILE_SHARE), method, part.kernels)
+        return measure_profile(Decoder(spec, params, bank, ids_SLA, part.kernels), bank, spec, prompt, link_gbps)
 
     for method in dict.fromkeys(("while", part.method)):
         settings = {"method": method, "layers": sizes.short_layers, "slots": slots_of(spec, PROFILE_SHARE), "steps": steps.CHUNK}

@@ -133,18 +133,18 @@ def slots_of(spec: ModelSpec, percent: int) -> int:
     return max(spec.moe[0].active, round(percent * spec.moe[0].experts / 100))
 
 
-def make_bank(spec: ModelSpec, store: Any, slots: int, method: str | None) -> SlotBank:
+def make_bank(spec: ModelSpec, store: Any, slots: int, method: str | None, kernels: Kernels) -> SlotBank:
     """A slot bank over experts in pinned host memory."""
-    layout = Kernels.default().expert_layout
+    layout = kernels.expert_layout
     return SlotBank(
         store, slots=(slots,) * len(spec.moe_layers), experts=spec.moe[0].experts, entries=host_store.entry_shapes(spec, layout), layout=layout,
         dtype="bfloat16", activation=spec.moe[1].activation, fill=method,
     )  # fmt: skip
 
 
-def resident_bank(spec: ModelSpec, records: np.ndarray) -> ResidentBank:
+def resident_bank(spec: ModelSpec, records: np.ndarray, kernels: Kernels) -> ResidentBank:
     """The same experts, all on the device."""
-    layout = Kernels.default().expert_layout
+    layout = kernels.expert_layout
     first, second = host_store.entry_shapes(spec, layout)
     flat = records.reshape(len(spec.moe_layers), spec.moe[0].experts, -1)
     w_in, w_out = (to_device(part) for part in (flat[..., : math.prod(first)], flat[..., math.prod(first) :]))
@@ -159,11 +159,11 @@ def committed(tree: Any) -> Any:
 class Decoder:
     """The decode program of one sequence under a traced bank. Attributes: `compile_seconds`; `bytes` that it needs; `program`."""
 
-    def __init__(self, spec: ModelSpec, params: dict, bank: SlotBank, ids_SLA: np.ndarray):
+    def __init__(self, spec: ModelSpec, params: dict, bank: SlotBank, ids_SLA: np.ndarray, kernels: Kernels):
         self._spec, self._params, self._ids = spec, params, ids_SLA
         self._state: Any = None
         self._bank = TracedBank(bank)
-        self._step = steps.decode_step(spec, Kernels.default(), greedy=True)
+        self._step = steps.decode_step(spec, kernels, greedy=True)
         self.start()
         self.program, self.compile_seconds, self.bytes = compiled(self._step, *self._arguments(0, steps.CHUNK))
 

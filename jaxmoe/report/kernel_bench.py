@@ -34,10 +34,11 @@ from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul import gpu, shapes
 from pallas_kernels.grouped_matmul.glu import GLUS
 from pallas_kernels.grouped_matmul.shapes import ExpertShape
-from pallas_kernels.paged_attention import api as attention
+from pallas_kernels.paged_attention import gpu as attention
 from pallas_kernels.paged_attention import shapes as attention_shapes
+from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.shapes import PAGE, AttentionShape
-from pallas_kernels.paged_attention.types import Pages, Queries
+from pallas_kernels.paged_attention.types import Pages, Queries, finish
 
 Form = Literal["bfloat16", "int8", "int4"]
 COLUMNS_CHECKED = 256
@@ -333,35 +334,64 @@ def paged(bench: Bench) -> None:
         bench.attempt("kernel_attention", f"kernel-attention-{case.stem}", case.settings | {"page": PAGE}, lambda c=case: time_attention(bench, c))  # type: ignore[misc]
 
 
-def time_attention(bench: Bench, case: AttentionCase) -> Found:
-    """One case: how far the first sequence is from float64, how long it takes, and what cuDNN takes where it can."""
-    shape, page = case.shape, 16 if bench.sizes.tiny else PAGE
-    per = -(-case.keys // page)
-    copies = 1 if bench.sizes.tiny else 3  # other pages for every call: more of them than a cache holds
-    count = case.sequences * per * copies
-    pages = random_pages(case, count, page)
-    order = np.random.default_rng(0).permutation(count).reshape(copies, case.sequences, per).astype(np.int32)
-    q = jax.random.normal(jax.random.key(2), (case.sequences * case.rows, shape.heads, shape.head_dim), jnp.bfloat16)
-    kernel, scale = Kernels("gpu", interpret=bench.sizes.interpret), shape.head_dim**-0.5
+@dataclasses.dataclass(frozen=True)
+class AttentionArguments:
+    """Queries, a pool of pages, and page tables of one call after another, each of other pages: more of them than a cache holds."""
 
-    def run(q, pages, table, kernels=kernel):
+    case: AttentionCase
+    q: jax.Array
+    pages: Pages
+    tables: np.ndarray
+
+    def queries(self, table: Any) -> Queries:
+        """The queries of a call with this page table."""
+        case = self.case
         lengths, keys = jnp.full(case.sequences, case.rows), jnp.full(case.sequences, case.keys)
-        queries = Queries(table, jnp.arange(case.sequences) * case.rows, lengths, keys, keys - lengths, None, case.rows)
-        return attention.paged_attention(q, pages, queries, scale, kernels, window=shape.window)
+        return Queries(table, jnp.arange(case.sequences) * case.rows, lengths, keys, keys - lengths, None, case.rows)
 
-    error = attention_error(case, q, pages, order[0], np.asarray(jax.jit(run)(q, pages, order[0]), np.float64), scale)
-    times, timed = (1, Kernels("cpu")) if bench.sizes.interpret else (12, kernel)
+
+def attention_arguments(case: AttentionCase, page: int, copies: int) -> AttentionArguments:
+    """Random ones."""
+    per = -(-case.keys // page)
+    count = case.sequences * per * copies
+    tables = np.random.default_rng(0).permutation(count).reshape(copies, case.sequences, per).astype(np.int32)
+    q = jax.random.normal(jax.random.key(2), (case.sequences * case.rows, case.shape.heads, case.shape.head_dim), jnp.bfloat16)
+    return AttentionArguments(case, q, random_pages(case, count, page), tables)
+
+
+def attention_in_a_row(run: Callable, times: int, arguments: AttentionArguments) -> tuple[Callable, float, dict[str, int]]:
+    """A program of `times` calls of `run(q, pages, table)`; seconds to compile it, and its bytes."""
 
     def repeated(q, pages, tables):
         def one(i, total):
-            return total + run(q, pages, tables[i % copies], timed)[0, 0, 0].astype(jnp.float32)
+            return total + run(q, pages, tables[i % len(tables)])[0, 0, 0].astype(jnp.float32)
 
         return jax.lax.fori_loop(0, times, one, jnp.float32(0))
 
-    program, seconds, nbytes = compiled(jax.jit(repeated), q, pages, jnp.asarray(order))
-    timing = record.timing([s / times for s in seconds_of(lambda: program(q, pages, jnp.asarray(order)), bench.sizes.repeats)])
+    args = (arguments.q, arguments.pages, jnp.asarray(arguments.tables))
+    program, seconds, nbytes = compiled(jax.jit(repeated), *args)
+    return lambda: program(*args), seconds, nbytes
+
+
+def time_attention(bench: Bench, case: AttentionCase) -> Found:
+    """One case: how far the first sequence is from float64, and how long it takes."""
+    shape, tiny = case.shape, bench.sizes.tiny
+    given = attention_arguments(case, 32 if tiny else PAGE, 1 if tiny else 3)
+    how, scale = interpret_gpu() if bench.sizes.interpret else False, shape.head_dim**-0.5
+
+    def run(q, pages, table):
+        return finish(attention.paged_attention(q, pages, given.queries(table), scale, shape.window, interpret=how), None, q.dtype)
+
+    def plain(q, pages, table):
+        return finish(xla.paged_attention(q, pages, given.queries(table), scale, shape.window), None, q.dtype)
+
+    got = np.asarray(jax.jit(run)(given.q, given.pages, given.tables[0]), np.float64)
+    error = attention_error(case, given.q, given.pages, given.tables[0], got, scale)
+    times, timed = (1, plain) if bench.sizes.interpret else (12, run)
+    call, seconds, nbytes = attention_in_a_row(timed, times, given)
+    timing = record.timing([s / times for s in seconds_of(call, bench.sizes.repeats)])
     seen = min(case.keys, (shape.window or case.keys) + case.rows - 1)
-    moved = sum(leaf.nbytes for leaf in jax.tree.leaves(pages)) / copies * seen / case.keys
+    moved = sum(leaf.nbytes for leaf in jax.tree.leaves(given.pages)) / len(given.tables) * seen / case.keys
     pairs = case.sequences * case.rows * min(seen, (shape.window or case.keys) - (case.rows - 1) / 2 * (shape.window is None))
     operations = 2 * pairs * shape.heads * (shape.head_dim + shape.value_dim)
     return Found({"call": timing}, error, bench.bound(moved, operations, timing["median"]), seconds, nbytes)

@@ -16,10 +16,23 @@ import jax.numpy as jnp
 from checkpoints.manifest import write_text
 from jaxmoe.report import record
 from jaxmoe.report.device_bench import seconds_of
-from jaxmoe.report.kernel_bench import Form, KernelSizes, in_a_row, random_pool, random_routing
+from jaxmoe.report.kernel_bench import (
+    AttentionArguments,
+    AttentionCase,
+    Form,
+    KernelSizes,
+    attention_arguments,
+    attention_cases,
+    attention_in_a_row,
+    in_a_row,
+    random_pool,
+    random_routing,
+)
 from pallas_kernels.compat import interpret_gpu
 from pallas_kernels.grouped_matmul import gpu
 from pallas_kernels.grouped_matmul.glu import GLUS
+from pallas_kernels.paged_attention import gpu as attention
+from pallas_kernels.paged_attention.shapes import PAGE
 
 CALLS = 10
 ROUNDS = 3
@@ -29,7 +42,7 @@ ROUNDS = 3
 class Tuned:
     """The fastest config of a problem: `seconds` of a call, of `tried` configs, of which `failed` did not run."""
 
-    problem: dict[str, int]
+    problem: dict[str, Any]
     config: dict[str, Any]
     seconds: float
     tried: int
@@ -68,6 +81,41 @@ def tune_matmul(sizes: KernelSizes, forms: Iterable[Form], most: int, say: Calla
                         say(f"{op} {form} {problem}: {seconds * 1e6:.1f} us by {best}; the heuristic's {times[0] * 1e6:.1f} us")
                 jax.tree.map(lambda leaf: leaf.delete(), pool)
     return out
+
+
+def tune_attention(sizes: KernelSizes, say: Callable[[str], None], until: float) -> list[Tuned]:
+    """Paged attention at all cases of `sizes`; see `tune_matmul`."""
+    out: list[Tuned] = []
+    never = float("inf")
+    for case in attention_cases(sizes):
+        if time.monotonic() > until:
+            return out
+        arguments = attention_arguments(case, 32 if sizes.tiny else PAGE, 1 if sizes.tiny else 3)
+        queries, window = arguments.queries(arguments.tables[0]), case.shape.window
+        first = attention.heuristic(arguments.q, arguments.pages, queries, window)
+        configs = [first, *(c for c in attention.candidates(arguments.q, arguments.pages, queries, window) if c != first)]
+        times = [_attention_seconds(case, config, arguments, sizes) for config in configs]
+        seconds, best = min(zip(times, configs, strict=True), key=lambda pair: pair[0])
+        if seconds < never:
+            asked = attention.problem_of(arguments.q, arguments.pages, queries, window)
+            out.append(Tuned(asked, dataclasses.asdict(best), seconds, len(times), times.count(never)))
+            say(f"attention {case.stem}: {seconds * 1e6:.1f} us by {best}; the heuristic's {times[0] * 1e6:.1f} us")
+    return out
+
+
+def _attention_seconds(case: AttentionCase, config: attention.Config, arguments: AttentionArguments, sizes: KernelSizes) -> float:
+    how = interpret_gpu() if sizes.interpret else False
+
+    def run(q, pages, table):
+        scale = case.shape.head_dim**-0.5
+        return attention.paged_attention(q, pages, arguments.queries(table), scale, case.shape.window, config=config, interpret=how).o
+
+    calls = 1 if sizes.tiny else CALLS
+    try:
+        call, _, _ = attention_in_a_row(run, calls, arguments)
+        return min(seconds_of(call, 1 if sizes.tiny else ROUNDS)) / calls
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
+        return float("inf")
 
 
 def some_of(problem: gpu.Problem, most: int) -> list[gpu.Config]:

@@ -205,7 +205,7 @@ def choose(problem: Problem) -> Config:
     Raises:
         NotImplementedError: nothing fits.
     """
-    measured = tuned.find("grouped_matmul", dataclasses.asdict(problem), "m")
+    measured = tuned.find("grouped_matmul", dataclasses.asdict(problem), ("m",))
     if measured is not None and not problem.why_not(config := Config(**measured)):
         return config
     return heuristic(problem)

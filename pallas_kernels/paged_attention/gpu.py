@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import tuned
 from pallas_kernels.paged_attention import gpu_kernel
 from pallas_kernels.paged_attention.gpu_kernel import ROWS, Plan
 from pallas_kernels.paged_attention.types import Pages, Partial, Queries, merge_axis
@@ -67,6 +68,28 @@ def heuristic(q_THC: Float[Array, "T H C"], pages: Pages, queries: Queries, wind
     return dataclasses.replace(config, splits=max(splits, 1))
 
 
+def problem_of(q_THC: Float[Array, "T H C"], pages: Pages, queries: Queries, window: int | None = None) -> dict[str, Any]:
+    """What a measured choice depends on. Page tables have room for `keys` keys, of which sequences may have fewer."""
+    (_, heads, channels), (_, kv_heads, page, _) = q_THC.shape, pages.k.shape
+    return {
+        "heads": heads, "kv_heads": kv_heads, "channels": channels, "values": pages.width_of_values, "page": page,
+        "bits": 8 * pages.k.dtype.itemsize, "latent": pages.v is None, "bias": pages.bias is not None, "tree": queries.tree is not None,
+        "window": window or 0, "most": queries.most, "sequences": queries.page_table.shape[0], "keys": queries.page_table.shape[1] * page,
+    }  # fmt: skip
+
+
+def choose(q_THC: Float[Array, "T H C"], pages: Pages, queries: Queries, window: int | None = None) -> Config:
+    """The config that was fastest where these shapes, or about as many sequences, rows and keys, were measured on this device; or `heuristic`'s."""
+    measured = tuned.find("paged_attention", problem_of(q_THC, pages, queries, window), ("most", "sequences", "keys"))
+    if measured is not None:
+        try:
+            _plan(q_THC, pages, queries, 1.0, window, None, config := Config(**measured), False)
+        except NotImplementedError:
+            return heuristic(q_THC, pages, queries, window)
+        return config
+    return heuristic(q_THC, pages, queries, window)
+
+
 def candidates(q_THC: Float[Array, "T H C"], pages: Pages, queries: Queries, window: int | None = None) -> list[Config]:
     """The configs that are legal for these shapes, for a tuner to try; none where the kernel takes no such shapes."""
     try:
@@ -101,13 +124,13 @@ def paged_attention(
     Args:
         q_THC: bfloat16.
         pages: keys and values in uint16 (bfloat16's bits) or in int8.
-        config: None has `heuristic` pick one.
+        config: None has `choose` pick one.
         interpret: `pallas_kernels.compat.interpret_gpu()` to run on the CPU.
 
     Raises:
         NotImplementedError: a shape or type that the kernel does not take; the message has the number that is in the way.
     """
-    plan = _plan(q_THC, pages, queries, scale, window, soft_cap, config or heuristic(q_THC, pages, queries, window), interpret)
+    plan = _plan(q_THC, pages, queries, scale, window, soft_cap, config or choose(q_THC, pages, queries, window), interpret)
     most_rows = rows_of_tile(plan, queries.most)
     owners = _owners(queries, q_THC.shape[0])
     tiles, tile_T = _tiles(plan, queries, owners, most_rows)

@@ -37,7 +37,7 @@ CASES = {
     "no row": ([0, 1, 2, 3], [0, 0, 0, 0]),
 }
 def chosen(quantized: str) -> list[tuple[str, str, str]]:
-    """(implementation, format, case): all of them, but of the GPU's kernel, which takes seconds a program here, a quantized format and its first case."""
+    """(implementation, format, case): all of them, but of the GPU's kernel, where a program takes seconds, a quantized format and its first case."""
     first = next(iter(CASES))
     return [
         (name, form, case)

@@ -252,7 +252,7 @@ def test_the_measured_step_lowers_for_an_h100_with_its_store_in_host_memory():
     spec = device_traced.spec_of(FULL.model, FULL.layers, trace.ids.shape[2])
     ids_SLA, _ = device_traced.trace_ids(trace, FULL.layers, FULL.decode_steps)
     store = jax.ShapeDtypeStruct((FULL.layers * 128, *host_store.record_shape(spec)), leaf_dtype("bfloat16"))
-    bank = device_traced.TracedBank(device_traced.make_bank(spec, store, device_traced.slots_of(spec, 25), "mosaic_tma"))
+    bank = device_traced.TracedBank(device_traced.make_bank(spec, store, device_traced.slots_of(spec, 25), "mosaic_tma", Kernels("gpu")))
     params = jax.eval_shape(lambda: device_traced.make_params(spec))
     state = jax.eval_shape(lambda: steps.EngineState(init_kv(spec, 1, device_traced.POSITIONS, 1), bank.start(jnp.asarray(ids_SLA))))
     kernels, row = Kernels("gpu"), np.zeros(1, np.int32)

@@ -15,6 +15,7 @@ from jaxmoe.report import kernel_bench, kernel_torch, kernel_tuning
 from jaxmoe.report.kernel_bench import FULL, TINY, Bench, records_of
 from pallas_kernels import tuned
 from pallas_kernels.grouped_matmul import gpu
+from pallas_kernels.paged_attention import gpu as attention
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,6 +94,14 @@ def test_the_tuner_keeps_the_fastest_and_adds_to_what_is_there(tmp_path, monkeyp
     assert path.name == "cpu.json" and [e["seconds"] for e in held["measured"]] == [1.0, 2.0]
     assert gpu.Config(**held["measured"][0]["config"]) == gpu.candidates(gpu.Problem(**held["measured"][0]["problem"]))[1]
     tuned.read.cache_clear()
+
+
+def test_attention_is_tuned_too(monkeypatch):
+    times = iter(range(9, 0, -1))
+    monkeypatch.setattr(kernel_tuning, "_attention_seconds", lambda *args: float(next(times, 9)))
+    (first, *_) = kernel_tuning.tune_attention(TINY, lambda line: None, float("inf"))
+    assert first.seconds == 1.0 and first.tried >= 9 and attention.Config(**first.config).block_keys == 64
+    assert first.problem["sequences"] == 2 and first.problem["keys"] == 96
 
 
 def test_some_configs_are_tried_the_heuristics_first():
