@@ -19,6 +19,7 @@ from pallas_kernels.dense.api import dense, row_sum, softmax
 from pallas_kernels.dense.cpu import ROW_TILES
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
+from pallas_kernels.grouped_matmul.glu import GLUS
 
 CPU = Kernels("cpu")
 DISTINCT = 8
@@ -222,8 +223,8 @@ def test_grouped_swiglu(shape, dtype):
     d, f = shape
     w_in, w_out = random((EXPERTS, d, 2, f), dtype, d**-0.5), random((EXPERTS, f, d), dtype, f**-0.5, seed=5)
     ids = jnp.arange(EXPERTS)
-    step = jax.jit(lambda x, sizes: grouped_swiglu(x, w_in, w_out, ids, sizes, jax.nn.silu, CPU))
-    one = jax.jit(lambda x: swiglu_rows(x, w_in, w_out, ids, jax.nn.silu, CPU))
+    step = jax.jit(lambda x, sizes: grouped_swiglu(x, w_in, w_out, ids, sizes, GLUS["silu"], CPU))
+    one = jax.jit(lambda x: swiglu_rows(x, w_in, w_out, ids, GLUS["silu"], CPU))
     x = activations(DISTINCT, d, dtype)
     alone = np.stack([bits(step(np.repeat(row[None], EXPERTS, axis=0), np.ones(EXPERTS, np.int32))) for row in x])
     assert len(np.unique(alone.reshape(-1, d), axis=0)) == DISTINCT * EXPERTS
