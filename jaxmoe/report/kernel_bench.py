@@ -193,7 +193,7 @@ def time_matmul(bench: Bench, op: str, shape: ExpertShape, tokens: int, pool: An
     k = shape.width if op == "swiglu" else shape.hidden
     x = jax.random.normal(jax.random.key(1), (tokens * shape.active, k), jnp.bfloat16)
     kernel: Callable = kernel_of(op, bench.sizes.interpret)
-    error = matmul_error(op, x, pool, routing, np.asarray(jax.jit(kernel)(x, pool, routing.ids, routing.sizes)))
+    error = matmul_error(op, x, pool, routing, jax.jit(kernel)(x, pool, routing.ids, routing.sizes))
     asked = int((routing.sizes > 0).sum())
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(pool)) / shape.experts * asked
     operations = 2 * tokens * shape.active * shape.width * shape.hidden * (2 if op == "swiglu" else 1)
@@ -235,7 +235,7 @@ def in_a_row(kernel: Callable, times: int, x: jax.Array, pool: Any, routing: Rou
     return lambda: program(*args), seconds, nbytes
 
 
-def matmul_error(op: str, x: jax.Array, pool: Any, routing: Routing, y: np.ndarray) -> dict[str, float]:
+def matmul_error(op: str, x: jax.Array, pool: Any, routing: Routing, y: jax.Array) -> dict[str, float]:
     """The largest error of some rows and columns against float64, of the largest value among them."""
     ends = np.cumsum(routing.sizes)
     some = np.unique(np.linspace(0, ends[-1] - 1, ROWS_CHECKED).astype(int))
@@ -246,7 +246,7 @@ def matmul_error(op: str, x: jax.Array, pool: Any, routing: Routing, y: np.ndarr
         row = np.asarray(x[m], np.float64)
         both = w @ row
         want = both if op == "matmul" else both[0] / (1 + np.exp(-both[0])) * both[1]
-        worst = max(worst, float(np.abs(np.asarray(y[m, : len(want)], np.float64) - want).max()))
+        worst = max(worst, float(np.abs(np.asarray(y[m, : len(want)], np.float64) - want).max()))  # few of them: y may have 2 GB
         largest = max(largest, float(np.abs(want).max()))
     # Hidden values are rounded to bfloat16, sums are float32.
     allowed = 2**-8 if op == "swiglu" else 2e-5
