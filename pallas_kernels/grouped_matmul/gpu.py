@@ -16,7 +16,9 @@ a byte the kernel takes 16 times each and divides the scale by 16, which is exac
 
 Compiled for H100 and interpreted on the CPU, by jax 0.10.2 and 0.11.2. Interpret mode does not know wgmma with a transposed right side (0.10.2) or
 with a left side in registers, stores to transposed references, nor layouts of registers: these operations, and no others, are written otherwise
-there (`_Ops`). Compiled by ptxas without spills; never run on a GPU. Unmeasured: everything about speed, the heuristic too.
+there (`_Ops`). Compiled by ptxas without spills; never run on a GPU. Unmeasured: everything about speed, the heuristic too. Known to
+cost: Mosaic's own barriers around every store to shared memory, some 40 in a tile of 128 rows; `unsafe_no_auto_barriers` seems safe here, and is
+to be tried where numbers can be checked.
 """
 
 from __future__ import annotations
@@ -297,7 +299,7 @@ class _Tiles:
 
     def of_rows(self) -> jax.Array:
         """How many tiles of rows there are."""
-        return self.ends_ref[self.problem.groups - 1]
+        return jnp.minimum(self.ends_ref[self.problem.groups - 1], self.groups_ref.shape[0])  # sizes that add up to too much end here
 
     def mine(self) -> jax.Array:
         """How many tiles are this block's."""
@@ -357,7 +359,8 @@ def _consume(tiles: _Tiles, multiply: Callable, store: Callable) -> None:
     """Multiplies and stores every tile of this block; `multiply` is given the number of the tile's first stage."""
 
     def tile(i, taken):
-        store(multiply(tiles.steps, taken), tiles.at(i))
+        t = tiles.at(i)  # read before the products, which nothing is moved across
+        store(multiply(tiles.steps, taken), t)
         return taken + tiles.steps
 
     lax.fori_loop(0, tiles.mine(), tile, jnp.int32(0))

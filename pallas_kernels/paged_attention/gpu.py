@@ -8,7 +8,9 @@ What bounds it: the bytes of keys and values while decoding; the tensor cores in
 Around the kernel, XLA gathers queries into tiles (of 8 rows at least) and results out of them: in prefill one more pass over o in float32, which
 is the price for copies of whole tiles. Tiles of one query row need no such pass but where splits are merged.
 
-Compiled for H100 and interpreted on the CPU. Unmeasured: every speed, and with it the choice of stages, splits and warpgroups in `heuristic`.
+Compiled for H100 and interpreted on the CPU. Unmeasured: every speed, and so the choice of stages, splits and warpgroups in `heuristic`. Known to
+cost: results of splits in float32, which for MLA's decoding are nearly the bytes of the keys; with V of 256 and more, some 400 bytes of registers a
+thread that go to memory in every key tile. Sums accumulated in place (`pl.run_state` around wgmma) would keep them there, and can't be interpreted.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from pallas_kernels.paged_attention.types import Pages, Partial, Queries, merge_
 SHARED_BYTES = 232448
 """Shared memory that a block of an H100 may have."""
 PROCESSORS = 132
+MOST_TILES = 65535
 MOST_TREE_WORDS = 16
 """Each word of a tree's mask costs every score an instruction or three."""
 
@@ -97,7 +100,7 @@ def candidates(q_THC: Float[Array, "T H C"], pages: Pages, queries: Queries, win
     except NotImplementedError:
         return []
     shares: tuple[Literal["rows", "columns"] | None, ...] = (None, "rows", "columns")
-    splits = sorted({max(1, best.splits // 2), best.splits, 2 * best.splits})
+    splits = sorted({1, 2, max(1, best.splits // 2), best.splits, 2 * best.splits})
     found = []
     for config in (Config(64, stages, share, n) for stages in (2, 3, 4) for share in shares for n in splits):
         try:
@@ -229,6 +232,7 @@ def _plan(
     stored = -(-most_rows * group // 8) * 8
     plan = dataclasses.replace(plan, tiles=max(tiles, 1), stored_rows=plan.tile_rows if config.share else min(stored, ROWS))
     operands = {"v": pages.v, "k_scales": pages.k_scales, "v_scales": pages.v_scales, "bias": pages.bias}
+    _refuse(plan.tiles > MOST_TILES, f"{plan.tiles} tiles of query rows; a grid has up to {MOST_TILES}")
     needed = gpu_kernel.shared_bytes(plan, {"q", "k"} | {name for name, x in operands.items() if x is not None})
     _refuse(needed > SHARED_BYTES, f"{needed} bytes of shared memory with {config.stages} stages; a block has {SHARED_BYTES}")
     return plan

@@ -449,13 +449,15 @@ class _Block:
         return tuple(add(total, b) for total, b in zip(sums, values, strict=True))
 
     def _clear_past_end(self, i: jax.Array, values: list[Any]) -> None:
-        """Values past the last key become zeros: no weight, not even 0, makes a number of a NaN that may lie there."""
+        """Values past the last key, and before a window's first, become zeros: no weight, not even 0, makes a number of a NaN that may lie there."""
         plan = self.plan
         start = (self.begin + i) * plan.block_keys
+        low = None if plan.window is None else self.position - plan.window + 1
 
         def clear():
             for ref in values:
-                here = self._per_row(self._iota((plan.block_keys,), 0, _PER_ROW), ref.shape) + start < self.keys
+                at = self._per_row(self._iota((plan.block_keys,), 0, _PER_ROW), ref.shape) + start
+                here = at < self.keys if low is None else (at < self.keys) & (at >= low)
                 ref[...] = jnp.where(here, self._cast(ref[...], _WGMMA), jnp.zeros((), jnp.bfloat16))
             plgpu.commit_smem()
 
@@ -464,7 +466,8 @@ class _Block:
             plgpu.barrier_arrive(self.smem["cleared"])
             plgpu.barrier_wait(self.smem["cleared"])
 
-        pl.when(start + plan.block_keys > self.keys)(clear_for_both if plan.share == "rows" else clear)
+        partly = start + plan.block_keys > self.keys
+        pl.when(partly if low is None else partly | (start < low))(clear_for_both if plan.share == "rows" else clear)
 
     def _store(self, sums: tuple[jax.Array, ...], column: int) -> None:
         plan, chunk = self.plan, self.plan.chunk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -306,8 +307,9 @@ def _attend(call: Call, at: Refs, job: jax.Array, head_block: jax.Array, page: j
     sizes, soft_cap = call.sizes, call.soft_cap
     (end, keys), base = at.of(job, END, KEYS), page * sizes.width
     limit = jnp.minimum(keys, end * sizes.width)
-    k, v = _keys_and_values(call, at, slot, base, limit, masked)
-    of_tokens = functools.partial(_of_tokens, call, head_block, base, limit)
+    there = functools.partial(_there, jnp.int32(0) if call.window is None else at.of(job, LOW)[0] - call.window + 1, limit)
+    k, v = _keys_and_values(call, at, slot, base, there, masked)
+    of_tokens = functools.partial(_of_tokens, call, head_block, base, there)
     scores, seen = [], []
     for j, (a, b, _) in enumerate(sizes.key_windows):
         q = at.q[0, :, 0, :rows] if at.shifted is None else at.shifted[:, j, :rows, : b - a]
@@ -340,10 +342,15 @@ def _attend(call: Call, at: Refs, job: jax.Array, head_block: jax.Array, page: j
     at.l[:, :rows] = jnp.broadcast_to(l, (*l.shape[:2], LANES))
 
 
-def _keys_and_values(call: Call, at: Refs, slot: jax.Array, base: jax.Array, limit: jax.Array, masked: bool):
+def _there(bottom: jax.Array, limit: jax.Array, token: jax.Array) -> jax.Array:
+    """Whether some row of the tile may see a token: from its first row's window on, to the last key."""
+    return (token >= bottom) & (token < limit)
+
+
+def _keys_and_values(call: Call, at: Refs, slot: jax.Array, base: jax.Array, there: Callable, masked: bool):
     """Keys and values of a block, [heads, rows, f * C or f * V], to be multiplied with; int8 not yet scaled.
 
-    What lies past the last key may be NaN, and even a probability of zero would let it through: those values become zeros. So do such keys where
+    What no row sees may be NaN, and even a probability of zero would let it through: those values become zeros. So do such keys where
     they share their row with keys that are seen.
     """
     sizes = call.sizes
@@ -362,7 +369,7 @@ def _keys_and_values(call: Call, at: Refs, slot: jax.Array, base: jax.Array, lim
         if sizes.tokens > 1:
             lane = lax.broadcasted_iota(jnp.int32, (columns, x.shape[-1]), 1)
             token = token + sum((lane >= j * channels).astype(jnp.int32) for j in range(1, sizes.tokens))
-        return jnp.where((token < limit)[None], x, jnp.zeros((), x.dtype))
+        return jnp.where(there(token)[None], x, jnp.zeros((), x.dtype))
 
     if not sizes.own_values:
         k = load("k", sizes.channels, masked)
@@ -376,7 +383,7 @@ def _dot(a: Float[Array, "K R X"], b: jax.Array, axis: int) -> Float[Array, "K R
     return lax.dot_general(a, b, (((2,), (axis,)), ((0,), (0,))), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _of_tokens(call: Call, head_block: jax.Array, base: jax.Array, limit: jax.Array, buffer: Any, slot: jax.Array, j: int):
+def _of_tokens(call: Call, head_block: jax.Array, base: jax.Array, there: Callable, buffer: Any, slot: jax.Array, j: int):
     """What belongs to the tokens j, j + f, j + 2f, ... of the block: [heads or 1, 1, columns], from a buffer [2, n, K or 1, W] or a flat one."""
     sizes, heads, parts = call.sizes, call.config.heads, []
     for p in range(call.config.pages):
@@ -386,7 +393,7 @@ def _of_tokens(call: Call, head_block: jax.Array, base: jax.Array, limit: jax.Ar
         if sizes.tokens > 1:
             # Every f-th lane, by a matmul with zeros and ones, which is exact; it must meet no NaN and no infinity.
             token = base + p * sizes.width + lax.broadcasted_iota(jnp.int32, x.shape, 1)
-            x = jnp.where(token < limit, jnp.maximum(x, -1e30), 0.0)
+            x = jnp.where(there(token), jnp.maximum(x, -1e30), 0.0)
             of, to = (lax.broadcasted_iota(jnp.int32, (sizes.width, sizes.page_rows), axis) for axis in (0, 1))
             pick = jnp.where(of == to * sizes.tokens + j, 1.0, 0.0)
             x = lax.dot_general(x, pick, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

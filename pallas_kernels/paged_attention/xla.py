@@ -25,7 +25,7 @@ def paged_attention(
         row = low + jnp.arange(most)
         mine = (row >= queries.rows[b]) & (row < queries.rows[b] + queries.lengths[b])
         at_row = queries.first[b] + row - queries.rows[b]
-        seen = _seen(queries, b, at_key, at_row, row, window)
+        seen = _seen(queries, b, at_key, at_row, row, window) & mine[:, None]
         part = _attend(jax.lax.dynamic_slice_in_dim(q_THC, low, most), pages, queries, b, seen, scale, soft_cap)
 
         def put(kept, new):
@@ -62,10 +62,10 @@ def _attend(q, pages: Pages, queries: Queries, b, seen, scale: float, soft_cap: 
     t, heads, c = q.shape
     used = jnp.arange(queries.page_table.shape[1]) * width < queries.keys[b]
     table = jnp.where(used, queries.page_table[b], queries.page_table[b, 0])
-    there = jnp.repeat(used, width) & (jnp.arange(used.shape[0] * width) < queries.keys[b])
+    there = seen.any(0)
 
     def held(leaf, scales=None):
-        """[K, S, ...] of the sequence, zeros past its last key."""
+        """[K, S, ...] of the sequence, zeros where no row sees anything."""
         x = jnp.moveaxis(plain(leaf[table], None if scales is None else scales[table]), 1, 0)
         x = x.reshape(x.shape[0], there.shape[0], *x.shape[3:])
         return jnp.where(there.reshape(1, -1, *[1] * (x.ndim - 2)), x, 0.0)

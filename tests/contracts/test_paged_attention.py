@@ -1,6 +1,7 @@
 """One contract for every paged attention: each implementation against a loop over queries in float64, one key after another.
 
-The Pallas kernels run step by step on the CPU. Pages that no sequence uses, and slots past a sequence's last key, hold NaN.
+The Pallas kernels run step by step on the CPU. Pages that no sequence uses hold NaN, and so do slots past a sequence's last key, and slots before the
+windows of all of its rows.
 """
 
 import dataclasses
@@ -25,11 +26,20 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": Kernels("gpu", interpret=True),
     "mosaic_tpu": Kernels("tpu", interpret=True),
 }
-TOLERANCE = {"reference": 2e-6, "xla": 2e-6, "mosaic_gpu": 1e-2, "mosaic_tpu": 1e-2}
+ON_DEVICE = "on device"
+"""The kernels of the GPU or TPU that jax finds."""
+NAMES = [*IMPLEMENTATIONS, pytest.param(ON_DEVICE, marks=pytest.mark.device)]
+EXACT = ("reference", "xla")
+TOLERANCE = {name: 2e-6 if name in EXACT else 1e-2 for name in (*IMPLEMENTATIONS, ON_DEVICE)}
 """Of the largest output: kernels round probabilities to bfloat16 before they multiply values with them."""
 
 W = 16
 """Tokens of a page."""
+
+
+def implementation(name: str) -> Kernels:
+    """What runs under a name."""
+    return Kernels.default() if name == ON_DEVICE else IMPLEMENTATIONS[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +102,8 @@ def problem(name: str) -> Problem:
     k_shape, v_width = (n_pages, case.kv_heads, case.page, case.head_dim), case.latent or case.head_dim
     table = rng.permutation(n_pages)[: b * table_len].reshape(b, table_len).astype(np.int32)
     used = np.zeros((n_pages, case.page), bool)
-    for i, (n, _) in enumerate(case.sequences):
-        at = np.arange(n)
+    for i, (n, rows) in enumerate(case.sequences):
+        at = np.arange(max(0, n - rows - case.window + 1) if case.window else 0, n)
         used[table[i, at // case.page], at % case.page] = True
     k, k_scales = held(rng.standard_normal(k_shape, np.float32), case.int8, used)
     v, v_scales = (None, None) if case.latent else held(rng.standard_normal((*k_shape[:3], v_width), np.float32), case.int8, used)
@@ -179,15 +189,15 @@ def expected(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_attention(name, case, caplog):
     from pallas_kernels import dispatch
 
     dispatch._say.cache_clear()
     p, c = problem(case), CASES[case]
     with caplog.at_level(logging.WARNING, "pallas_kernels"):
-        options = {"scale": c.head_dim**-0.5, "kernels": IMPLEMENTATIONS[name], "window": c.window, "soft_cap": c.soft_cap}
-        q = p.q if name.startswith("mosaic") else p.q.astype(np.float32)
+        options = {"scale": c.head_dim**-0.5, "kernels": implementation(name), "window": c.window, "soft_cap": c.soft_cap}
+        q = p.q.astype(np.float32) if name in EXACT else p.q
         got = jax.jit(functools.partial(paged_attention, **options))(q, p.pages, p.queries, sinks_H=p.sinks)
     assert not caplog.messages
     got, want = np.asarray(got, np.float64), expected(case)
@@ -198,14 +208,13 @@ def test_attention(name, case, caplog):
     assert (got[of_no_sequence] == 0).all()
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_parts_of_the_keys_merge(name):
     """A sequence's first two pages and the rest of them, attended to by themselves."""
     case = "decoding"
     p = problem(case)
-    run = functools.partial(partial_attention, p.q.astype(np.float32), p.pages, scale=0.125, kernels=IMPLEMENTATIONS[name])
-    if name.startswith("mosaic"):
-        run = functools.partial(partial_attention, p.q, p.pages, scale=0.125, kernels=IMPLEMENTATIONS[name])
+    q = p.q.astype(np.float32) if name in EXACT else p.q
+    run = functools.partial(partial_attention, q, p.pages, scale=0.125, kernels=implementation(name))
     split = 2 * W
     first = dataclasses.replace(p.queries, page_table=p.queries.page_table[:, :2], keys=np.minimum(p.queries.keys, split))
     rest = dataclasses.replace(
@@ -221,15 +230,15 @@ def test_parts_of_the_keys_merge(name):
 
 
 @pytest.mark.parametrize("case", ["int8", "latent"])
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
 def test_packed_pages_are_the_same_pages(name, case):
     p, c = problem(case), CASES[case]
     plain = jax.tree.map(jnp.asarray, p.pages)
     folded = packed(plain)
     assert folded.k.shape[-1] % 128 == 0
     jax.tree.map(np.testing.assert_array_equal, unpacked(folded, c.head_dim), plain)
-    q = p.q if name.startswith("mosaic") else p.q.astype(np.float32)
-    got = np.asarray(paged_attention(q, folded, p.queries, c.head_dim**-0.5, IMPLEMENTATIONS[name]), np.float64)
+    q = p.q.astype(np.float32) if name in EXACT else p.q
+    got = np.asarray(paged_attention(q, folded, p.queries, c.head_dim**-0.5, implementation(name)), np.float64)
     assert np.abs(got - expected(case)).max() <= TOLERANCE[name] * np.abs(expected(case)).max()
 
 

@@ -85,6 +85,7 @@ def test_the_tuner_keeps_the_fastest_and_adds_to_what_is_there(tmp_path, monkeyp
     times = iter([3.0, 1.0, float("inf"), 2.0])
     monkeypatch.setattr(kernel_tuning, "_seconds", lambda *args: next(times))
     monkeypatch.setattr(kernel_tuning, "some_of", lambda problem, most: gpu.candidates(problem)[:2])
+    monkeypatch.setattr(kernel_tuning, "_right", lambda *args, **kwargs: True)
     said: list[str] = []
     found = kernel_tuning.tune_matmul(TINY, ["bfloat16"], 2, said.append, float("inf"))
     assert [t.seconds for t in found] == [1.0, 2.0] and [t.failed for t in found] == [0, 1] and len(said) == 2
@@ -96,7 +97,13 @@ def test_the_tuner_keeps_the_fastest_and_adds_to_what_is_there(tmp_path, monkeyp
     tuned.read.cache_clear()
 
 
+def test_a_fast_config_that_is_wrong_is_not_kept():
+    assert kernel_tuning.fastest([3.0, 1.0, float("inf"), 2.0], "abcd", lambda config: config != "b") == (2.0, "d")
+    assert kernel_tuning.fastest([3.0, float("inf")], "ab", lambda config: False) is None
+
+
 def test_attention_is_tuned_too(monkeypatch):
+    monkeypatch.setattr(kernel_tuning, "_attention_right", lambda *args, **kwargs: True)
     times = iter(range(9, 0, -1))
     monkeypatch.setattr(kernel_tuning, "_attention_seconds", lambda *args: float(next(times, 9)))
     (first, *_) = kernel_tuning.tune_attention(TINY, lambda line: None, float("inf"))
