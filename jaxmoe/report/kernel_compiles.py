@@ -29,6 +29,7 @@ from sharding.compile_only import compile_for, on_device
 TARGETS = ("h100", "v5e:2x2", "v5p:2x2x1", "v6e:4x4", "tpu7x:2x2x1")
 FORMS = ("bfloat16", "int8", "int4")
 ATTENTION_FORMS = ("bfloat16", "int8")
+TILES, SOME = 8, 16 * 2**20
 KEYS, PAGES = 8192, 16384
 """Keys that a sequence's page table has room for, and pages of the pool."""
 
@@ -81,7 +82,11 @@ def compile_case(case: Case) -> Result:
         program = compile_for(case.target, f, *args, options=Kernels().compiler_options())
     except Exception as error:  # the compilers raise whatever they like
         return Result(case, time.perf_counter() - began, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-    return Result(case, time.perf_counter() - began, program.memory_analysis().temp_size_in_bytes, weights)
+    stats = program.memory_analysis()
+    # Tiles have at least 8 rows and 128 lanes, may be half empty, and are written by several splits; all of it is rows, not weights or pages.
+    rows, temporaries = stats.argument_size_in_bytes - weights + stats.output_size_in_bytes, stats.temp_size_in_bytes
+    copied = f"{temporaries} bytes of temporaries beside rows and results of {rows}" if temporaries > TILES * rows + SOME else None
+    return Result(case, time.perf_counter() - began, temporaries, weights, copied)
 
 
 def _shape(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
