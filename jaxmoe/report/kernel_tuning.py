@@ -83,7 +83,7 @@ def tune_matmul(sizes: KernelSizes, forms: Iterable[Form], most: int, say: Calla
                     right = functools.partial(_right, op, x=x, pool=pool, routing=routing, sizes=sizes)
                     if (found := fastest(times, configs, right)) is not None:
                         seconds, best = found
-                        asked, taken = dataclasses.asdict(problem), dataclasses.asdict(best)
+                        asked, taken = gpu.tuning_key(problem), dataclasses.asdict(best)
                         out.append(Tuned(asked, taken, seconds, len(times), times.count(NEVER)))
                         say(f"{op} {form} {problem}: {seconds * 1e6:.1f} us by {best}; the heuristic's {times[0] * 1e6:.1f} us")
                 jax.tree.map(lambda leaf: leaf.delete(), pool)

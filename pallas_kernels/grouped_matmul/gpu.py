@@ -53,10 +53,11 @@ from pallas_kernels.grouped_matmul.gpu_tiles import (
     moves_registers,
     thread_registers,
     tiles_of,
+    tuning_key,
     work_list,
 )
 
-__all__ = ["Config", "Problem", "candidates", "choose", "config_for", "grouped_glu", "grouped_matmul", "heuristic"]
+__all__ = ["Config", "Problem", "candidates", "choose", "config_for", "grouped_glu", "grouped_matmul", "heuristic", "tuning_key"]
 
 
 def grouped_matmul(

@@ -199,13 +199,18 @@ def moves_registers(config: Config) -> bool:
     return config.warpgroups > 1 and config.per_sm == 1
 
 
+def tuning_key(problem: Problem) -> dict[str, int]:
+    """By what a measured config is looked up. Groups count that can have rows: a token's experts take the same tiles, alone or among all."""
+    return dataclasses.asdict(problem) | {"groups": min(problem.groups, problem.m)}
+
+
 def choose(problem: Problem) -> Config:
     """The config that was fastest where this problem, or one of about as many rows, was measured on this device; else the heuristic's.
 
     Raises:
         NotImplementedError: nothing fits.
     """
-    measured = tuned.find("grouped_matmul", dataclasses.asdict(problem), ("m",))
+    measured = tuned.find("grouped_matmul", tuning_key(problem), ("m", "groups"))
     if measured is not None and not problem.why_not(config := Config(**measured)):
         return config
     return heuristic(problem)

@@ -58,10 +58,11 @@ def test_the_grouped_matmul_takes_what_was_measured_if_it_fits(tmp_path, monkeyp
     folder.mkdir(parents=True)
     monkeypatch.setattr(tuned, "ROOT", tmp_path)
     for config, expected in ((fits, fits), (does_not, gpu.heuristic(problem))):
-        entry = {"problem": dataclasses.asdict(problem), "config": dataclasses.asdict(config)}
+        entry = {"problem": gpu.tuning_key(problem), "config": dataclasses.asdict(config)}
         (folder / "card.json").write_text(json.dumps({"device": jax.devices()[0].device_kind, "measured": [entry]}))
         tuned.read.cache_clear()
         assert gpu.choose(problem) == expected
+        assert gpu.choose(dataclasses.replace(problem, m=2, groups=128)) == gpu.choose(dataclasses.replace(problem, m=2, groups=2))
     tuned.read.cache_clear()
 
 
