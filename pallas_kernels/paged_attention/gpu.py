@@ -57,12 +57,9 @@ def heuristic(q_THC: Float[Array, "T H C"], pages: Pages, queries: Queries, wind
     """The config for these shapes. By reasoning alone: two warpgroups on every multiprocessor, then as few splits as fill all of them."""
     config = Config(share="columns") if pages.width_of_values > 192 else Config()
     plan = _plan(q_THC, pages, queries, 1.0, window, None, config, False)
-    if config.share is None and plan.group * queries.most >= 2 * ROWS:
-        try:
-            plan = _plan(q_THC, pages, queries, 1.0, window, None, Config(share="rows"), False)
-            config = Config(share="rows")
-        except NotImplementedError:  # twice the rows do not fit into shared memory
-            pass
+    wide = Config(share="rows")
+    if config.share is None and plan.group * queries.most >= 2 * ROWS and _fits(q_THC, pages, queries, window, wide):
+        config, plan = wide, _plan(q_THC, pages, queries, 1.0, window, None, wide, False)
     seen = queries.page_table.shape[1] * plan.width
     if window is not None:
         seen = min(seen, window + rows_of_tile(plan, queries.most) + plan.block_keys)
@@ -84,11 +81,7 @@ def problem_of(q_THC: Float[Array, "T H C"], pages: Pages, queries: Queries, win
 def choose(q_THC: Float[Array, "T H C"], pages: Pages, queries: Queries, window: int | None = None) -> Config:
     """The config that was fastest where these shapes, or about as many sequences, rows and keys, were measured on this device; or `heuristic`'s."""
     measured = tuned.find("paged_attention", problem_of(q_THC, pages, queries, window), ("most", "sequences", "keys"))
-    if measured is not None:
-        try:
-            _plan(q_THC, pages, queries, 1.0, window, None, config := Config(**measured), False)
-        except NotImplementedError:
-            return heuristic(q_THC, pages, queries, window)
+    if measured is not None and _fits(q_THC, pages, queries, window, config := Config(**measured)):
         return config
     return heuristic(q_THC, pages, queries, window)
 
@@ -101,14 +94,8 @@ def candidates(q_THC: Float[Array, "T H C"], pages: Pages, queries: Queries, win
         return []
     shares: tuple[Literal["rows", "columns"] | None, ...] = (None, "rows", "columns")
     splits = sorted({1, 2, max(1, best.splits // 2), best.splits, 2 * best.splits})
-    found = []
-    for config in (Config(64, stages, share, n) for stages in (2, 3, 4) for share in shares for n in splits):
-        try:
-            _plan(q_THC, pages, queries, 1.0, window, None, config, False)
-        except NotImplementedError:
-            continue
-        found.append(config)
-    return found
+    every = (Config(64, stages, share, n) for stages in (2, 3, 4) for share in shares for n in splits)
+    return [config for config in every if _fits(q_THC, pages, queries, window, config)]
 
 
 def paged_attention(
@@ -193,6 +180,14 @@ def _check(q_THC: jax.Array, pages: Pages, queries: Queries, config: Config) -> 
     _refuse(config.share == "rows" and columns > 192, f"{columns} columns of values in tiles of 128 rows; up to 192")
     most = min(group, ROWS) * queries.most
     _refuse(config.share == "rows" and most <= ROWS, f"tiles of 128 rows; a head tile of a sequence has {most}")
+
+
+def _fits(q_THC: jax.Array, pages: Pages, queries: Queries, window: int | None, config: Config) -> bool:
+    try:
+        _plan(q_THC, pages, queries, 1.0, window, None, config, False)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _plan(
