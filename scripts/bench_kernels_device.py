@@ -8,7 +8,7 @@ Each part runs in a process of its own and writes records as it goes; what fails
 
 from __future__ import annotations
 
-import argparse  # and not tyro: where the GPU is, there may be jax and what a model needs, and little else
+import argparse
 import importlib.util
 import os
 import sys
@@ -35,27 +35,17 @@ SECONDS = {"ceilings": 30, "matmul": 200, "attention": 120, "quantized": 110, "r
 
 def arguments() -> argparse.Namespace:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder for records")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them; the ceilings are always measured")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for a check of the code; its numbers mean nothing")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
-    parser.add_argument("--part", choices=PARTS, help="run one part in this process (the driver's own use)")
+    parser = device_driver.parser_of(__doc__, PARTS, ROOT / "benchmarks")
     parser.add_argument("--bandwidth", type=float, help="with --part: GB/s that the card reads")
     parser.add_argument("--rate", type=float, help="with --part: TFLOP/s that the card multiplies")
-    found = parser.parse_args()
-    unknown = [name for name in found.only.split(",") if name not in PARTS]
-    if unknown:
-        parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
-    return found
+    return parser.parse_args()
 
 
 def run_part(args: argparse.Namespace) -> int:
     """One part, in this process."""
     sizes = kernel_bench.TINY if args.tiny else kernel_bench.FULL
-    platform = jax.devices()[0].platform
-    if platform != "gpu" and not args.tiny and args.part != "torch":
-        sys.exit(f"this needs a GPU, and jax found a {platform}; --tiny checks the code without one")
+    if args.part != "torch":  # in whose process jax keeps off the GPU
+        device_driver.need_gpu(args.tiny)
     PARTS[args.part](kernel_bench.Bench(sizes, args.out, args.bandwidth, args.rate))
     return 0
 
@@ -68,7 +58,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # the driver keeps off the GPU, of whose memory jax would take most
     sizes = kernel_bench.TINY if args.tiny else kernel_bench.FULL
     began, made = time.monotonic(), dict[str, dict[str, Any]]()
-    for part in dict.fromkeys(("ceilings", *args.only.split(","))):
+    for part in dict.fromkeys(("ceilings", *args.only)):
         found = made.get("kernel-ceilings", {}).get("counters") or {"gbps": 1.0, "tflops": 1.0}
         command = [sys.executable, __file__, "--part", part, "--out", str(args.out), *["--tiny"] * args.tiny]
         command += ["--bandwidth", str(found["gbps"]), "--rate", str(found["tflops"])]

@@ -8,7 +8,7 @@ Each part runs in a process of its own and writes records as it goes; what fails
 
 from __future__ import annotations
 
-import argparse  # and not tyro: where the GPU is, there may be jax and what a model needs, and little else
+import argparse
 import importlib.util
 import os
 import sys
@@ -32,29 +32,18 @@ HOST_MEMORY_GB = "100"
 
 def arguments() -> argparse.Namespace:
     """What the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="folder for records")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between them")
-    parser.add_argument("--tiny", action="store_true", help="small sizes, for a check of the code; its numbers mean nothing")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
+    parser = device_driver.parser_of(__doc__, PARTS, ROOT / "benchmarks")
     parser.add_argument("--trace", type=Path, default=ROOT / "tests" / "offload" / "data" / "qwen3_30b_a3b.npz", help="routing that decoding follows")
-    parser.add_argument("--part", choices=PARTS, help="run one part in this process (the driver's own use)")
     parser.add_argument("--method", help="how slots are filled in decode and profile; by default the fastest fill of this run")
     parser.add_argument("--kernels", choices=("pallas", "xla"), default="pallas", help="what experts are multiplied with")
     parser.add_argument("--link-gbps", type=float, help="with --part: the link's best rate so far")
-    found = parser.parse_args()
-    unknown = [name for name in found.only.split(",") if name not in PARTS]
-    if unknown:
-        parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
-    return found
+    return parser.parse_args()
 
 
 def run_part(args: argparse.Namespace) -> int:
     """One part, in this process."""
     sizes = device_bench.TINY if args.tiny else device_bench.FULL
-    platform = jax.devices()[0].platform
-    if platform != "gpu" and not args.tiny:
-        sys.exit(f"this needs a GPU, and jax found a {platform}; --tiny checks the code without one")
+    device_driver.need_gpu(args.tiny)
     PARTS[args.part](device_bench.Part(sizes, args.out, args.method, args.link_gbps, args.trace, args.kernels == "pallas"))
     return 0
 
@@ -75,7 +64,7 @@ def main() -> int:
         return run_part(args)
     jax.config.update("jax_platforms", "cpu")  # the driver keeps off the GPU, of whose memory jax would take most
     sizes = device_bench.TINY if args.tiny else device_bench.FULL
-    good = device_driver.drive(args.only.split(","), args.out, sizes, 60 * args.minutes, lambda *job: start(args, *job), args.method)
+    good = device_driver.drive(args.only, args.out, sizes, 60 * args.minutes, lambda *job: start(args, *job), args.method)
     return 0 if good else 1
 
 

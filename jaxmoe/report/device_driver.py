@@ -6,6 +6,7 @@ method, where they are many), which writes a record as soon as it has one; for a
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -16,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from jaxmoe.report import record
 from jaxmoe.report.device_bench import FILL_METHODS, GRAPHS, LINK_METHODS, Sizes, brief, empty_record, line_of, path_of
@@ -70,6 +73,40 @@ class Ended:
 
     seconds: float
     reason: str | None = None
+
+
+def parser_of(description: str | None, parts: Iterable[str], out: Path) -> argparse.ArgumentParser:
+    """What every command that measures on a device takes.
+
+    By argparse and not tyro: where the GPU is, there may be jax and what a model needs, and little else.
+
+    Args:
+        description: of the command.
+        parts: that it has.
+        out: where records go by default.
+    """
+    known = tuple(parts)
+
+    def some(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"there is no part {unknown[0]!r}: choose from {', '.join(known)}")
+        return names
+
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out, help="folder for records")
+    parser.add_argument("--only", type=some, default=list(known), help="parts, with commas between them")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a check of the code; its numbers mean nothing")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
+    parser.add_argument("--part", choices=known, help="run one part in this process (the driver's own use)")
+    return parser
+
+
+def need_gpu(tiny: bool) -> None:
+    """Ends the process where there is no GPU, but for a check of the code with `tiny` sizes."""
+    platform = jax.devices()[0].platform
+    if platform != "gpu" and not tiny:
+        sys.exit(f"this needs a GPU, and jax found a {platform}; --tiny checks the code without one")
 
 
 def drive(
