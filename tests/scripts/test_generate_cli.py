@@ -213,6 +213,13 @@ def test_ids_without_a_token_are_seen_in_the_text(model, cache, tmp_path):
     assert request["text"] == Tokenizer(model).decode(request["ids"])
 
 
+@pytest.mark.parametrize(("asked", "layout"), [("pallas", "2fd"), ("xla", "d2f")])
+def test_kernels_can_be_left_out(asked, layout, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cuda")
+    kernels = generate.find_kernels(generate.Arguments(prompt="x", kernels=asked))
+    assert kernels.pallas == (asked == "pallas") and kernels.backend == "gpu" and kernels.expert_layout == layout
+
+
 def test_dtype(model, cache, tmp_path):
     sizes = {}
     for dtype in ("float32", "bfloat16"):
