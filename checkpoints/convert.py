@@ -30,7 +30,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.families import Piece
 from checkpoints.manifest import SPEC, LeafRecord, Manifest, read_manifest, write_manifest, write_text
 from checkpoints.plan import Plan, Unit, make_plan
-from checkpoints.safetensors_reader import SafetensorsFolder
+from checkpoints.quantized import Unpacked, open_source
 from jaxmoe import formats
 
 KEPT_FILES = (
@@ -46,6 +46,7 @@ KEPT_FILES = (
 PROGRESS = "_progress.jsonl"
 
 _PENDING = 4  # chunks being written while the next is read
+_BLOCK_BYTES = 8 << 20  # of the source that are decoded and picked from at once
 _SYNCING = 16
 
 
@@ -75,7 +76,7 @@ def convert(
             written can be resumed).
     """
     hf, out = Path(hf_folder), Path(out_folder)
-    with SafetensorsFolder(hf) as source:
+    with open_source(hf) as source:
         plan = make_plan(hf, source, dtype)
         finished = _finished(hf, out, plan)
         if finished is not None:
@@ -219,7 +220,7 @@ def _open_progress(partial: Path, plan: Plan) -> IO[str]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_units(source: SafetensorsFolder, plan: Plan, partial: Path, done: dict, log: IO[str], progress) -> dict:
+def _write_units(source: Unpacked, plan: Plan, partial: Path, done: dict, log: IO[str], progress) -> dict:
     """Writes every unit that isn't done; gives the checksums of all."""
     total = plan.nbytes
     written = sum(unit.nbytes for unit in plan.units if unit.key in done)
@@ -240,7 +241,7 @@ def _write_units(source: SafetensorsFolder, plan: Plan, partial: Path, done: dic
             if unit.path not in arrays:
                 arrays = {unit.path: store.create_array(partial, unit.path, unit.leaf, unit.array_chunk)}
             reported = functools.partial(report, path=unit.path)
-            crc = _write_unit(arrays[unit.path], _chunks(source, unit, plan.dtype), reported)
+            crc = _write_unit(arrays[unit.path], _chunks(source, unit), reported)
             checksums[unit.key] = f"{crc:08x}"
             log.write(json.dumps({"leaf": unit.path, "expert": unit.piece.expert, "crc32": checksums[unit.key]}) + "\n")
             log.flush()
@@ -282,7 +283,7 @@ def _writing_failed(error: Exception, partial: Path, written: int, total: int) -
     return CheckpointError(f"{partial}: writing failed, a second run will go on from there: {store.one_line(error)}")
 
 
-def _chunks(source: SafetensorsFolder, unit: Unit, dtype: str) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
+def _chunks(source: Unpacked, unit: Unit) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
     """The unit's chunks in order: where each goes in the array, and its numbers `[(1,) *chunk]`.
 
     Where chunks are cut along the tensor's rows, only a chunk's rows are in memory; otherwise the whole tensor is (an
@@ -293,18 +294,26 @@ def _chunks(source: SafetensorsFolder, unit: Unit, dtype: str) -> Iterator[tuple
     for axis, start, stop in store.unit_chunks(piece.shape, unit.chunk):
         if axis == piece.row_axis:
             step = piece.rows_per_step
-            block = piece.to_leaf(_rows(source, piece, start * step, stop * step))
+            block = piece.to_leaf(read_rows(source, piece, start * step, stop * step, unit.dtype))
         else:
             if whole is None:
-                whole = piece.to_leaf(_rows(source, piece, 0, piece.rows))
+                whole = piece.to_leaf(read_rows(source, piece, 0, piece.rows, unit.dtype))
             block = whole[tuple(slice(start, stop) if i == axis else slice(None) for i in range(whole.ndim))]
-        data = formats.store_numpy(np.ascontiguousarray(block), dtype)
+        data = np.ascontiguousarray(block)
         yield unit.region(axis, start, stop), data if piece.expert is None else data[None]
 
 
-def _rows(source: SafetensorsFolder, piece: Piece, start: int, stop: int) -> np.ndarray:
-    first = (piece.first + start) * piece.cols
-    return source.read_elements(piece.hf, first, (stop - start) * piece.cols).reshape(-1, piece.cols)
+def read_rows(source: Unpacked, piece: Piece, start: int, stop: int, dtype: str) -> np.ndarray:
+    """Rows `start` to `stop` of a piece, as `dtype` is held; the source is read in blocks, so that what lies between them is never in memory whole.
+
+    Returns:
+        `[stop - start, cols]`.
+    """
+    out = np.empty((stop - start, piece.cols), formats.leaf_dtype(dtype))
+    for block in piece.blocks(start, stop, max(1, _BLOCK_BYTES // (4 * piece.width))):
+        rows = source.read_matrix(piece.hf, piece.width, block.first, block.stop, block.at)
+        out[block.rows.start - start : block.rows.stop - start] = formats.store_numpy(piece.take_columns(rows), dtype)
+    return out
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -323,6 +332,7 @@ def _finish(hf: Path, plan: Plan, partial: Path, checksums: dict) -> Manifest:
         source_files=plan.source_files,
         files=files,
         ignored=plan.ignored,
+        dropped=plan.dropped,
         nbytes=plan.nbytes,
         leaves=_records(plan, checksums),
     )
@@ -337,7 +347,7 @@ def _records(plan: Plan, checksums: dict) -> dict[str, LeafRecord]:
     return {
         path: LeafRecord(
             shape=units[0].leaf.shape,
-            dtype=plan.dtype,
+            dtype=units[0].dtype,
             stored=units[0].leaf.dtype.name,
             axes=units[0].leaf.axes,
             chunk=units[0].array_chunk,

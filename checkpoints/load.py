@@ -22,10 +22,10 @@ import tensorstore as ts
 from checkpoints import store
 from checkpoints.convert import PROGRESS, convert
 from checkpoints.errors import CheckpointError
-from checkpoints.families import leaf_paths, unflatten
+from checkpoints.families import held_in, leaf_dtype_name, leaf_paths, unflatten
 from checkpoints.manifest import MANIFEST, SPEC, Manifest, read_manifest
 from checkpoints.plan import make_plan, read_config
-from checkpoints.safetensors_reader import SafetensorsFolder
+from checkpoints.quantized import open_source
 from jaxmoe import formats
 from jaxmoe.formats import ExpertLayout
 from jaxmoe.spec import Leaf, ModelSpec, SpecError
@@ -56,13 +56,13 @@ class Checkpoint:
         Args:
             path: dotted, e.g. 'experts.0.gate'.
             index: ints and slices, as numpy takes them; () is the whole leaf.
-            dtype: 'float32' or 'bfloat16' (uint16 comes back); None for the one on disk.
+            dtype: 'float32' or 'bfloat16' (uint16 comes back); None for the leaf's own on disk.
 
         Raises:
             CheckpointError: no such leaf, or one of its chunks is missing or damaged; the message names leaf and file.
         """
         data = store.read_array(self.folder, path, self._array(path), index)
-        return formats.store_numpy(data, dtype or self.manifest.dtype)
+        return formats.store_numpy(data, dtype or self.manifest.leaves[path].dtype)
 
     def restore_params(
         self, spec: ModelSpec | None = None, sharding: Placement = None, dtype: str | None = None
@@ -72,7 +72,7 @@ class Checkpoint:
         Args:
             spec: what the caller computes with; it must be this checkpoint's model, its precision may differ.
             sharding: see `Placement`; each device's slice is read on its own.
-            dtype: 'float32' or 'bfloat16'; None for `spec.precision.params`.
+            dtype: 'float32' or 'bfloat16'; None for `spec.precision.params`. Leaves that are float32 in any model stay so.
 
         Returns:
             Nested dicts of jax arrays; bfloat16 as uint16.
@@ -118,7 +118,7 @@ class Checkpoint:
             data = store.read_array(self.folder, path, self._array(path), (expert,))
             if verify:
                 self._check_unit(path, expert, data)
-            out[name] = formats.store_numpy(data, dtype or self.manifest.dtype)
+            out[name] = formats.store_numpy(data, dtype or self.manifest.leaves[path].dtype)
         return out
 
     def restore_bank(
@@ -209,12 +209,10 @@ class Checkpoint:
     def _restore(self, prefix: str, spec: ModelSpec | None, sharding: Placement, dtype: str | None) -> dict:
         spec, dtype = self._checked(spec, dtype)
         leaves = {}
-        for path, leaf in leaf_paths(spec).items():
+        for path, leaf in leaf_paths(held_in(spec, dtype)).items():
             if path.startswith(prefix):
-                held = dataclasses.replace(leaf, dtype=formats.leaf_dtype(dtype))
-                leaves[path.removeprefix(prefix)] = _build(
-                    held, sharding, functools.partial(self.read, path, dtype=dtype)
-                )
+                read = functools.partial(self.read, path, dtype=leaf_dtype_name(leaf))
+                leaves[path.removeprefix(prefix)] = _build(leaf, sharding, read)
         return unflatten(leaves)
 
     def _bank_in(self, leaf: Leaf, index: tuple, dtype: str, layout: ExpertLayout) -> np.ndarray:
@@ -338,7 +336,7 @@ def load_hf_or_checkpoint(
     folder = Path(path)
     if _is_converted(folder):
         return open_checkpoint(folder)
-    with SafetensorsFolder(folder) as source:
+    with open_source(folder) as source:
         plan = make_plan(folder, source, dtype)
     out = Path(cache_dir) / f"{plan.fingerprint[:16]}-{plan.spec.hash()}"
     convert(folder, out, dtype, progress)

@@ -13,7 +13,7 @@ from pathlib import Path
 from checkpoints.errors import CheckpointError
 
 FORMAT = "jaxmoe-checkpoint"
-VERSION = 1
+VERSION = 2
 LEAF_LAYOUT = "layered-1"
 """Names the leaf tree: `params.` as `abstract_params`, `experts.` as `abstract_experts`, layers unstacked."""
 
@@ -26,9 +26,8 @@ class LeafRecord:
     """One array on disk.
 
     `dtype` is that of the numbers, `stored` that of the array which holds them (bfloat16 is held as uint16).
-    `sources` are the Hugging Face tensors it was made of and `op` how (see `checkpoints.families.common.OPS`); one
-    source, or one per expert. `crc32` has a checksum per
-    source: over the stored bytes of its chunks, chunk after chunk, each in C order.
+    `sources` are the Hugging Face tensors it was made of and `op` how (see `checkpoints.families.rules`); one source, or one per expert. `crc32` has
+    a checksum per source: over the stored bytes of its chunks, chunk after chunk, each in C order.
     """
 
     shape: tuple[int, ...]
@@ -45,8 +44,9 @@ class LeafRecord:
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """A converted model. `source_files` are (name, bytes, SHA-256 of the header, SHA-256 of a sample of the data);
-    `files` maps the small files kept beside the arrays to their SHA-256; `ignored` lists source tensors that were
-    passed over; `nbytes` is the size of all leaves."""
+    `files` maps the small files kept beside the arrays to their SHA-256; `ignored` lists source tensors that were passed over, and `dropped` says how
+    many of those are weights (neither buffers nor copies), and how many bytes; `nbytes` is the size of all leaves; `dtype` is that of those leaves
+    which aren't float32 in any model."""
 
     spec_hash: str
     dtype: str
@@ -59,6 +59,7 @@ class Manifest:
     leaves: dict[str, LeafRecord]
     version: int = VERSION
     layout: str = LEAF_LAYOUT
+    dropped: tuple[int, int] = (0, 0)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -9,13 +9,27 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from checkpoints import store
 from checkpoints.errors import CheckpointError
-from checkpoints.families import Layout, Piece, choose_layout, hf_tensors, ignorable, leaf_paths, pieces_of
+from checkpoints.families import (
+    Layout,
+    Piece,
+    choose_layout,
+    hf_tensors,
+    ignorable,
+    is_weight,
+    leaf_dtype_name,
+    leaf_paths,
+    pieces_of,
+    pinned_paths,
+    tied_head,
+)
 from checkpoints.manifest import LEAF_LAYOUT, VERSION
-from checkpoints.safetensors_reader import SafetensorsFolder
+from checkpoints.quantized import Unpacked
+from checkpoints.safetensors_reader import DTYPES
 from jaxmoe.spec import Leaf, ModelSpec, SpecError
 
 _LISTED = 20  # tensors that an error lists
@@ -41,6 +55,11 @@ class Unit:
         return self.chunk if self.piece.expert is None else (1, *self.chunk)
 
     @property
+    def dtype(self) -> str:
+        """Of the numbers: 'float32' or 'bfloat16'."""
+        return leaf_dtype_name(self.leaf)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the unit as stored."""
         return self.piece.rows * self.piece.cols * self.leaf.dtype.itemsize
@@ -61,11 +80,12 @@ class Plan:
     fingerprint: str
     source_files: tuple[tuple[str, int, str, str], ...]
     ignored: tuple[str, ...]
+    dropped: tuple[int, int]
     units: tuple[Unit, ...]
 
     @property
     def dtype(self) -> str:
-        """How weights are held: 'float32' or 'bfloat16'."""
+        """How weights are held: 'float32' or 'bfloat16'; some leaves are float32 in either (`Unit.dtype`)."""
         return self.spec.precision.params
 
     @property
@@ -84,24 +104,30 @@ class Plan:
         }
 
 
-def make_plan(hf: Path, source: SafetensorsFolder, dtype: str | None) -> Plan:
+def make_plan(hf: Path, source: Unpacked, dtype: str | None) -> Plan:
     """Checks config and tensors, and lists what is to be written.
 
     Raises:
         CheckpointError: see `convert`.
     """
     spec = read_config(hf)
-    layout = choose_layout(spec, source.tensors)
+    layout = choose_layout(spec, source.tensors, source.form)
+    spec = _without_absent_heads(spec, layout, source)
     expected = hf_tensors(spec, layout)
-    ignored = _check_names(hf, source, spec, layout, expected.keys())
-    for name, (shape, _) in expected.items():
-        source.check_shape(name, shape)
-        source.held_dtype(name)
-    spec = _with_dtype(hf, source, spec, expected.keys(), dtype)
-    _check_tied(source, layout, ignored)
+    left = tuple(name for name in source.tensors if name not in expected)
+    wrong = [
+        *([_list(source.problems)] if source.problems else []),
+        *_check_names(source, spec, layout, expected, left),
+        *_check_tensors(source, {name: shape for name, (shape, _) in expected.items() if name in source.tensors}),
+    ]
+    if wrong:
+        raise CheckpointError(f"{hf}: {'; '.join(wrong)}")
+    spec = _with_dtype(hf, source, spec, layout, dtype)
+    _check_tied(source, spec, layout, left)
     files = tuple((f.name, f.nbytes, f.header_sha256, f.sample_sha256) for f in source.files)
-    fingerprint = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-    return Plan(spec, layout, fingerprint, files, ignored, _units(spec, layout))
+    fingerprint = hashlib.sha256(json.dumps([*files, *source.identity]).encode()).hexdigest()
+    lost = [source[name].nbytes for name in left if is_weight(spec, layout, name)]
+    return Plan(spec, layout, fingerprint, files, left, (len(lost), sum(lost)), _units(spec, layout))
 
 
 def read_config(hf: Path) -> ModelSpec:
@@ -129,31 +155,56 @@ def read_config(hf: Path) -> ModelSpec:
         raise CheckpointError(f"{path}: damaged: {store.one_line(error)}") from error
 
 
-def _check_names(hf: Path, source: SafetensorsFolder, spec: ModelSpec, layout: Layout, expected) -> tuple[str, ...]:
+def _without_absent_heads(spec: ModelSpec, layout: Layout, source: Unpacked) -> ModelSpec:
+    """The model without its extra heads where not one tensor of theirs is there: many tools save models without them, and leave their configs as
+    they were."""
+    without = dataclasses.replace(spec, extra_heads=())
+    if spec == without:
+        return spec
+    own = hf_tensors(spec, layout).keys() - hf_tensors(without, layout).keys()
+    return spec if any(name in source.tensors for name in own) else without
+
+
+def _check_names(source: Unpacked, spec: ModelSpec, layout: Layout, expected: Collection[str], left: Collection[str]) -> Iterator[str]:
     missing = [name for name in expected if name not in source.tensors]
     if missing:
-        raise CheckpointError(f"{hf}: {_count(missing, 'tensor')} missing that the config needs: {_list(missing)}")
-    left = [name for name in source.tensors if name not in expected]
+        yield f"{_count(missing, 'tensor')} missing that the config needs: {_list(sorted(missing))}"
     unexpected = [name for name in left if not ignorable(spec, layout, name)]
     if unexpected:
-        raise CheckpointError(
-            f"{hf}: {_count(unexpected, 'tensor')} unexpected, which the config has no place for: {_list(unexpected)}"
-        )
-    return tuple(left)
+        yield f"{_count(unexpected, 'tensor')} unexpected, which the config has no place for: {_list(sorted(unexpected))}"
+
+
+def _check_tensors(source: Unpacked, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    misshapen, unsupported = [], []
+    for name in sorted(shapes):
+        info = source[name]
+        if info.shape != shapes[name]:
+            misshapen.append(f"tensor {name} has shape {list(info.shape)}, the config needs {list(shapes[name])}")
+        if not source.supports(name):
+            unsupported.append(f"tensor {name} has dtype {info.dtype}")
+    if misshapen:
+        yield _list(misshapen)
+    if unsupported:
+        yield f"{_list(unsupported)}, which is not supported ({', '.join(DTYPES)} are)"
 
 
 def _count(names: list[str], noun: str) -> str:
     return f"{len(names)} {noun}{'s are' if len(names) > 1 else ' is'}"
 
 
-def _list(names: list[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(sorted(names)[:_LISTED]) + more
+def _list(items: list[str]) -> str:
+    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return ", ".join(items[:_LISTED]) + more
 
 
-def _with_dtype(hf: Path, source: SafetensorsFolder, spec: ModelSpec, expected, dtype: str | None) -> ModelSpec:
-    if dtype is None:
-        kinds = Counter(source[name].dtype for name in expected)
+def _with_dtype(hf: Path, source: Unpacked, spec: ModelSpec, layout: Layout, dtype: str | None) -> ModelSpec:
+    """Without a wish, the source's own dtype; tensors that are held in float32 whatever the model is have no say in it. bfloat16 for quantized ones."""
+    if dtype is None and source.packed:
+        dtype = "bfloat16"
+    elif dtype is None:
+        pinned = pinned_paths(spec)
+        tensors = hf_tensors(spec, layout).items()
+        kinds = Counter(source[name].dtype for name, (_, parts) in tensors if not all(path in pinned for path, _ in parts))
         if len(kinds) > 1:
             found = ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common())
             raise CheckpointError(f"{hf}: tensors of several dtypes ({found}): choose one, float32 or bfloat16")
@@ -164,10 +215,10 @@ def _with_dtype(hf: Path, source: SafetensorsFolder, spec: ModelSpec, expected, 
         raise CheckpointError(str(error)) from error
 
 
-def _check_tied(source: SafetensorsFolder, layout: Layout, ignored: tuple[str, ...]) -> None:
+def _check_tied(source: Unpacked, spec: ModelSpec, layout: Layout, ignored: tuple[str, ...]) -> None:
     """A tied model's output matrix may be on disk, if it is the embedding."""
-    head, embed = layout.top["lm_head.kernel"].hf, layout.top["embed.table"].hf
-    if head not in ignored:
+    head, embed = tied_head(spec, layout), layout.on_disk(layout.top["embed.table"].hf)
+    if head is None or head not in ignored:
         return
     source.check_shape(head, source[embed].shape)
     size, step = source[embed].size, store.CHUNK_BYTES

@@ -22,6 +22,9 @@ from checkpoints.errors import CheckpointError
 DTYPES: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 """Dtypes that can be read, and the numpy dtype that holds each: bfloat16 is held as uint16."""
 
+PACKED: dict[str, np.dtype] = {"U8": np.dtype("u1"), "F8_E4M3": np.dtype("u1")}
+"""Dtypes of packed numbers, which `read_bytes` reads as they are."""
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -133,10 +136,31 @@ class SafetensorsFolder:
             CheckpointError: as `read`.
             IndexError: the range doesn't lie within the tensor.
         """
+        return self._read(self[name], self.held_dtype(name), start, count)
+
+    def read_matrix(self, name: str, width: int, start: int, stop: int, at: slice | np.ndarray = slice(None)) -> np.ndarray:
+        """The tensor seen as rows of `width` elements: rows `at` of those from `start` to `stop`, `[n, width]`.
+
+        Raises:
+            CheckpointError, IndexError: as `read_elements`.
+        """
+        return self.read_elements(name, start * width, (stop - start) * width).reshape(-1, width)[at]
+
+    def read_bytes(self, name: str, start: int, count: int) -> np.ndarray:
+        """`count` elements from element `start` on of a tensor whose dtype is in `PACKED`, as a flat array of uint8.
+
+        Raises:
+            CheckpointError: no such tensor, another dtype, or the file ends too early.
+            IndexError: the range doesn't lie within the tensor.
+        """
         info = self[name]
-        dtype = self.held_dtype(name)
+        if info.dtype not in PACKED:
+            raise CheckpointError(f"{self.folder / info.file}: tensor {name} has dtype {info.dtype}, {' or '.join(PACKED)} is needed")
+        return self._read(info, PACKED[info.dtype], start, count)
+
+    def _read(self, info: TensorInfo, dtype: np.dtype, start: int, count: int) -> np.ndarray:
         if start < 0 or count < 0 or start + count > info.size:
-            raise IndexError(f"elements {start}:{start + count} of tensor {name} with {info.size}")
+            raise IndexError(f"elements {start}:{start + count} of tensor {info.name} with {info.size}")
         out = np.empty(count, dtype)
         self._pread(info.file, info.start + start * dtype.itemsize, out.data.cast("B") if count else memoryview(b""))
         return out
@@ -282,7 +306,8 @@ def _parse_tensor(path: Path, data: int, name: str, entry: dict) -> TensorInfo:
     dtype, shape, (start, stop) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
     if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
         raise CheckpointError(f"{path}: damaged header: shape or offsets of tensor {name} are not counts")
-    size = DTYPES[dtype].itemsize * math.prod(shape) if dtype in DTYPES else stop - start
+    known = DTYPES.get(dtype) or PACKED.get(dtype)
+    size = known.itemsize * math.prod(shape) if known else stop - start
     if stop - start != size:
         raise CheckpointError(
             f"{path}: damaged header: tensor {name} of {dtype} {list(shape)} "

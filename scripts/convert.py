@@ -49,7 +49,8 @@ def summary(manifest: Manifest) -> Table:
         table.add_column(name, justify="left" if name == "kind" else "right")
     for kind in ("params", "experts"):
         records = [record for path, record in manifest.leaves.items() if path.startswith(f"{kind}.")]
-        table.add_row(kind, str(len(records)), manifest.dtype, f"{sum(record.nbytes for record in records):,}")
+        dtypes = ", ".join(sorted({record.dtype for record in records})) or manifest.dtype
+        table.add_row(kind, str(len(records)), dtypes, f"{sum(record.nbytes for record in records):,}")
     table.add_row("total", str(len(manifest.leaves)), "", f"{manifest.nbytes:,}")
     return table
 
@@ -90,6 +91,9 @@ def run(args: Arguments) -> None:
     if args.list:
         console.print(listing(manifest))
     console.print(summary(manifest))
+    if manifest.dropped[0]:
+        count, nbytes = manifest.dropped
+        console.print(f"passed over, as nothing here uses them: {count:,} weights, {nbytes:,} bytes (manifest.json lists them)", soft_wrap=True)
     if first is None:
         console.print(f"{args.out} was there already, nothing was written", soft_wrap=True, markup=False)
         return

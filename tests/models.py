@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.cache.batch import make_batch
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.engine.host_driven import HostDriven
@@ -113,7 +113,7 @@ def prefill_logits(
 ) -> list[np.ndarray]:
     """float32 logits [len(ids), V] of each request, prefilled by a schedule in steps of `tokens`."""
     run = steps.run_length(tokens)
-    layers = init_kv(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+    layers = init_layers(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
     state = steps.committed(steps.EngineState(layers, model.bank.init_state()))
     step = steps.logits_step(model.spec, model.kernels)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]
@@ -130,7 +130,7 @@ def decode_logits(
     model: Model, requests: list[list[int]], bucket: int, rows: int | None = None, positions: int = 512, step: Callable | None = None
 ) -> list[np.ndarray]:
     """The same, every request fed one token at a time from its first on, all requests together in steps of `bucket` rows."""
-    layers = init_kv(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+    layers = init_layers(model.spec, rows or len(requests), positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
     state = steps.committed(steps.EngineState(layers, model.bank.init_state()))
     step = step or steps.logits_step(model.spec, model.kernels)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]

@@ -7,7 +7,20 @@ from collections.abc import Collection
 
 from checkpoints.errors import CheckpointError
 from checkpoints.families import mixtral, olmoe, qwen3_moe
-from checkpoints.families.common import Layout, Piece, flatten, hf_tensors, leaf_paths, pieces_of, unflatten
+from checkpoints.families.common import BUFFERS
+from checkpoints.families.rules import (
+    Layout,
+    Piece,
+    Rule,
+    flatten,
+    held_in,
+    hf_tensors,
+    leaf_dtype_name,
+    leaf_paths,
+    pieces_of,
+    pinned_paths,
+    unflatten,
+)
 from jaxmoe.spec import ModelSpec
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
@@ -18,36 +31,62 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
 """The layouts that each family's weights come in, by `ModelSpec.family`."""
 
 
-def choose_layout(spec: ModelSpec, names: Collection[str]) -> Layout:
-    """The layout of the spec's family that finds most of its tensors among `names`; the first one among equals.
+def layouts_of(spec: ModelSpec, packed: str = "") -> tuple[Layout, ...]:
+    """The layouts that the spec's family has for weights in a quantized form; those for plain ones where that form changes no names.
 
     Raises:
         CheckpointError: there is no name map for the family.
     """
     if spec.family not in LAYOUTS:
-        raise CheckpointError(
-            f"no weight names are known for the family {spec.family!r} ({', '.join(LAYOUTS)} are known)"
-        )
+        raise CheckpointError(f"no weight names are known for the family {spec.family!r} ({', '.join(LAYOUTS)} are known)")
+    own = tuple(layout for layout in LAYOUTS[spec.family] if layout.packed == packed)
+    return own or tuple(layout for layout in LAYOUTS[spec.family] if not layout.packed)
+
+
+def choose_layout(spec: ModelSpec, names: Collection[str], packed: str = "") -> Layout:
+    """The layout of the spec's family that finds most of its tensors among `names`; the first one among equals.
+
+    Raises:
+        CheckpointError: there is no name map for the family.
+    """
     held = set(names)
-    return max(LAYOUTS[spec.family], key=lambda layout: len(hf_tensors(spec, layout).keys() & held))
+    return max(layouts_of(spec, packed), key=lambda layout: len(hf_tensors(spec, layout).keys() & held))
+
+
+def tied_head(spec: ModelSpec, layout: Layout) -> str | None:
+    """The name that a tied model's output matrix may have on disk."""
+    rule = layout.top.get("lm_head.kernel")
+    return layout.on_disk(rule.hf) if spec.tied and rule is not None else None
 
 
 def ignorable(spec: ModelSpec, layout: Layout, name: str) -> bool:
-    """Whether a tensor that fills no leaf may be there all the same: a buffer, or the output matrix of a tied model."""
-    if spec.tied and name == layout.top["lm_head.kernel"].hf:
+    """Whether a tensor that fills no leaf may be there all the same: one that the layout passes over, or the output matrix of a tied model."""
+    if name == tied_head(spec, layout):
         return True
-    return any(re.fullmatch(pattern, name) for pattern in layout.ignored)
+    return any(re.fullmatch(pattern.replace("{n_layers}", str(spec.n_layers)), name) for pattern in layout.ignored)
+
+
+def is_weight(spec: ModelSpec, layout: Layout, name: str) -> bool:
+    """Whether an ignorable tensor holds something that is lost: neither a buffer nor a copy."""
+    return name != tied_head(spec, layout) and not any(re.fullmatch(pattern, name) for pattern in BUFFERS)
 
 
 __all__ = [
     "LAYOUTS",
     "Layout",
     "Piece",
+    "Rule",
     "choose_layout",
     "flatten",
+    "held_in",
     "hf_tensors",
     "ignorable",
+    "is_weight",
+    "layouts_of",
+    "leaf_dtype_name",
     "leaf_paths",
     "pieces_of",
+    "pinned_paths",
+    "tied_head",
     "unflatten",
 ]

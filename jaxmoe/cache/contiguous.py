@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
-from jaxmoe.spec import AttentionSpec, ModelSpec
+from jaxmoe.cache.masks import first_seen, seen, softmax_with
+from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dense.api import MIN_ROWS
 from pallas_kernels.dense.cpu import ROW_TILES, same_order
 from pallas_kernels.dispatch import Kernels
@@ -27,19 +28,21 @@ _NONE_YET = -1e30
 
 @flax.struct.dataclass
 class KVState:
-    """Attributes: `k` [L, B, K, C, S] and `v` [L, B, K, S, C], float32 or bfloat16 held as uint16.
+    """Attributes: `k` [L, B, K, C, S] and `v` [L, B, K, S, C], float32 or bfloat16 held as uint16; `v` is None where values are the keys' first
+    channels, as in latent attention.
 
-    S leaves room for one whole run past the last position. Keys lie transposed: on XLA's CPU backend few queries times [C, S] take a third of the
+    L counts the layers that share the state, and S leaves room for one whole run past the last position. Keys lie transposed: on XLA's CPU backend few queries times [C, S] take a third of the
     time of few queries times the transpose of [S, C].
     """
 
     k: Num[Array, "L B K C S"]
-    v: Num[Array, "L B K S C"]
+    v: Num[Array, "L B K S C"] | None
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical name of every axis of every leaf."""
         head = ("layers", "batch", "kv_heads")
-        return {"k": (*head, "head_dim", "positions"), "v": (*head, "positions", "head_dim")}
+        out: dict[str, tuple[str | None, ...]] = {"k": (*head, "head_dim", "positions")}
+        return out if self.v is None else out | {"v": (*head, "positions", "head_dim")}
 
     def attend(
         self,
@@ -47,46 +50,64 @@ class KVState:
         layer: Int[Array, ""],
         q: Float[Array, "T H C"],
         k: Float[Array, "T K C"],
-        v: Float[Array, "T K C"],
+        v: Float[Array, "T K V"] | None,
         batch: Batch,
         kernels: Kernels,
-    ) -> tuple[Float[Array, "T H C"], KVState]:
+        sinks: Float[Array, "H"] | None = None,
+    ) -> tuple[Float[Array, "T H V"], KVState]:
         """Adds the step's keys and values, then attends from each query to its sequence up to its own position.
+
+        Args:
+            spec: masks, scale, and with `latent` how many of a key's channels are its value.
+            layer: which of the layers that share this state.
+            q, k, v: of the step's tokens; v is None where the state has none.
+            batch: whose tokens they are.
+            kernels: on the CPU, bits don't depend on what is around a token.
+            sinks: float32, a logit per head that takes part in the softmax and adds nothing.
 
         Returns:
             Outputs in q's dtype (zeros in padding), and the state with the keys and values written.
         """
         if kernels.backend == "cpu":
-            return _attend_runs(self, spec, layer, q, k, v, batch, kernels.row_invariant)
-        return _attend_gathered(self, spec, layer, q, k, v, batch)
+            return _attend_runs(self, spec, layer, q, k, v, batch, kernels.row_invariant, sinks)
+        return _attend_gathered(self, spec, layer, q, k, v, batch, sinks)
 
 
-def init_kv(spec: ModelSpec, rows: int, positions: int, max_run: int) -> KVState:
-    """An empty cache for `rows` sequences of up to `positions` tokens, written by runs of up to `max_run`.
+def init_kv(shape: tuple[int, int, int | None], layers: int, rows: int, positions: int, max_run: int, dtype: str) -> KVState:
+    """An empty cache.
 
-    Raises:
-        ValueError: layers differ in their key shapes.
+    Args:
+        shape: heads, channels of a key, and of a value (None: values are the keys' first channels), as `AttentionSpec.cached` has them.
+        layers: how many layers share it.
+        rows, positions: sequences, and tokens of each.
+        max_run: the longest run that is written.
+        dtype: 'float32' or 'bfloat16'.
     """
-    shapes = {(layer.attention.kv_heads, layer.attention.head_dim) for layer in spec.layers}
-    if len(shapes) != 1:
-        raise ValueError(f"one contiguous cache needs equal key shapes in all layers, found {sorted(shapes)}")
-    ((kv_heads, head_dim),) = shapes
+    kv_heads, key, value = shape
     length = -(-(positions + max_run) // KEY_BLOCK) * KEY_BLOCK
-    head = (spec.n_layers, rows, kv_heads)
-    dtype = formats.leaf_dtype(spec.precision.kv)
-    return KVState(jnp.zeros((*head, head_dim, length), dtype), jnp.zeros((*head, length, head_dim), dtype))
+    head, held = (layers, rows, kv_heads), formats.leaf_dtype(dtype)
+    return KVState(jnp.zeros((*head, key, length), held), None if value is None else jnp.zeros((*head, length, value), held))
+
+
+def _value_width(state: KVState, spec: AttentionSpec) -> int:
+    if state.v is not None:
+        return state.v.shape[-1]
+    assert spec.latent is not None, "a cache without values is one of latents"
+    return spec.latent.kv_rank
 
 
 def _held(x: jax.Array, like: jax.Array) -> jax.Array:
     return formats.store(x, "bfloat16" if like.dtype == jnp.uint16 else "float32")
 
 
-def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, row_invariant: bool):
+def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, row_invariant: bool, sinks):
     """The CPU's way: one run after another, each over the key blocks that it can see."""
-    run, (heads, c), kv_heads = batch.run, q.shape[1:], k.shape[1]
+    run, (heads, c), kv_heads, width = batch.run, q.shape[1:], k.shape[1], _value_width(state, spec)
     group = heads // kv_heads
     m = max(run * group, ROW_TILES[0])
-    out = jnp.zeros(q.shape, jnp.float32)
+    out = jnp.zeros((q.shape[0], heads, width), jnp.float32)
+    if sinks is not None:
+        sinks = jnp.pad(jnp.tile(sinks.reshape(kv_heads, group), (1, run)), ((0, 0), (0, m - run * group)))
 
     def one_run(r, carry):
         keys, values, out = carry
@@ -96,14 +117,16 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
             part = jax.lax.dynamic_slice_in_dim(new, at, run).transpose(axes)[None, None]
             return jax.lax.dynamic_update_slice(cache, _held(part, cache), (layer, seg, 0, *where))
 
-        keys, values = write(keys, k, (1, 2, 0), (0, pos)), write(values, v, (1, 0, 2), (pos, 0))
+        keys = write(keys, k, (1, 2, 0), (0, pos))
+        if values is not None:
+            values = write(values, v, (1, 0, 2), (pos, 0))
         q_run = jax.lax.dynamic_slice_in_dim(q, at, run).astype(jnp.float32) * spec.softmax_scale
         rows = q_run.reshape(run, kv_heads, group, c).transpose(1, 0, 2, 3).reshape(kv_heads, run * group, c)
         rows = jnp.pad(rows, ((0, 0), (0, m - run * group), (0, 0)))
         at_row = jnp.pad(pos + jnp.repeat(jnp.arange(run), group), (0, m - run * group))
-        o = _blocks(rows, at_row, keys, values, layer, seg, pos + batch.run_lengths[r], pos, spec.window, row_invariant)
-        o = o[:, : run * group].reshape(kv_heads, run, group, c).transpose(1, 0, 2, 3)
-        return keys, values, jax.lax.dynamic_update_slice(out, o.reshape(run, heads, c), (at, 0, 0))
+        o = _blocks(rows, at_row, keys, values, (layer, seg), pos + batch.run_lengths[r], pos, spec, row_invariant, sinks)
+        o = o[:, : run * group].reshape(kv_heads, run, group, width).transpose(1, 0, 2, 3)
+        return keys, values, jax.lax.dynamic_update_slice(out, o.reshape(run, heads, width), (at, 0, 0))
 
     carry = (state.k, state.v, out)
     if q.shape[0] == run:  # a single run needs no loop around it
@@ -123,32 +146,32 @@ def widened(values: Float[Array, "K S C"], rows: int) -> Float[Array, "K S W"]:
     return values if as_it_is else jnp.pad(values, ((0, 0), (0, 0), (0, -width % 64)))
 
 
-def _blocks(rows, at_row, keys, values, layer, seg, end, first, window, row_invariant):
-    """Attention of query rows [K, m, C] at positions `at_row` [m] over the blocks of one cache row; float32 [K, m, C]."""
+def _blocks(rows, at_row, keys, values, where, end, first, spec: AttentionSpec, row_invariant, sinks):
+    """Attention of query rows [K, m, C] at positions `at_row` [m] over the blocks of one cache row, `where` = (layer, row); float32 [K, m, V]."""
     kv_heads, m, c = rows.shape
+    width = spec.latent.kv_rank if values is None and spec.latent else values.shape[-1]
     ones = jnp.ones((KEY_BLOCK, 8), jnp.float32)
 
     def step(j, carry):
         top, total, o = carry
         at = j * KEY_BLOCK
-        k_block = jax.lax.dynamic_slice(keys, (layer, seg, 0, 0, at), (1, 1, kv_heads, c, KEY_BLOCK))[0, 0]
-        v_block = jax.lax.dynamic_slice(values, (layer, seg, 0, at, 0), (1, 1, kv_heads, KEY_BLOCK, c))[0, 0]
+        k_block = jax.lax.dynamic_slice(keys, (*where, 0, 0, at), (1, 1, kv_heads, c, KEY_BLOCK))[0, 0]
+        if values is None:  # the barrier keeps the transpose out of the dot, which would be added up in another order for many rows
+            v_block = jax.lax.optimization_barrier(k_block[:, :width].swapaxes(1, 2))
+        else:
+            v_block = jax.lax.dynamic_slice(values, (*where, 0, at, 0), (1, 1, kv_heads, KEY_BLOCK, width))[0, 0]
         s = jnp.einsum("kmc,kcs->kms", rows, formats.load(k_block, jnp.float32))
-        at_key = at + jnp.arange(KEY_BLOCK)
-        seen = at_key <= at_row[:, None]
-        if window is not None:
-            seen &= at_key > at_row[:, None] - window
-        s = jnp.where(seen, s, -jnp.inf)
+        s = jnp.where(seen(spec, at_row[:, None], at + jnp.arange(KEY_BLOCK)), s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(-1))
         p = jnp.exp(s - new_top[..., None])
         keep = jnp.exp(top - new_top)
         v_block = formats.load(v_block, jnp.float32)
-        o = o * keep[..., None] + jnp.einsum("kms,ksc->kmc", p, widened(v_block, m) if row_invariant else v_block)[..., :c]
+        o = o * keep[..., None] + jnp.einsum("kms,ksc->kmc", p, widened(v_block, m) if row_invariant else v_block)[..., :width]
         return new_top, total * keep + jnp.einsum("kms,sn->kmn", p, ones)[..., 0], o
 
-    start = 0 if window is None else jnp.maximum(first - window + 1, 0) // KEY_BLOCK
-    zero = (jnp.full((kv_heads, m), _NONE_YET), jnp.zeros((kv_heads, m)), jnp.zeros((kv_heads, m, c)))
-    _, total, o = jax.lax.fori_loop(start, -(-end // KEY_BLOCK), step, zero)
+    start = first_seen(spec, first) // KEY_BLOCK
+    none = (jnp.full((kv_heads, m), _NONE_YET), jnp.zeros((kv_heads, m))) if sinks is None else (sinks, jnp.ones((kv_heads, m)))
+    _, total, o = jax.lax.fori_loop(start, -(-end // KEY_BLOCK), step, (*none, jnp.zeros((kv_heads, m, width))))
     return o / total[..., None]
 
 
@@ -167,23 +190,29 @@ def _write_runs(state: KVState, layer, k, v, batch: Batch) -> tuple[jax.Array, j
     def one_run(r, caches):
         keys, values = caches
         here, seg, pos = r * run, segments[r], positions[r]
-        k_run, v_run, mine = (jax.lax.dynamic_slice_in_dim(t, here, run) for t in (k, v, valid))
+        k_run, mine = (jax.lax.dynamic_slice_in_dim(t, here, run) for t in (k, valid))
         keys = write(keys, k_run.transpose(1, 2, 0), mine, (seg, 0, 0, pos))
+        if values is None:
+            return keys, None
+        v_run = jax.lax.dynamic_slice_in_dim(v, here, run)
         return keys, write(values, v_run.transpose(1, 0, 2), mine[:, None], (seg, 0, pos, 0))
 
     return jax.lax.fori_loop(0, batch.tokens.shape[0] // run, one_run, (state.k, state.v))
 
 
-def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch):
+def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, sinks):
     """The plain way, for backends without a kernel and as a reference: one run after another, each over its whole cache row.
 
     All rows at once would be gathered first: a copy of a layer's cache, for which XLA's TPU compiler cuts up, and copies, the cache of all layers.
     """
-    run, (heads, c), kv_heads = batch.run, q.shape[1:], k.shape[1]
+    run, (heads, c), kv_heads, width = batch.run, q.shape[1:], k.shape[1], _value_width(state, spec)
     keys, values = _write_runs(state, layer, k, v, batch)
     group = heads // kv_heads
     m = max(run * group, MIN_ROWS)  # of fewer XLA makes sums of products, and lays the whole cache out anew for them
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+
+    if sinks is not None:
+        sinks = jnp.pad(jnp.tile(sinks.reshape(kv_heads, group), (1, run)), ((0, 0), (0, m - run * group)))[..., None]
 
     def row(cache, seg):
         return formats.load(jax.lax.dynamic_slice(cache, (layer, seg, 0, 0, 0), (1, 1, *cache.shape[2:]))[0, 0], q.dtype)
@@ -193,14 +222,15 @@ def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch:
         rows = q_run.reshape(run, kv_heads, group, c).transpose(1, 0, 2, 3).reshape(kv_heads, run * group, c)
         rows = jnp.pad(rows, ((0, 0), (0, m - run * group), (0, 0)))
         s = jnp.einsum("kmc,kcs->kms", rows, row(keys, seg), precision=exact, preferred_element_type=jnp.float32) * spec.softmax_scale
-        at_key, at_row = jnp.arange(s.shape[-1]), jnp.pad(jnp.repeat(at_row, group), (0, m - run * group))[:, None]
-        seen = at_key <= at_row
-        if spec.window is not None:
-            seen &= at_key > at_row - spec.window
-        p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1).astype(q.dtype)
-        o = jnp.einsum("kms,ksc->kmc", p, row(values, seg), precision=exact, preferred_element_type=jnp.float32)
-        return o[:, : run * group].reshape(kv_heads, run, group, c).transpose(1, 0, 2, 3).reshape(run, heads, c)
+        at_row = jnp.pad(jnp.repeat(at_row, group), (0, m - run * group))[:, None]
+        s = jnp.where(seen(spec, at_row, jnp.arange(s.shape[-1])), s, -jnp.inf)
+        p = softmax_with(s, sinks).astype(q.dtype)
+        if values is None:
+            o = jnp.einsum("kms,kcs->kmc", p, row(keys, seg)[:, :width], precision=exact, preferred_element_type=jnp.float32)
+        else:
+            o = jnp.einsum("kms,ksc->kmc", p, row(values, seg), precision=exact, preferred_element_type=jnp.float32)
+        return o[:, : run * group].reshape(kv_heads, run, group, width).transpose(1, 0, 2, 3).reshape(run, heads, width)
 
     o = jax.lax.map(one_run, (batch.run_segments, q.reshape(-1, run, heads, c), batch.positions.reshape(-1, run)))
-    o = jnp.where(batch.segments[:, None, None] >= 0, o.reshape(q.shape), 0.0)
+    o = jnp.where(batch.segments[:, None, None] >= 0, o.reshape(-1, heads, width), 0.0)
     return o.astype(q.dtype), KVState(keys, values)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmoe.cache.batch import Batch
+from jaxmoe.cache.masks import seen, softmax_with
 from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dispatch import Kernels
 
@@ -24,19 +24,22 @@ class FullState:
         layer,
         q: Float[Array, "T H C"],
         k: Float[Array, "T K C"],
-        v: Float[Array, "T K C"],
+        v: Float[Array, "T K V"] | None,
         batch: Batch,
         kernels: Kernels,
-    ) -> tuple[Float[Array, "T H C"], FullState]:
+        sinks: Float[Array, "H"] | None = None,
+    ) -> tuple[Float[Array, "T H V"], FullState]:
         """Causal attention within each row; see `KVState.attend`."""
         b, (h, c), kv = self.rows, q.shape[1:], k.shape[1]
+        if v is None:
+            assert spec.latent is not None, "attention without values is latent"
+            v = k[..., : spec.latent.kv_rank]
+        width = v.shape[-1]
         q = (q * spec.softmax_scale).reshape(b, -1, kv, h // kv, c)
-        k, v = k.reshape(b, -1, kv, c), v.reshape(b, -1, kv, c)
+        k, v = k.reshape(b, -1, kv, c), v.reshape(b, -1, kv, width)
         s = jnp.einsum("bqkgc,bskc->bkgqs", q, k, preferred_element_type=jnp.float32)
         at = jnp.arange(s.shape[-1])
-        seen = at[None, :] <= at[:, None]
-        if spec.window is not None:
-            seen &= at[None, :] > at[:, None] - spec.window
-        p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1).astype(v.dtype)
+        s = jnp.where(seen(spec, at[:, None], at), s, -jnp.inf)
+        p = softmax_with(s, None if sinks is None else sinks.reshape(kv, h // kv, 1, 1)).astype(v.dtype)
         o = jnp.einsum("bkgqs,bskc->bqkgc", p, v)
-        return o.reshape(-1, h, c), self
+        return o.reshape(-1, h, width), self

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxmoe.cache.batch import make_batch
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import SamplingParams, sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Model
@@ -192,7 +192,7 @@ class Engine:
         return steps.committed(steps.EngineState(self._empty_cache(), self.model.bank.init_state() if moving is None else moving))
 
     def _empty_cache(self):
-        return init_kv(self.model.spec, self.rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+        return init_layers(self.model.spec, self.rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
 
     def kv_bytes(self) -> int:
         """Bytes of the cache of keys and values."""
@@ -395,7 +395,7 @@ def prompt_logits(model: Model, ids: Sequence[int], tokens: int = 512) -> np.nda
     if len(ids) > model.spec.max_positions:
         raise RequestError(f"{len(ids)} tokens are more than the model's {model.spec.max_positions} positions")
     run = steps.run_length(tokens)
-    state = steps.committed(steps.EngineState(init_kv(model.spec, 1, positions_bucket(len(ids)), run), model.bank.init_state()))
+    state = steps.committed(steps.EngineState(init_layers(model.spec, 1, positions_bucket(len(ids)), run), model.bank.init_state()))
     step = steps.logits_step(model.spec, model.kernels)
     out = []
     for at in range(0, len(ids), tokens):

@@ -29,8 +29,8 @@ from jaxmoe.engine import steps
 from jaxmoe.experts.dispatch import weighted_sum
 from jaxmoe.experts.ranked import Ranked, rank
 from jaxmoe.experts.slots import Pools, SlotBank, uses
-from jaxmoe.nn.layers import rope_tables
-from jaxmoe.nn.transformer import decoder_layer, embed, head
+from jaxmoe.nn.layers import FINISHING
+from jaxmoe.nn.transformer import decoder_layer, embed, head, layer_tables
 from jaxmoe.offload.link import Link
 from jaxmoe.spec import LayerSpec, ModelSpec
 from pallas_kernels.dispatch import Kernels
@@ -55,25 +55,30 @@ class Routed:
 
 @flax.struct.dataclass
 class _PlanningBank(SlotBank):
-    """A slot bank that resolves and ranks, and leaves the computing to others: it adds nothing to the residual stream."""
+    """A slot bank that resolves and ranks, and leaves the computing to others: what it returns as results is not to be used."""
 
     planned: Any = None
 
-    def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels):
+    def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels, biases=None):
         """See `jaxmoe.experts.expert_ffn`; `planned` of the bank that comes back is `(Routed, misses [1 + E])`."""
         used_SE = uses(ids_TA, valid_T, self.experts, self.ordered)
         state, choice, place = self.resolve(moe_layer, used_SE, ids_TA, valid_T)
-        ranked = rank(choice, place.slot, x_TD, ids_TA, valid_T)
+        ranked = rank(choice, place.slot, x_TD, ids_TA, valid_T, biases)
         misses = jnp.concatenate([ranked.misses[None], jnp.roll(ranked.experts, -ranked.hits)])
         routed = Routed(ranked, ids_TA, weights_TA, valid_T)
-        nothing = jnp.full(x_TD.shape, -0.0, x_TD.dtype)  # the one number that changes no sum, not even the sign of a zero
-        return nothing, dataclasses.replace(self, state=state, planned=(routed, misses)), {}
+        return x_TD, dataclasses.replace(self, state=state, planned=(routed, misses)), {}
 
 
-def _combine(x: jax.Array, y: jax.Array, routed: Routed) -> jax.Array:
-    """The residual stream with what the experts gave added, as the fused step adds it."""
-    out = weighted_sum(y[routed.ranked.row].astype(x.dtype).astype(jnp.float32), routed.weights, routed.valid)
-    return x + out.astype(x.dtype)
+@flax.struct.dataclass
+class Pending:
+    """An MoE layer whose experts are computed, and not yet added. Attributes: `side` what `DecoderLayer` took apart from the experts; `tree` the weights
+    that finishing the layer needs; `y` the experts' rows, of `routed`; `layer` its spec."""
+
+    side: Any
+    tree: dict
+    y: Float[Array, "M D"]
+    routed: Routed
+    layer: LayerSpec = flax.struct.field(pytree_node=False)
 
 
 class Programs:
@@ -97,24 +102,36 @@ class Programs:
     def _front(self, layer: LayerSpec, stacked: bool) -> Callable:
         """The jitted `(tree, at, x, before, layers, tables, layer index, MoE layer, batch) -> (x, layers, tables, planned)`.
 
-        `tree` holds a layer's weights, or with `stacked` those of all repeats, of which `at` is one. `before` is the last MoE layer's `(y, Routed)`,
-        or (). `tables` is a `SlotState` without pools.
+        `tree` holds a layer's weights, or with `stacked` those of all repeats, of which `at` is one. `before` is the last MoE layer's `Pending`, or
+        None. The layer index counts layers with the same kind of state. `tables` is a `SlotState` without pools. `planned` is `(Routed, misses, side,
+        weights for finishing)`, or None of a dense layer.
         """
         module: Any = decoder_layer(self.spec, layer, self.kernels)
 
         def front(tree, at, x, before, layers, tables, index, moe_layer, batch):
-            if before:
-                x = _combine(x, *before)
+            x = self._finish(x, before)
             if stacked:
                 tree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, 0, keepdims=False), tree)
             bank = self._bank.join(tables)
             bank = bank.in_order() if batch.run > 1 else bank
-            rope = layer.attention.rope
-            angles = None if rope is None else rope_tables(rope, batch.positions, x.dtype)
-            x, bank, layers, _, _ = module.apply({"params": tree}, x, index, moe_layer, bank, layers, (), batch, angles)
-            return x, layers, bank.state, bank.planned
+            angles = layer_tables(layer, batch, x.dtype)
+            what = "front" if layer.sparse else "all"
+            out = module.apply({"params": tree}, what, x, index, moe_layer, bank, layers, (), batch, angles)
+            if not layer.sparse:
+                return out[0], out[2], tables, None
+            x, side, _, bank, layers, _, _ = out
+            routed, misses = bank.planned
+            return x, layers, bank.state, (routed, misses, side, {name: tree[name] for name in FINISHING if name in tree})
 
         return self._jit(front, donate=(2, 4, 5))
+
+    def _finish(self, x: jax.Array, before: Pending | None) -> jax.Array:
+        """The residual stream with what the experts gave added, as the fused step adds it."""
+        if before is None:
+            return x
+        routed, module = before.routed, decoder_layer(self.spec, before.layer, self.kernels)
+        y = weighted_sum(before.y[routed.ranked.row].astype(x.dtype).astype(jnp.float32), routed.weights, routed.valid).astype(x.dtype)
+        return module.apply({"params": before.tree}, "finish", x, before.side, y)  # type: ignore[return-value]
 
     def _hits(self, pools: Pools, ranked: Ranked) -> jax.Array:
         """The rows of the experts that are there; float32 [M, D]."""
@@ -129,7 +146,7 @@ class Programs:
         """The jitted `(params, x, before, batch, sampling, positions) -> (tokens, logits)`."""
 
         def tail(params, x, before, batch, sampling, positions):
-            logits = head(self.spec, params, _combine(x, *before) if before else x, batch, self.kernels)
+            logits = head(self.spec, params, self._finish(x, before), batch, self.kernels)
             return sample(logits, sampling, positions, greedy_only=greedy), logits
 
         return self._jit(tail)
@@ -198,17 +215,17 @@ class HostDriven:
         x = self.programs.begin(params, batch)
         layers, carried = state.layers, state.bank
         pools, tables = carried.pools, dataclasses.replace(carried, pools=None)
-        before: tuple = ()
+        before: Pending | None = None
         chosen = []
         moe_layer = 0
         for layer, tree, at, index in self._layers(params):
             front = self.programs.front(layer, at is not None)
             x, layers, tables, planned = front(tree, at, x, before, layers, tables, index, moe_layer, batch)
-            before = ()
+            before = None
             if planned is not None:
-                routed, misses = planned
+                routed, misses, side, finishing = planned
                 pools, y = self._experts(pools, routed, misses, moe_layer)
-                before = (y, routed)
+                before = Pending(side, finishing, y, routed, layer)
                 chosen.append((routed.ids, routed.weights))
                 moe_layer += 1
         tokens, logits = self.programs.tail(self._greedy)(params, x, before, batch, sampling, positions)
@@ -218,7 +235,7 @@ class HostDriven:
         return tokens, logits, steps.EngineState(layers, carried), self._routing(chosen)
 
     def _layers(self, params) -> list[tuple]:
-        """Every layer in order: its spec, its weights or its segment's, which of those it is, and its index."""
+        """Every layer in order: its spec, its weights or its segment's, which of those it is, and its index among layers with its kind of state."""
         if self._listed is None or self._listed[0] is not params:
             self._listed = params, list(self._list_layers(params))
         return self._listed[1]
@@ -229,7 +246,7 @@ class HostDriven:
             for r in range(segment.repeats):
                 for j, layer in enumerate(segment.pattern):
                     tree = jax.tree.map(lambda t, r=r: t[r], trees[j], is_leaf=lambda t: isinstance(t, tuple)) if unrolled else trees[j]
-                    yield layer, tree, None if unrolled else r, segment.layer_index(r, j)
+                    yield layer, tree, None if unrolled else r, self._spec.state_index(segment.layer_index(r, j))
 
     def _routing(self, chosen: list):
         if not self._record:

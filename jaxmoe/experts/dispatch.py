@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.grouped_matmul.biases import Biases
+
 
 class Dispatch(NamedTuple):
     """Rows sorted by expert: `token_M` the token of each sorted row, `row_TA` where each assignment went, `sizes_E` rows of each expert."""
@@ -38,3 +40,8 @@ def weighted_sum(y: Float[Array, "T A D"], weights_TA: Float[Array, "T A"], vali
 def rows_of(x_TD: jax.Array, plan: Dispatch) -> jax.Array:
     """The activations of every assignment, sorted by expert."""
     return x_TD[plan.token_M]
+
+
+def of_experts(biases: Biases | None, experts: Int[Array, "G"]) -> Biases | None:
+    """The biases of some experts, in their order."""
+    return None if biases is None else (biases[0][experts], biases[1][experts])

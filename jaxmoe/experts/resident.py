@@ -6,10 +6,11 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
+from jaxmoe.experts.dispatch import dispatch, of_experts, rows_of, weighted_sum
 from jaxmoe.formats import ExpertLayout, expert_axis_names
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
+from pallas_kernels.grouped_matmul.biases import Biases
 from pallas_kernels.grouped_matmul.glu import GLUS
 
 
@@ -71,17 +72,18 @@ class ResidentBank:
         weights_TA: Float[Array, "T A"],
         valid_T: Bool[Array, "T"],
         kernels: Kernels,
+        biases: Biases | None = None,
     ) -> tuple[Float[Array, "T D"], ResidentBank, dict]:
         """See `jaxmoe.experts.expert_ffn`."""
         layers, experts = self.w_in.shape[:2]
         w_in, w_out = (w.reshape(layers * experts, *w.shape[2:]) for w in (self.w_in, self.w_out))
         first, glu = moe_layer * experts, GLUS[self.activation]
         if x_TD.shape[0] == 1:
-            y = swiglu_rows(x_TD, w_in, w_out, first + ids_TA[0], glu, kernels, self.layout)[None]
+            y = swiglu_rows(x_TD, w_in, w_out, first + ids_TA[0], glu, kernels, self.layout, of_experts(biases, ids_TA[0]))[None]
         else:
             plan = dispatch(ids_TA, valid_T, experts)
             ids = first + jnp.arange(experts)
-            y = grouped_swiglu(rows_of(x_TD, plan), w_in, w_out, ids, plan.sizes_E, glu, kernels, layout=self.layout)[plan.row_TA]
+            y = grouped_swiglu(rows_of(x_TD, plan), w_in, w_out, ids, plan.sizes_E, glu, kernels, layout=self.layout, biases=biases)[plan.row_TA]
         y_TD = weighted_sum(y.astype(x_TD.dtype).astype(jnp.float32), weights_TA, valid_T)
         return y_TD.astype(x_TD.dtype), self, {}
 

@@ -27,13 +27,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxmoe import formats
-from jaxmoe.experts.dispatch import dispatch, rows_of, weighted_sum
+from jaxmoe.experts.dispatch import dispatch, of_experts, rows_of, weighted_sum
 from jaxmoe.experts.ranked import in_order, rank, row_counts
 from jaxmoe.residency import Choice, choose, find_policy
 from jaxmoe.residency.policies import Tables, layer_row, with_row
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.expert_fill.api import fill, land, read_record
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
+from pallas_kernels.grouped_matmul.biases import Biases
 from pallas_kernels.grouped_matmul.glu import GLUS
 
 Pools = tuple[Num[Array, "Z D two F"], Num[Array, "Z F D"]]
@@ -160,6 +161,7 @@ class SlotBank:
         weights_TA: Float[Array, "T A"],
         valid_T: Bool[Array, "T"],
         kernels: Kernels,
+        biases: Biases | None = None,
     ) -> tuple[Float[Array, "T D"], SlotBank, dict]:
         """See `jaxmoe.experts.expert_ffn`."""
         with jax.named_scope("resolve"):
@@ -167,7 +169,7 @@ class SlotBank:
             state, choice, place = self.resolve(moe_layer, used_SE, ids_TA, valid_T)
         ahead = self.ordered and kernels.backend == "tpu" if self.read_ahead is None else self.read_ahead
         run = self._run_at_once if self._at_once(ids_TA.size) else self._run_ahead if ahead else self._run_in_waves
-        y, pools, loads = run(moe_layer, state.pools, choice, place, x_TD, ids_TA, valid_T, kernels)
+        y, pools, loads = run(moe_layer, state.pools, choice, place, x_TD, ids_TA, valid_T, kernels, biases)
         y_TD = weighted_sum(y.astype(x_TD.dtype).astype(jnp.float32), weights_TA, valid_T)
         state = dataclasses.replace(state, pools=pools, loads=state.loads.at[moe_layer].add(loads))
         return y_TD.astype(x_TD.dtype), dataclasses.replace(self, state=state), {}
@@ -207,7 +209,7 @@ class SlotBank:
 
     # --- Filling and computing
 
-    def _run_at_once(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels):
+    def _run_at_once(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels, biases: Biases | None):
         """Every expert that is asked for has a slot: fill, then compute."""
         assert self.store is not None
         ids, n = _compact(choice.enter, min(ids_TA.size, self.experts))
@@ -215,20 +217,21 @@ class SlotBank:
         glu = GLUS[self.activation]
         with jax.named_scope("compute"):
             if x_TD.shape[0] == 1:
-                return swiglu_rows(x_TD, pools[0], pools[1], jnp.maximum(place.slot[ids_TA[0]], 0), glu, kernels, self.layout)[None], pools, loads
+                slots, own = jnp.maximum(place.slot[ids_TA[0]], 0), of_experts(biases, ids_TA[0])
+                return swiglu_rows(x_TD, pools[0], pools[1], slots, glu, kernels, self.layout, own)[None], pools, loads
             plan = dispatch(ids_TA, valid_T, self.experts)
             slots = jnp.maximum(place.slot, 0)
-            y = grouped_swiglu(rows_of(x_TD, plan), pools[0], pools[1], slots, plan.sizes_E, glu, kernels, layout=self.layout)
+            y = grouped_swiglu(rows_of(x_TD, plan), pools[0], pools[1], slots, plan.sizes_E, glu, kernels, layout=self.layout, biases=biases)
             return y[plan.row_TA], pools, loads
 
-    def _run_in_waves(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels):
+    def _run_in_waves(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels, biases: Biases | None):
         """Fills and computes wave by wave; rows lie in the order of the waves."""
         assert self.store is not None
         store, e, glu = self.store, self.experts, GLUS[self.activation]
         miss, need = choice.enter | choice.stream, place.slot >= 0
         wave = jnp.where(need, place.wave, e)
         order = jnp.lexsort((-row_counts(ids_TA, valid_T, e), wave))  # experts, wave by wave, the most asked for first
-        ranked, waves = in_order(order, choice, place.slot, x_TD, ids_TA, valid_T), wave[order]
+        ranked, waves = in_order(order, choice, place.slot, x_TD, ids_TA, valid_T, biases), wave[order]
         missed, _ = _compact(miss[order], min(ids_TA.size, e))  # ranks of the misses, in order
         until = jnp.cumsum(jnp.zeros(e + 1, jnp.int32).at[wave].add(miss, mode="drop"))  # misses up to and including each wave
         groups = min(e, max(self.slots) + self.staging)
@@ -246,7 +249,8 @@ class SlotBank:
 
             sizes = jnp.where(part(waves) == w, part(ranked.sizes), 0)
             with jax.named_scope("compute"):
-                y = grouped_swiglu(ranked.x, pools[0], pools[1], part(ranked.slots), sizes, glu, kernels, part(ranked.starts), y, self.layout, e)
+                own = jax.tree.map(part, ranked.biases)
+                y = grouped_swiglu(ranked.x, *pools, part(ranked.slots), sizes, glu, kernels, part(ranked.starts), y, self.layout, e, own)
             return y, pools, loads + n
 
         count = jnp.max(jnp.where(need, place.wave, -1)) + 1
@@ -257,11 +261,11 @@ class SlotBank:
             pools = self._poisoned(pools)
         return y[ranked.row], pools, loads
 
-    def _run_ahead(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels):
+    def _run_ahead(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels, biases: Biases | None):
         """Computes the experts that are there, then the missing ones one by one, reading each while the one before it is computed."""
         assert self.store is not None
         store, how = self.store, (GLUS[self.activation], kernels, self.layout)
-        ranked = rank(choice, place.slot, x_TD, ids_TA, valid_T)
+        ranked = rank(choice, place.slot, x_TD, ids_TA, valid_T, biases)
         records = moe_layer * self.experts + jnp.roll(ranked.experts, -ranked.hits)
         slots = jnp.roll(ranked.slots, -ranked.hits)
         y, some = ranked.compute_hits(pools, ranked.empty(), *how), jnp.minimum(ranked.misses, 1)

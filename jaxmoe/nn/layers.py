@@ -1,121 +1,23 @@
-"""The Linen modules of a decoder layer. They hold weights by name and shape, are only ever `apply`ed, and keep no state."""
+"""A decoder layer and its feed-forward parts as Linen modules."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank, expert_ffn
+from jaxmoe.nn.attention import Attention, LatentAttention
+from jaxmoe.nn.parts import NORMAL, Held, Linear, held, model_norm
 from jaxmoe.routing.route import RouterOut, route
-from jaxmoe.spec import AttentionSpec, ExpertSpec, LayerSpec, Precision, RopeSpec
-from pallas_kernels.dense.api import dense, row_sum
+from jaxmoe.spec import ExpertSpec, LayerSpec, ModelSpec, Precision, RouterSpec, SpecError
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.glu import GLUS
-
-
-def held(init, precision: Precision):
-    """An initialiser that gives weights as they are held: float32, or bfloat16 in a uint16 array."""
-    return lambda key, shape: formats.store(init(key, shape, jnp.float32), precision.params)
-
-
-_normal = nn.initializers.normal(0.02)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axes covered by its scale, computed in float32, scaled in x's dtype."""
-
-    shape: tuple[int, ...]
-    eps: float
-    precision: Precision
-    kernels: Kernels
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param("scale", held(nn.initializers.ones, self.precision), self.shape)
-        rows = x.astype(jnp.float32).reshape(-1, math.prod(self.shape))
-        rows = rows * jax.lax.rsqrt(row_sum(rows * rows, self.kernels) / rows.shape[1] + self.eps)
-        return rows.astype(x.dtype).reshape(x.shape) * formats.load(scale, x.dtype)
-
-
-class Linear(nn.Module):
-    """A dense layer whose kernel is `[*inputs, *outputs]`; the input is given flattened to [T, prod(inputs)]."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    precision: Precision
-    kernels: Kernels
-    bias: bool = False
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "T K"]) -> jax.Array:
-        kernel = self.param("kernel", held(_normal, self.precision), self.inputs + self.outputs)
-        y = dense(x, kernel.reshape(x.shape[1], -1), self.kernels)
-        y = y.reshape(x.shape[0], *self.outputs)
-        if self.bias:
-            y = y + formats.load(self.param("bias", held(nn.initializers.zeros, self.precision), self.outputs), y.dtype)
-        return y
-
-
-def rope_tables(spec: RopeSpec, positions: Int[Array, "T"], dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [T, width / 2] of each position's angles, computed in float32."""
-    inverse = 1.0 / (spec.theta ** (jnp.arange(0, spec.width, 2, dtype=jnp.float32) / spec.width))
-    angles = positions.astype(jnp.float32)[:, None] * inverse
-    # The barrier keeps XLA from fusing cosines and sines into every layer's use of them, once per head.
-    return jax.lax.optimization_barrier((jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)))
-
-
-def apply_rope(spec: RopeSpec, tables: tuple[jax.Array, jax.Array], x: Float[Array, "T H C"]) -> jax.Array:
-    """Turns the first `spec.width` channels of every head by its token's angles (RoFormer, eq. 34)."""
-    cos, sin = (t[:, None, :] for t in tables)
-    turned, rest = x[..., : spec.width], x[..., spec.width :]
-    if spec.style == "half":
-        a, b = jnp.split(turned, 2, axis=-1)
-        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-    else:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
-
-
-class Attention(nn.Module):
-    """Grouped-query attention; what it attends to is the layer state's business."""
-
-    spec: AttentionSpec
-    width: int
-    eps: float
-    precision: Precision
-    kernels: Kernels
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "T D"], layer, state: Any, batch: Batch, tables) -> tuple[jax.Array, Any]:
-        s = self.spec
-
-        def project(name: str, heads: int) -> jax.Array:
-            return Linear((self.width,), (heads, s.head_dim), self.precision, self.kernels, s.qkv_bias, name=name)(x)
-
-        q, k, v = project("q", s.heads), project("k", s.kv_heads), project("v", s.kv_heads)
-        if s.qk_norm is not None:
-            q_shape, k_shape = (
-                ((s.head_dim,), (s.head_dim,)) if s.qk_norm == "head" else ((s.heads, s.head_dim), (s.kv_heads, s.head_dim))
-            )
-            q = RMSNorm(q_shape, self.eps, self.precision, self.kernels, name="q_norm")(q)
-            k = RMSNorm(k_shape, self.eps, self.precision, self.kernels, name="k_norm")(k)
-        if s.clip is not None:
-            q, k, v = (jnp.clip(t, -s.clip, s.clip) for t in (q, k, v))
-        if s.rope is not None:
-            q, k = apply_rope(s.rope, tables, q), apply_rope(s.rope, tables, k)
-        with jax.named_scope("attend"):
-            o, state = state.attend(s, layer, q, k, v, batch, self.kernels)
-        o = o.reshape(x.shape[0], -1)
-        out = Linear((s.heads, s.head_dim), (self.width,), self.precision, self.kernels, s.out_bias, name="o")(o)
-        return out, state
 
 
 class GatedMLP(nn.Module):
@@ -138,45 +40,148 @@ class GatedMLP(nn.Module):
 class Router(nn.Module):
     """Holds the router's weights and calls `route`."""
 
-    spec: Any
-    width: int
-    precision: Precision
-    kernels: Kernels
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "T D"], state: Any, valid: Bool[Array, "T"]) -> tuple[RouterOut, Any]:
-        kernel = self.param("kernel", held(_normal, self.precision), (self.width, self.spec.experts))
-        return route(self.spec, {"kernel": kernel}, x, state, valid, self.kernels)
-
-
-class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream."""
-
-    spec: LayerSpec
+    spec: RouterSpec
     width: int
     eps: float
     precision: Precision
     kernels: Kernels
 
     @nn.compact
-    def __call__(self, x: Float[Array, "T D"], layer, moe_layer, bank: ExpertBank, state, router_state, batch: Batch, tables):
-        """Returns `(x, bank, state, router_state, routed)`; `routed` is the RouterOut of a sparse layer, None of a dense one."""
-        def norm(name: str) -> RMSNorm:
-            return RMSNorm((self.width,), self.eps, self.precision, self.kernels, name=name)
+    def __call__(self, x: Float[Array, "T D"], state: Any, valid: Bool[Array, "T"]) -> tuple[RouterOut, Any]:
+        s, zeros, ones = self.spec, nn.initializers.zeros, nn.initializers.ones
+        exact = Precision()
+        own = exact if s.matmul_dtype == "float32" else self.precision
+        params = {"kernel": self.param("kernel", held(NORMAL, own), (self.width, s.experts))}
+        if s.logits_bias:
+            params["bias"] = self.param("bias", held(zeros, own), (s.experts,))
+        if s.select_bias:
+            params["select_bias"] = self.param("select_bias", held(zeros, exact), (s.experts,))
+        if s.input_norm:
+            params["input_scale"] = self.param("input_scale", held(ones, self.precision), (self.width,))
+        if s.expert_scale:
+            params["expert_scale"] = self.param("expert_scale", held(ones, self.precision), (s.experts,))
+        return route(s, params, x, state, valid, self.kernels, self.eps)
 
-        with jax.named_scope("attention"):
-            attention = Attention(self.spec.attention, self.width, self.eps, self.precision, self.kernels, name="attn")
-            h, state = attention(norm("norm_attn")(x), layer, state, batch, tables)
-            x = x + h
-        h = norm("norm_mlp")(x)
-        if self.spec.dense is not None:
+
+class ExpertBias(nn.Module):
+    """The biases of a layer's experts: `w_in` [E, 2, F] and `w_out` [E, D]. They stay on the device when experts are streamed."""
+
+    experts: int
+    spec: ExpertSpec
+    width: int
+    precision: Precision
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        zeros = held(nn.initializers.zeros, self.precision)
+        w_in = self.param("w_in", zeros, (self.experts, 2, self.spec.width))
+        return w_in, self.param("w_out", zeros, (self.experts, self.width))
+
+
+Side = Float[Array, "T D"] | None
+"""What a layer has to add to its experts' results: that of its shared expert, or of the dense network beside them."""
+
+
+class DecoderLayer(nn.Module):
+    """Attention, or a delta rule, and a feed-forward part, each behind a norm and added to the residual stream.
+
+    A layer can be run whole ('all'), or in two halves between which its experts are computed elsewhere: 'front' gives what 'finish' takes beside the
+    experts' results. Each is called as `apply(params, what, ...)`, with the arguments of the method below of that name.
+    """
+
+    spec: LayerSpec
+    model: ModelSpec
+    kernels: Kernels
+
+    @nn.compact
+    def __call__(self, what: str, *args: Any) -> Any:
+        """Runs the method of this name."""
+        return {"all": self._all, "front": self._front, "finish": self._finish}[what](*args)
+
+    def _all(self, x: Float[Array, "T D"], layer, moe_layer, bank: ExpertBank, state, router_state, batch: Batch, tables):
+        """Returns `(x, bank, state, router_state, routed)`; `routed` is the RouterOut of a sparse layer, None of a dense one."""
+        x, side, y, bank, state, router_state, routed = self._front(x, layer, moe_layer, bank, state, router_state, batch, tables)
+        return self._finish(x, side, y), bank, state, router_state, routed
+
+    def _front(self, x, layer, moe_layer, bank: ExpertBank, state, router_state, batch: Batch, tables):
+        """Returns `(x, side, y, bank, state, router_state, routed)`: the residual stream after attention, what `finish` takes, and y, what the bank
+        gave (None in a dense layer, whose feed-forward part is `side`)."""
+        s = self.spec
+        x, state = self._attention(x, layer, state, batch, tables)
+        h = self._norm("norm_mlp")(x)
+        if s.dense is not None:
             with jax.named_scope("mlp"):
-                mlp = GatedMLP(self.spec.dense, self.width, self.precision, self.kernels, name="mlp")
-                return x + mlp(h), bank, state, router_state, None
-        valid = batch.segments >= 0
+                side = GatedMLP(s.dense, self.model.width, self.model.precision, self.kernels, name="mlp")(h)
+            if not s.sparse:
+                return x, side, None, bank, state, router_state, None
+            if not s.post_norms:
+                raise SpecError("a dense network beside experts needs post_norms")
+            side, into_router, h = self._norm("norm_mlp_own")(side), x, self._norm("norm_experts")(x)
+        else:
+            side, into_router = self._shared(h), h
+        y, bank, router_state, routed = self._experts(into_router, h, moe_layer, bank, router_state, batch)
+        return x, side, y, bank, state, router_state, routed
+
+    def _finish(self, x: Float[Array, "T D"], side: Side, y: Float[Array, "T D"] | None) -> Float[Array, "T D"]:
+        """The residual stream after the layer."""
+        s = self.spec
+        if y is not None and s.dense is not None:
+            y = self._norm("norm_experts_out")(y)
+        out = side if y is None else y if side is None else y + side
+        if s.post_norms:
+            out = self._norm("norm_mlp_out")(out)
+        x = self._added(x, out)
+        return x * formats.load(Held("scale", (1,), self.model.precision, name="layer_scale")(), x.dtype) if s.layer_scale else x
+
+    def _attention(self, x, layer, state, batch: Batch, tables):
+        s = self.spec
+        with jax.named_scope("attention"):
+            h = self._norm("norm_attn")(x)
+            if s.delta is not None:
+                from jaxmoe.nn.delta import GatedDelta
+
+                module = GatedDelta(s.delta, self.model.width, self.model.norm_eps, self.model.precision, self.kernels, name="delta")
+                h, state = module(h, layer, state, batch)
+            else:
+                assert s.attention is not None, "a layer has attention or a delta rule"
+                kind = Attention if s.attention.latent is None else LatentAttention
+                h, state = kind(s.attention, self.model, self.kernels, name="attn")(h, layer, state, batch, tables)
+            return self._added(x, self._norm("norm_attn_out")(h) if s.post_norms else h), state
+
+    def _shared(self, h: Float[Array, "T D"]) -> Side:
+        s, m = self.spec, self.model
+        if s.shared is None:
+            return None
+        with jax.named_scope("shared"):
+            out = GatedMLP(s.shared, m.width, m.precision, self.kernels, name="shared")(h)
+            if s.shared_gate:
+                out = jax.nn.sigmoid(Linear((m.width,), (1,), m.precision, self.kernels, name="shared_gate")(h)) * out
+            return out
+
+    def _experts(self, into_router, h, moe_layer, bank: ExpertBank, router_state, batch: Batch):
+        s, m, valid = self.spec, self.model, batch.segments >= 0
+        assert s.router is not None and s.experts is not None
         with jax.named_scope("route"):
-            router = Router(self.spec.router, self.width, self.precision, self.kernels, name="router")
-            routed, router_state = router(h, router_state, valid)
+            router = Router(s.router, m.width, m.norm_eps, m.precision, self.kernels, name="router")
+            routed, router_state = router(into_router, router_state, valid)
+        ids, weights = routed.ids, routed.weights
+        if s.router.apply == "input":  # one expert a token: its input is scaled, and its result taken as it is
+            h, weights = h * weights.astype(h.dtype), jnp.where(valid[:, None], 1.0, 0.0)
+        more = {}
+        if s.experts.bias:
+            more["biases"] = ExpertBias(s.router.experts, s.experts, m.width, m.precision, name="expert_bias")()
         with jax.named_scope("experts"):
-            y, bank, _ = expert_ffn(bank, moe_layer, h, routed.ids, routed.weights, valid, self.kernels)
-        return x + y, bank, state, router_state, routed
+            y, bank, _ = expert_ffn(bank, moe_layer, h, ids, weights, valid, self.kernels, **more)
+        return y, bank, router_state, routed
+
+    def _norm(self, name: str):
+        return model_norm(self.model, self.kernels, name=name)
+
+    def _added(self, x: jax.Array, h: jax.Array) -> jax.Array:
+        """`x + residual_scale * h`, the product rounded once."""
+        scale = self.model.residual_scale
+        return x + (h if scale == 1.0 else (h.astype(jnp.float32) * scale).astype(h.dtype))
+
+
+FINISHING = ("norm_mlp_out", "norm_experts_out", "layer_scale")
+"""The weights that 'finish' uses, where a layer has them."""

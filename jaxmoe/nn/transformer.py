@@ -8,6 +8,7 @@ CPU a copy of every weight at every step: XLA there copies a slice before it mul
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,9 @@ from jaxtyping import Array, Float, Int
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank
-from jaxmoe.nn.layers import DecoderLayer, RMSNorm, rope_tables
+from jaxmoe.nn.layers import DecoderLayer
+from jaxmoe.nn.parts import model_norm
+from jaxmoe.nn.rope import rope_tables
 from jaxmoe.routing.route import RouterOut
 from jaxmoe.spec import LayerSpec, ModelSpec, Segment, abstract_params, stack_layers
 from pallas_kernels.dense.api import dense
@@ -26,7 +29,13 @@ from pallas_kernels.dispatch import Kernels
 
 def decoder_layer(spec: ModelSpec, layer: LayerSpec, kernels: Kernels) -> DecoderLayer:
     """The Linen module of one layer."""
-    return DecoderLayer(layer, spec.width, spec.norm_eps, spec.precision, kernels)
+    return DecoderLayer(layer, spec, kernels)
+
+
+def layer_tables(layer: LayerSpec, batch: Batch, dtype) -> tuple[jax.Array, jax.Array] | None:
+    """The rotary tables of a layer's positions; None where nothing turns."""
+    rope = None if layer.attention is None else layer.attention.rope
+    return None if rope is None else rope_tables(rope, batch.positions, dtype)
 
 
 def forward(
@@ -38,7 +47,7 @@ def forward(
         spec: the model.
         params: the segmented tree (`jaxmoe.spec.params`), stacked or with tuples of layers.
         bank: the routed experts.
-        state: layer state with an `attend` method, such as `KVState`.
+        state: the layers' state with `attend` and `delta` methods, such as `LayerStates`.
         batch: the tokens.
         kernels: which implementations run.
         collect: also return every layer's routing.
@@ -50,10 +59,8 @@ def forward(
     fixed, moving = bank.split()
     carry = (embed(spec, params, batch), moving, state, ())
     routed = []
-    moe_first = 0
     for segment, trees in zip(spec.segments, params["segments"], strict=True):
-        carry, seen = _run_segment(spec, segment, trees, fixed, carry, batch, kernels, moe_first, collect)
-        moe_first += segment.repeats * sum(layer.sparse for layer in segment.pattern)
+        carry, seen = _run_segment(spec, segment, trees, fixed, carry, batch, kernels, collect)
         routed.extend(seen)
     x, moving, state, _ = carry
     return head(spec, params, x, batch, kernels), fixed.join(moving), state, {"routed": routed} if collect else {}
@@ -62,15 +69,21 @@ def forward(
 def embed(spec: ModelSpec, params: dict, batch: Batch) -> Float[Array, "T D"]:
     """The tokens' embeddings."""
     with jax.named_scope("embed"):
-        return formats.load(params["embed"]["table"][batch.tokens], formats.compute_dtype(spec.precision.compute))
+        x = formats.load(params["embed"]["table"][batch.tokens], formats.compute_dtype(spec.precision.compute))
+        return x if spec.embed_scale == 1.0 else x * jnp.asarray(spec.embed_scale, x.dtype)
 
 
 def head(spec: ModelSpec, params: dict, x_TD: Float[Array, "T D"], batch: Batch, kernels: Kernels) -> Float[Array, "R V"]:
     """float32 logits of `batch.logit_rows`."""
     with jax.named_scope("head"):
-        norm: Any = RMSNorm((spec.width,), spec.norm_eps, spec.precision, kernels)
+        norm: Any = model_norm(spec, kernels)
         kernel, transposed = head_kernel(params)
-        return dense(norm.apply({"params": params["final_norm"]}, x_TD[batch.logit_rows]), kernel, kernels, jnp.float32, transposed)
+        logits = dense(norm.apply({"params": params["final_norm"]}, x_TD[batch.logit_rows]), kernel, kernels, jnp.float32, transposed)
+        if spec.head_bias:
+            logits = logits + formats.load(params["lm_head"]["bias"], jnp.float32)
+        if spec.logit_divisor != 1.0:
+            logits = logits / spec.logit_divisor
+        return logits if spec.logit_cap is None else jnp.tanh(logits / spec.logit_cap) * spec.logit_cap
 
 
 def head_kernel(params: dict) -> tuple[jax.Array, bool]:
@@ -93,10 +106,14 @@ def chosen_experts(spec: ModelSpec, routed: list[RouterOut]) -> tuple[Int[Array,
     return jnp.concatenate(ids).swapaxes(0, 1).astype(jnp.int16), jnp.concatenate(weights).swapaxes(0, 1).astype(jnp.float16)
 
 
-def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, moe_first: int, collect: bool):
+def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, collect: bool):
     """Runs all repeats of a pattern; returns the carry and, per sparse layer of the pattern, its routing stacked over repeats."""
-    modules: list[Any] = [decoder_layer(spec, layer, kernels) for layer in segment.pattern]
-    sparse = [layer.sparse for layer in segment.pattern]
+    pattern, before = segment.pattern, spec.layers[: segment.first]
+    modules: list[Any] = [decoder_layer(spec, layer, kernels) for layer in pattern]
+
+    def number(same: Callable[[LayerSpec], bool], r, j: int):
+        """Which of the model's layers of some kind the j-th of the r-th repeat is."""
+        return sum(map(same, before)) + r * sum(map(same, pattern)) + sum(map(same, pattern[:j]))
 
     def repeat(carry, tree_and_index):
         layers, r = tree_and_index
@@ -104,12 +121,11 @@ def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, 
         bank = fixed.join(moving)
         seen: list[RouterOut] = []
         for j, (module, tree) in enumerate(zip(modules, layers, strict=True)):
-            layer = segment.first + r * len(modules) + j
-            moe_layer = moe_first + r * sum(sparse) + sum(sparse[:j])
-            attention = segment.pattern[j].attention
-            tables = None if attention.rope is None else rope_tables(attention.rope, batch.positions, x.dtype)
+            own = pattern[j]
+            layer = number(lambda other, own=own: other.state == own.state, r, j)
+            moe_layer = number(lambda other: other.sparse, r, j)
             x, bank, state, router_state, routed = module.apply(
-                {"params": tree}, x, layer, moe_layer, bank, state, router_state, batch, tables
+                {"params": tree}, "all", x, layer, moe_layer, bank, state, router_state, batch, layer_tables(own, batch, x.dtype)
             )
             if routed is not None and collect:
                 seen.append(routed)
@@ -141,24 +157,39 @@ def init_params(spec: ModelSpec, key: jax.Array) -> dict:
         layered["layers"][str(i)] = _init_layer(spec, layer, keys[i])
     embed = jax.random.normal(keys[-1], (spec.vocab, spec.width)) * 0.02
     layered["embed"] = {"table": formats.store(embed, spec.precision.params)}
-    layered["final_norm"] = {"scale": formats.store(jnp.ones(spec.width), spec.precision.params)}
+    layered["final_norm"] = _init_norm(spec)
     if not spec.tied:
         head = jax.random.normal(keys[-2], (spec.width, spec.vocab)) * 0.02
         layered["lm_head"] = {"kernel": formats.store(head, spec.precision.params)}
+        if spec.head_bias:
+            layered["lm_head"]["bias"] = formats.store(jnp.zeros(spec.vocab), spec.precision.params)
     return stack_layers(spec, layered, jnp.stack)
 
 
+def _init_norm(spec: ModelSpec) -> dict:
+    out = {"scale": formats.store(jnp.full(spec.width, 1.0 - spec.norm_offset), spec.precision.params)}
+    if spec.norm == "layer":
+        out["bias"] = formats.store(jnp.zeros(spec.width), spec.precision.params)
+    return out
+
+
 def _init_layer(spec: ModelSpec, layer: LayerSpec, key: jax.Array) -> dict:
-    """Leaves of one layer by the shapes of `abstract_params`: norms one, biases zero, kernels normal."""
+    """Leaves of one layer by the shapes of `abstract_params`: scales such that norms multiply by one, biases zero, kernels normal."""
     index = next(i for i, other in enumerate(spec.layers) if other == layer)
     leaves, tree = jax.tree.flatten_with_path(abstract_params(spec)["layers"][str(index)])
     out = []
     for n, (path, leaf) in enumerate(leaves):
-        name = path[-1].key
+        parent, name = path[-2].key, path[-1].key
         if name == "kernel":
-            scale = 0.02 / (2 * spec.n_layers) ** 0.5 if path[-2].key in ("o", "down") else 0.02
+            scale = 0.02 / (2 * spec.n_layers) ** 0.5 if parent in ("o", "down") else 0.02
             value = jax.random.normal(jax.random.fold_in(key, n), leaf.shape) * scale
+        elif name == "scale" and parent in ("sinks", "a_log"):
+            value = jnp.zeros(leaf.shape)
+        elif name == "scale":
+            plain = parent.startswith("norm_") or parent in ("q_norm", "k_norm")
+            latent = layer.attention is not None and layer.attention.latent is not None and parent == "q_norm"
+            value = jnp.full(leaf.shape, 1.0 - (spec.norm_offset if plain and not latent else 0.0))
         else:
-            value = jnp.ones(leaf.shape) if name == "scale" else jnp.zeros(leaf.shape)
-        out.append(formats.store(value, spec.precision.params))
+            value = jnp.ones(leaf.shape) if name in ("input_scale", "expert_scale") else jnp.zeros(leaf.shape)
+        out.append(formats.store(value, "float32" if leaf.dtype == jnp.float32 else "bfloat16"))
     return jax.tree.unflatten(tree, out)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Model
 from jaxmoe.experts import SlotBank, host_store
@@ -174,7 +174,7 @@ def run_steps(spec: ModelSpec, params: dict, bank: Any, rows: int, count: int, k
     tokens = np.random.default_rng(rows).integers(0, spec.vocab, (count, rows)).astype(np.int32)
     live, row = np.ones(rows, bool), np.arange(rows, dtype=np.int32)
     batches = [steps.decode_batch(row, tokens[i], np.full(rows, i, np.int32), live) for i in range(count)]
-    state = committed(steps.EngineState(init_kv(spec, rows, POSITIONS, 1), bank.init_state()))
+    state = committed(steps.EngineState(init_layers(spec, rows, POSITIONS, 1), bank.init_state()))
     program, compile_seconds, nbytes = compiled(steps.logits_step(spec, kernels), params, bank, state, batches[0])
     logits = []
     began = time.perf_counter()

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.experts import ResidentBank, SlotBank, host_store
@@ -75,14 +75,14 @@ class TracedBank:
         """The moving part at the beginning of a trace, with nothing on the device."""
         return self.bank.init_state(), jnp.asarray(ids_SLA, jnp.int32), jnp.int32(0)
 
-    def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels):
+    def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels, biases=None):
         """See `jaxmoe.experts.expert_ffn`."""
         assert self.ids is not None and self.step is not None
         ids_LA = jax.lax.dynamic_index_in_dim(self.ids, self.step % self.ids.shape[0], 0, keepdims=False)
         asked_A = jax.lax.dynamic_index_in_dim(ids_LA, moe_layer, 0, keepdims=False)
         # The router never gives a negative id, but the compiler does not know: nothing can be brought before the router has run.
         ids_TA = jnp.where(ids_TA >= 0, asked_A[None], ids_TA)
-        y_TD, bank, aux = self.bank.expert_ffn(moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels)
+        y_TD, bank, aux = self.bank.expert_ffn(moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels, biases)
         ends = (jnp.asarray(moe_layer) == len(self.bank.slots) - 1) & valid_T.any()
         return y_TD, TracedBank(bank, self.ids, self.step + ends.astype(jnp.int32)), aux
 
@@ -170,7 +170,7 @@ class Decoder:
     def start(self) -> None:
         """Begins the trace with no expert on the device."""
         self._state = None  # the old pools go before the new ones come
-        self._state = committed(steps.EngineState(init_kv(self._spec, 1, POSITIONS, 1), self._bank.start(self._ids)))
+        self._state = committed(steps.EngineState(init_layers(self._spec, 1, POSITIONS, 1), self._bank.start(self._ids)))
 
     def rewind(self) -> None:
         """Begins the trace again with the experts that are there."""

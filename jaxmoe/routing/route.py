@@ -1,16 +1,26 @@
-"""Routing of tokens to experts: six small pure stages, chosen per stage by `RouterSpec`."""
+"""Routing of tokens to experts: six small pure stages (`jaxmoe.routing.stages`), chosen per stage by `RouterSpec`."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.routing import stages
+from jaxmoe.routing.sparsemixer import sparsemixer
 from jaxmoe.spec import RouterSpec, SpecError
-from pallas_kernels.dense.api import dense, softmax
 from pallas_kernels.dispatch import Kernels
+
+BUILT: dict[str, tuple[str, ...]] = {
+    "matmul_dtype": ("model", "float32"),
+    "score": ("softmax", "sigmoid", "sqrtsoftplus", "none"),
+    "select": ("topk", "sparsemixer"),
+    "weight_from": ("score", "softmax_selected_logits", "sigmoid_selected_logits", "sparsemixer"),
+    "weights_dtype": ("model", "float32"),
+    "apply": ("output", "input"),
+}
+"""Values of `RouterSpec`'s fields that can be run."""
 
 
 class RouterOut(NamedTuple):
@@ -22,62 +32,82 @@ class RouterOut(NamedTuple):
 
 
 def check(spec: RouterSpec) -> None:
-    """Raises SpecError for a stage that is described but not built yet, naming it."""
-    if spec.group_limit is not None or spec.select != "topk" or spec.weight_from != "score" or spec.apply != "output":
-        raise SpecError(f"router stages not supported: {spec}")
-    if spec.logits_bias or spec.select_bias or spec.score not in ("softmax", "sigmoid"):
-        raise SpecError(f"router stages not supported: {spec}")
+    """Refuses a router that can't be run.
+
+    Raises:
+        SpecError: a stage that is described but not built, stages that don't fit together, or sizes that don't; names the field.
+    """
+    for field, known in BUILT.items():
+        if (value := getattr(spec, field)) not in known:
+            raise SpecError(f"RouterSpec.{field} = {value!r} is not supported ({', '.join(known)} are)")
+    if not 0 < spec.active <= spec.experts:
+        raise SpecError(f"RouterSpec.active = {spec.active} must be from 1 to the number of experts, {spec.experts}")
+    if "sparsemixer" in (spec.select, spec.weight_from):
+        _check_sparsemixer(spec)
+    if spec.group_limit is not None:
+        _check_groups(spec)
+
+
+def _check_sparsemixer(spec: RouterSpec) -> None:
+    if spec.select != spec.weight_from:
+        raise SpecError(f"RouterSpec.select = {spec.select!r} does not go with weight_from = {spec.weight_from!r}: sparsemixer is both")
+    if spec.active != 2:
+        raise SpecError(f"RouterSpec.active = {spec.active} is not supported with select = 'sparsemixer', which chooses 2")
+    if spec.score != "none" or spec.select_bias or spec.group_limit is not None:
+        raise SpecError("RouterSpec.select = 'sparsemixer' chooses by logits: no score, select_bias or group_limit goes with it")
+
+
+def _check_groups(spec: RouterSpec) -> None:
+    limit = spec.group_limit
+    assert limit is not None
+    if limit.score not in ("max", "top2sum"):
+        raise SpecError(f"GroupLimit.score = {limit.score!r} is not supported (max, top2sum are)")
+    if limit.groups < 1 or spec.experts % limit.groups:
+        raise SpecError(f"GroupLimit.groups = {limit.groups} must divide the number of experts, {spec.experts}")
+    size = spec.experts // limit.groups
+    if limit.score == "top2sum" and size < 2:
+        raise SpecError(f"GroupLimit.groups = {limit.groups} leaves groups of one expert, and score 'top2sum' needs two")
+    if not 0 < limit.kept <= limit.groups or limit.kept * size < spec.active:
+        raise SpecError(f"GroupLimit.kept = {limit.kept} of {limit.groups} groups of {size} experts can't give {spec.active} active ones")
 
 
 def route(
-    spec: RouterSpec, params: dict, x_TD: Float[Array, "T D"], state: Any, valid_T: Bool[Array, "T"], kernels: Kernels
+    spec: RouterSpec,
+    params: dict,
+    x_TD: Float[Array, "T D"],
+    state: Any,
+    valid_T: Bool[Array, "T"],
+    kernels: Kernels,
+    eps: float = 1e-6,
 ) -> tuple[RouterOut, Any]:
-    """Chooses experts and their weights.
+    """Chooses experts and their weights. What weights are applied to, `spec.apply`, is the caller's business.
 
     Args:
         spec: the stages.
-        params: `{"kernel": [D, E]}`.
-        x_TD: the layer's normalised activations.
+        params: `{"kernel": [D, E]}` and, as the spec asks for them, "bias" [E], "select_bias" [E], "input_scale" [D], "expert_scale" [E]; in
+            the form in which weights are held.
+        x_TD: the layer's normalised activations; with `spec.input_norm`, those before the norm.
         state: threaded through the layers by routers that look back; unchanged here.
         valid_T: False for padding tokens, whose weights become exactly zero.
         kernels: which matmul.
+        eps: of the router's own norm (`spec.input_norm`).
 
     Returns:
         The choice, and the state.
+
+    Raises:
+        SpecError: a stage that can't be run.
     """
     check(spec)
-    logits = router_logits(spec, params, x_TD, kernels)
-    scores = scores_of(spec, logits, kernels)
-    ids = select(spec, scores)
-    weights = weights_of(spec, scores, ids)
+    inputs = stages.normalized(params["input_scale"], x_TD, eps, kernels) if spec.input_norm else x_TD
+    logits = stages.router_logits(spec, params, inputs, kernels)
+    if spec.select == "sparsemixer":
+        ids, weights = sparsemixer(logits.astype(x_TD.dtype if spec.matmul_dtype == "model" else jnp.float32), spec.jitter, kernels)
+    else:
+        scores = stages.scores_of(spec, logits, kernels)
+        ids, eligible = stages.select(spec, params, scores)
+        weights = stages.chosen_weights(spec, logits, scores, eligible, ids, kernels)
+    weights = stages.finished(spec, params, weights, ids)
     if spec.weights_dtype == "model":
         weights = weights.astype(x_TD.dtype).astype(jnp.float32)
     return RouterOut(ids, jnp.where(valid_T[:, None], weights, 0.0), logits), state
-
-
-def router_logits(spec: RouterSpec, params: dict, x_TD: jax.Array, kernels: Kernels) -> Float[Array, "T E"]:
-    """Stage 1: logits, in float32; with `matmul_dtype` 'model' they were rounded to the activations' dtype first, as the references do."""
-    if spec.matmul_dtype == "float32":
-        return dense(x_TD.astype(jnp.float32), params["kernel"], kernels)
-    return dense(x_TD, params["kernel"], kernels).astype(jnp.float32)
-
-
-def scores_of(spec: RouterSpec, logits: Float[Array, "T E"], kernels: Kernels) -> Float[Array, "T E"]:
-    """Stage 2: one score per expert."""
-    return softmax(logits, kernels) if spec.score == "softmax" else jax.nn.sigmoid(logits)
-
-
-def select(spec: RouterSpec, scores: Float[Array, "T E"]) -> Int[Array, "T A"]:
-    """Stage 3: which experts; ties go to the lowest id."""
-    return jax.lax.top_k(scores, spec.active)[1]
-
-
-def weights_of(spec: RouterSpec, scores: Float[Array, "T E"], ids: Int[Array, "T A"]) -> Float[Array, "T A"]:
-    """Stages 4 and 5: the chosen experts' weights, normalised and scaled."""
-    weights = jnp.take_along_axis(scores, ids, axis=1)
-    if spec.normalize:
-        total = weights[:, :1]
-        for j in range(1, spec.active):  # column by column: a reduction's order may depend on the batch
-            total = total + weights[:, j : j + 1]
-        weights = weights / (total + spec.norm_eps)
-    return weights * spec.scale if spec.scale != 1.0 else weights

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe import formats
-from jaxmoe.spec.types import AttentionSpec, ExpertSpec, LayerSpec, ModelSpec
+from jaxmoe.spec.types import AttentionSpec, DeltaSpec, ExpertSpec, LatentSpec, LayerSpec, ModelSpec, RouterSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,72 +31,168 @@ class Leaf:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
 
-def _attention(a: AttentionSpec, width: int, leaf: Callable) -> dict:
+MakeLeaf = Callable[..., Leaf]
+"""`(shape, axes, dtype=None) -> Leaf`: a leaf in the model's dtype, or in the one named."""
+
+
+def _linear(leaf: MakeLeaf, shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int = 1, bias: bool = False) -> dict:
+    out = {"kernel": leaf(shape, axes)}
+    if bias:
+        out["bias"] = leaf(shape[inputs:], axes[inputs:])
+    return out
+
+
+def _attention(a: AttentionSpec, width: int, leaf: MakeLeaf) -> dict:
     h, k, c = a.heads, a.kv_heads, a.head_dim
+    if a.latent is not None:
+        return _latent(a, a.latent, width, leaf)
     out: dict[str, Any] = {
-        "q": {"kernel": leaf((width, h, c), ("embed", "heads", "head_dim"))},
-        "k": {"kernel": leaf((width, k, c), ("embed", "kv_heads", "head_dim"))},
-        "v": {"kernel": leaf((width, k, c), ("embed", "kv_heads", "head_dim"))},
-        "o": {"kernel": leaf((h, c, width), ("heads", "head_dim", "embed"))},
+        "q": _linear(leaf, (width, h, c), ("embed", "heads", "head_dim"), bias=a.qkv_bias),
+        "k": _linear(leaf, (width, k, c), ("embed", "kv_heads", "head_dim"), bias=a.qkv_bias),
+        "o": _linear(leaf, (h, c, width), ("heads", "head_dim", "embed"), 2, a.out_bias),
     }
-    if a.qkv_bias:
-        out["q"]["bias"] = leaf((h, c), ("heads", "head_dim"))
-        out["k"]["bias"] = leaf((k, c), ("kv_heads", "head_dim"))
-        out["v"]["bias"] = leaf((k, c), ("kv_heads", "head_dim"))
-    if a.out_bias:
-        out["o"]["bias"] = leaf((width,), ("embed",))
+    if a.values == "own":
+        out["v"] = _linear(leaf, (width, k, c), ("embed", "kv_heads", "head_dim"), bias=a.qkv_bias)
+    if a.gate:
+        out["gate"] = _linear(leaf, (width, h, c), ("embed", "heads", "head_dim"), bias=a.qkv_bias)
     if a.qk_norm == "head":
         out["q_norm"] = {"scale": leaf((c,), ("head_dim",))}
         out["k_norm"] = {"scale": leaf((c,), ("head_dim",))}
     elif a.qk_norm == "full":
         out["q_norm"] = {"scale": leaf((h, c), ("heads", "head_dim"))}
         out["k_norm"] = {"scale": leaf((k, c), ("kv_heads", "head_dim"))}
+    if a.sinks:
+        out["sinks"] = {"scale": leaf((h,), ("heads",))}
     return out
 
 
-def _mlp(e: ExpertSpec, width: int, leaf: Callable) -> dict:
+def _latent(a: AttentionSpec, m: LatentSpec, width: int, leaf: MakeLeaf) -> dict:
+    h, r = a.heads, a.rope.width if a.rope else 0
+    out: dict[str, Any] = {
+        "kv_down": _linear(leaf, (width, m.kv_rank), ("embed", None), bias=a.qkv_bias),
+        "k_rope": _linear(leaf, (width, r), ("embed", None), bias=a.qkv_bias),
+        "kv_norm": {"scale": leaf((m.kv_rank,), (None,))},
+        # By head, each as checkpoints have it: the latent is the last axis, which queries are multiplied into and outputs out of.
+        "k_up": {"kernel": leaf((h, m.plain, m.kv_rank), ("heads", "head_dim", None))},
+        "v_up": {"kernel": leaf((h, m.value, m.kv_rank), ("heads", "head_dim", None))},
+        "o": _linear(leaf, (h, m.value, width), ("heads", "head_dim", "embed"), 2, a.out_bias),
+    }
+    if m.q_rank is None:
+        return {"q": _linear(leaf, (width, h, a.head_dim), ("embed", "heads", "head_dim"))} | out
     return {
-        "gate": {"kernel": leaf((width, e.width), ("embed", "hidden"))},
-        "up": {"kernel": leaf((width, e.width), ("embed", "hidden"))},
-        "down": {"kernel": leaf((e.width, width), ("hidden", "embed"))},
+        "q_down": _linear(leaf, (width, m.q_rank), ("embed", None), bias=a.qkv_bias),
+        "q_norm": {"scale": leaf((m.q_rank,), (None,))},
+        "q_up": _linear(leaf, (m.q_rank, h, a.head_dim), (None, "heads", "head_dim")),
+    } | out
+
+
+def _delta(d: DeltaSpec, width: int, leaf: MakeLeaf) -> dict:
+    sizes = {"q": (d.k_heads, d.k_dim), "k": (d.k_heads, d.k_dim), "v": (d.v_heads, d.v_dim)}
+    out = {name: _linear(leaf, (width, *size), ("embed", "heads", "head_dim")) for name, size in {**sizes, "z": sizes["v"]}.items()}
+    out |= {name: _linear(leaf, (width, d.v_heads), ("embed", "heads")) for name in ("beta", "decay")}
+    out |= {f"conv_{name}": {"kernel": leaf((*size, d.conv), ("heads", "head_dim", None))} for name, size in sizes.items()}
+    return out | {
+        "a_log": {"scale": leaf((d.v_heads,), ("heads",))},
+        "dt_bias": {"bias": leaf((d.v_heads,), ("heads",))},
+        "norm": {"scale": leaf((d.v_dim,), ("head_dim",))},
+        "o": _linear(leaf, (d.v_heads, d.v_dim, width), ("heads", "head_dim", "embed"), 2),
     }
 
 
-def _layer(layer: LayerSpec, spec: ModelSpec, leaf: Callable) -> dict:
-    out = {
-        "norm_attn": {"scale": leaf((spec.width,), ("embed",))},
-        "attn": _attention(layer.attention, spec.width, leaf),
-        "norm_mlp": {"scale": leaf((spec.width,), ("embed",))},
+def _mlp(e: ExpertSpec, width: int, leaf: MakeLeaf) -> dict:
+    return {
+        "gate": _linear(leaf, (width, e.width), ("embed", "hidden")),
+        "up": _linear(leaf, (width, e.width), ("embed", "hidden")),
+        "down": _linear(leaf, (e.width, width), ("hidden", "embed")),
     }
-    if layer.router is not None:
-        out["router"] = {"kernel": leaf((spec.width, layer.router.experts), ("embed", None))}
+
+
+def _router(r: RouterSpec, width: int, leaf: MakeLeaf) -> dict:
+    held = "float32" if r.matmul_dtype == "float32" else None
+    out = {"kernel": leaf((width, r.experts), ("embed", None), held)}
+    if r.logits_bias:
+        out["bias"] = leaf((r.experts,), (None,), held)
+    if r.select_bias:
+        out["select_bias"] = leaf((r.experts,), (None,), "float32")
+    if r.input_norm:
+        out["input_scale"] = leaf((width,), ("embed",))
+    if r.expert_scale:
+        out["expert_scale"] = leaf((r.experts,), (None,))
+    return out
+
+
+def _layer(layer: LayerSpec, spec: ModelSpec, leaf: MakeLeaf) -> dict:
+    width = spec.width
+    names = ["norm_attn", "norm_mlp"]
+    if layer.post_norms:
+        names += ["norm_attn_out", "norm_mlp_out"]
+        if layer.dense is not None and layer.experts is not None:
+            names += ["norm_experts", "norm_mlp_own", "norm_experts_out"]
+    out: dict[str, Any] = {name: _norm(spec, leaf) for name in names}
+    if layer.attention is not None:
+        out["attn"] = _attention(layer.attention, width, leaf)
+    if layer.delta is not None:
+        out["delta"] = _delta(layer.delta, width, leaf)
+    if layer.router is not None and layer.experts is not None:
+        out["router"] = _router(layer.router, width, leaf)
+        if layer.experts.bias:
+            e, f = layer.router.experts, layer.experts.width
+            out["expert_bias"] = {"w_in": leaf((e, 2, f), ("experts", None, "hidden")), "w_out": leaf((e, width), ("experts", "embed"))}
     if layer.dense is not None:
-        out["mlp"] = _mlp(layer.dense, spec.width, leaf)
+        out["mlp"] = _mlp(layer.dense, width, leaf)
+    if layer.shared is not None:
+        out["shared"] = _mlp(layer.shared, width, leaf)
+        if layer.shared_gate:
+            out["shared_gate"] = _linear(leaf, (width, 1), ("embed", None))
+    if layer.layer_scale:
+        out["layer_scale"] = {"scale": leaf((1,), (None,))}
+    return out
+
+
+def _norm(spec: ModelSpec, leaf: MakeLeaf) -> dict:
+    out = {"scale": leaf((spec.width,), ("embed",))}
+    if spec.norm == "layer":
+        out["bias"] = leaf((spec.width,), ("embed",))
     return out
 
 
 def abstract_params(spec: ModelSpec) -> dict:
     """The layered tree of `Leaf`s of everything but routed experts."""
-    dtype = formats.leaf_dtype(spec.precision.params)
 
-    def leaf(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Leaf:
-        return Leaf(shape, dtype, axes)
+    def leaf(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str | None = None) -> Leaf:
+        return Leaf(shape, formats.leaf_dtype(dtype or spec.precision.params), axes)
 
     out = {
         "embed": {"table": leaf((spec.vocab, spec.width), ("vocab", "embed"))},
         "layers": {str(i): _layer(layer, spec, leaf) for i, layer in enumerate(spec.layers)},
-        "final_norm": {"scale": leaf((spec.width,), ("embed",))},
+        "final_norm": _norm(spec, leaf),
     }
     if not spec.tied:
-        out["lm_head"] = {"kernel": leaf((spec.width, spec.vocab), ("embed", "vocab"))}
+        out["lm_head"] = _linear(leaf, (spec.width, spec.vocab), ("embed", "vocab"), bias=spec.head_bias)
+    if spec.extra_heads:
+        out["extra"] = {str(i): _extra(layer, spec, leaf) for i, layer in enumerate(spec.extra_heads)}
     return out
 
 
+def _extra(layer: LayerSpec, spec: ModelSpec, leaf: MakeLeaf) -> dict:
+    """A head of multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2); embedding and output matrix are the model's own."""
+    return {
+        "embed_norm": _norm(spec, leaf),
+        "hidden_norm": _norm(spec, leaf),
+        "join": _linear(leaf, (2, spec.width, spec.width), (None, "embed", "embed_out"), 2),
+        "layer": _layer(layer, spec, leaf),
+        "norm": _norm(spec, leaf),
+    }
+
+
 def abstract_experts(spec: ModelSpec) -> dict:
-    """The tree of `Leaf`s of the routed experts as checkpoints hold them: `{layer: {gate [E, D, F], up [E, D, F], down [E, F, D]}}`."""
+    """The tree of `Leaf`s of the routed experts as checkpoints hold them: `{layer: {gate [E, D, F], up [E, D, F], down [E, F, D]}}`.
+
+    The experts of extra head i are those of layer `n_layers + i`.
+    """
     dtype = formats.leaf_dtype(spec.precision.params)
     out = {}
-    for i, layer in enumerate(spec.layers):
+    for i, layer in enumerate((*spec.layers, *spec.extra_heads)):
         if layer.router is None or layer.experts is None:
             continue
         e, d, f = layer.router.experts, spec.width, layer.experts.width
@@ -106,6 +202,23 @@ def abstract_experts(spec: ModelSpec) -> dict:
             "down": Leaf((e, f, d), dtype, ("experts", "hidden", "embed")),
         }
     return out
+
+
+def parameter_counts(spec: ModelSpec) -> tuple[int, int]:
+    """How many parameters the model has, and how many of them a token uses: all but the embedding table's other rows and the experts not chosen.
+
+    Extra heads count in neither.
+    """
+
+    def size(tree: Any) -> int:
+        return sum(map(size, tree.values())) if isinstance(tree, dict) else int(np.prod(tree.shape, dtype=np.int64))
+
+    params = abstract_params(dataclasses.replace(spec, extra_heads=()))
+    routed = [(size(tree), layer.router) for tree, layer in zip(
+        abstract_experts(dataclasses.replace(spec, extra_heads=())).values(), (spec.layers[i] for i in spec.moe_layers), strict=True)]
+    total = size(params) + sum(n for n, _ in routed)
+    used = size(params) + sum(n // router.experts * router.active for n, router in routed if router is not None)
+    return total, used if spec.tied else used - size(params["embed"])
 
 
 def stack_layers(spec: ModelSpec, layered: dict, stack: Callable[[list], Any]) -> dict:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.formats import load
 from pallas_kernels.grouped_matmul.glu import GLUS
 
 
@@ -32,7 +33,7 @@ class TrainBank:
         """See `ResidentBank.join`."""
         return self
 
-    def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels):
+    def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels, biases=None):
         """See `jaxmoe.experts.expert_ffn`; aux holds `dropped`, the assignments that found no room."""
         w_in = jax.lax.dynamic_index_in_dim(self.w_in, moe_layer, 0, False)
         w_out = jax.lax.dynamic_index_in_dim(self.w_out, moe_layer, 0, False)
@@ -42,8 +43,13 @@ class TrainBank:
         slot_TA, token_S = slots(ids_TA, valid_T, experts, room)
         rows = gather_rows(x_TD, token_S, slot_TA).reshape(experts, room, d)
         both = jnp.einsum("ecd,edf->ecf", rows, w_in.reshape(experts, d, 2 * f))
+        if biases is not None:
+            both = both + load(biases[0], both.dtype).reshape(experts, 1, 2 * f)
         hidden = GLUS[self.activation](both[..., :f], both[..., f:])
-        out = jnp.einsum("ecf,efd->ecd", hidden, w_out).reshape(experts * room, d)
+        out = jnp.einsum("ecf,efd->ecd", hidden, w_out)
+        if biases is not None:
+            out = out + load(biases[1], out.dtype)[:, None]
+        out = out.reshape(experts * room, d)
         kept = slot_TA < experts * room
         y = sum_rows(out, jnp.where(kept, weights_TA, 0.0).astype(out.dtype), token_S, slot_TA)
         return y, self, {"dropped": (~kept & valid_T[:, None]).sum()}

@@ -43,6 +43,30 @@ def dense(
     return y[:rows].astype(out_dtype)
 
 
+def dense_heads(
+    x_THK: Float[Array, "T H K"], w: Num[Array, "H K N"] | Num[Array, "H N K"], kernels: Kernels, transposed: bool = False
+) -> Float[Array, "T H N"]:
+    """`dense` for each head with its own matrix; in x's dtype.
+
+    Args:
+        x_THK: activations.
+        w: weights [H, K, N], or [H, N, K] when `transposed`.
+        kernels: as for `dense`.
+        transposed: see `w`.
+    """
+    if kernels.backend == "cpu":
+        y = jax.lax.map(lambda xw: dense(*xw, kernels, transposed=transposed), (x_THK.swapaxes(0, 1), w))
+        return y.swapaxes(0, 1)
+    precision = jax.lax.Precision.HIGHEST if x_THK.dtype == jnp.float32 else None
+    rows = x_THK.shape[0]
+    if rows < MIN_ROWS:
+        x_THK = jnp.pad(x_THK, ((0, MIN_ROWS - rows), (0, 0), (0, 0)))
+    x_THK, w = jax.lax.optimization_barrier((x_THK, w))
+    contract = (((2,), (2 if transposed else 1,)), ((1,), (0,)))
+    y = jax.lax.dot_general(x_THK, formats.load(w, x_THK.dtype), contract, precision, preferred_element_type=jnp.float32)
+    return y.swapaxes(0, 1)[:rows].astype(x_THK.dtype)
+
+
 def row_sum(x_TK: Float[Array, "T K"], kernels: Kernels) -> Float[Array, "T 1"]:
     """Sum of each float32 row; on the CPU with `row_invariant`, in an order that depends on nothing but K."""
     if kernels.backend == "cpu" and kernels.row_invariant:

@@ -17,6 +17,7 @@ from jaxmoe.formats import ExpertLayout, Quantized
 from pallas_kernels.compat import interpret_gpu
 from pallas_kernels.dispatch import ROW_SLACK, Kernels, first_that_takes
 from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu, xla
+from pallas_kernels.grouped_matmul.biases import Biases, add_to_rows
 from pallas_kernels.grouped_matmul.glu import Glu
 
 Pool = Num[Array, "Z ..."] | Quantized
@@ -89,8 +90,9 @@ def grouped_swiglu(
     into: Float[Array, "M D"] | None = None,
     layout: ExpertLayout = "d2f",
     all_groups: int | None = None,
+    biases: Biases | None = None,
 ) -> Float[Array, "M D"]:
-    """A gated feed-forward per group: `glu(x @ gate, x @ up) @ w_out`, gate and up in one pass with the activation.
+    """A gated feed-forward per group: `glu(x @ gate + b_gate, x @ up + b_up) @ w_out + b_out`, gate and up in one pass with the activation.
 
     Args:
         x_MD: rows sorted by group, float32 or bfloat16.
@@ -105,6 +107,8 @@ def grouped_swiglu(
         layout: see `jaxmoe.formats.ExpertLayout`.
         all_groups: how many groups the rows are sorted by, where those given here are some of them; tiles are chosen by it, so that a row's bits
             don't tell in how many calls the groups came.
+        biases: `(b_in [G, 2, F], b_out [G, D])` of the groups, in the order of `group_ids` and with these axes in any layout; float32, or bfloat16
+            held as uint16. Added to the float32 sums before those are rounded (`GptOssExperts` of transformers rounds once before, too).
 
     Returns:
         float32 [M, D]; padding rows hold values of no meaning.
@@ -115,6 +119,7 @@ def grouped_swiglu(
     """
     _check_groups(x_MD, group_ids, group_sizes)
     _check_swiglu(x_MD, w_in, w_out, layout)
+    _check_biases(biases, group_ids.shape[0], w_in, layout)
     _check((starts is None) == (into is None), "`starts` and `into` together")
     if into is not None:
         _check(into.shape == x_MD.shape and x_MD.shape[0] > ROW_SLACK, f"as many rows to write into, above {ROW_SLACK}", into.shape, x_MD.shape)
@@ -123,39 +128,48 @@ def grouped_swiglu(
 
     def of_cpu():
         _refuse_layout(layout != "d2f", layout, "d2f")
-        return cpu.grouped_swiglu(*args, starts, into)
+        return cpu.grouped_swiglu(*args, starts, into, biases)
 
     def two_kernels(kernel, wanted: ExpertLayout, **options):
         _refuse_layout(layout != wanted, layout, wanted)
+        b_in, b_out = ({}, {}) if biases is None else ({"bias": b} for b in biases)
         rows, groups = x_MD.shape[0] - (0 if into is None else ROW_SLACK), all_groups or ids.shape[0]
         config = kernel.config_for(x_MD, w_in, rows, groups, x_MD.dtype)
-        hidden = kernel.grouped_glu(x_MD, w_in, ids, group_sizes, glu, starts, config=config, **options)
+        hidden = kernel.grouped_glu(x_MD, w_in, ids, group_sizes, glu, starts, config=config, **b_in, **options)
         config = kernel.config_for(hidden, w_out, rows, groups, jnp.float32)
-        y = kernel.grouped_matmul(hidden, w_out, ids, group_sizes, starts, config=config, **options)
+        y = kernel.grouped_matmul(hidden, w_out, ids, group_sizes, starts, config=config, **b_out, **options)
         return y if into is None or starts is None else _written(into, y, starts, group_sizes)
 
     return first_that_takes(
         "grouped_swiglu",
         _ordered(
             kernels, of_cpu, functools.partial(two_kernels, gpu, "2fd"), functools.partial(two_kernels, tpu, "2df"),
-            functools.partial(xla.grouped_swiglu, *args, kernels.backend == "gpu", starts, into, layout),
-            functools.partial(reference.grouped_swiglu, *args, starts, into, layout),
+            functools.partial(xla.grouped_swiglu, *args, kernels.backend == "gpu", starts, into, layout, biases),
+            functools.partial(reference.grouped_swiglu, *args, starts, into, layout, biases),
         ),
     )  # fmt: skip
 
 
 def swiglu_rows(
-    x_D: Float[Array, "one D"], w_in: Pool, w_out: Pool, ids_A: Int[Array, "A"], glu: Glu, kernels: Kernels, layout: ExpertLayout = "d2f"
+    x_D: Float[Array, "one D"],
+    w_in: Pool,
+    w_out: Pool,
+    ids_A: Int[Array, "A"],
+    glu: Glu,
+    kernels: Kernels,
+    layout: ExpertLayout = "d2f",
+    biases: Biases | None = None,
 ) -> Float[Array, "A D"]:
     """One token [1, D] through A matrices of the pool, float32 [A, D]: `grouped_swiglu` of A groups of one and the same row."""
     _check(x_D.ndim == 2 and x_D.shape[0] == 1, "one row [1, D]", x_D.shape)
     _check_swiglu(x_D, w_in, w_out, layout)
+    _check_biases(biases, ids_A.shape[0], w_in, layout)
     if kernels.backend == "cpu" and layout == "d2f":
-        return cpu.swiglu_rows(x_D, w_in, w_out, ids_A, glu)
+        return cpu.swiglu_rows(x_D, w_in, w_out, ids_A, glu, biases)
     if kernels.backend in ("gpu", "tpu") and not kernels.pallas:
-        return xla.swiglu_rows(x_D, w_in, w_out, ids_A, glu, layout)
+        return xla.swiglu_rows(x_D, w_in, w_out, ids_A, glu, layout, biases)
     rows = jnp.broadcast_to(x_D, (ids_A.shape[0], x_D.shape[1]))
-    return grouped_swiglu(rows, w_in, w_out, ids_A, jnp.ones_like(ids_A), glu, kernels, layout=layout)
+    return grouped_swiglu(rows, w_in, w_out, ids_A, jnp.ones_like(ids_A), glu, kernels, layout=layout, biases=biases)
 
 
 def _ordered(kernels: Kernels, of_cpu, of_gpu, of_tpu, of_xla, of_reference) -> list[tuple[str, Any]]:
@@ -205,6 +219,14 @@ def _check_swiglu(x_MD, w_in, w_out, layout: ExpertLayout) -> None:
     _check(w_out.shape == expected, f"a pool [Z, {'D, F' if layout == '2fd' else 'F, D'}]", w_out.shape, w_in.shape)
     _check_quantized(w_in, layout.index("d") - 3)
     _check_quantized(w_out, -1 if layout == "2fd" else -2)
+
+
+def _check_biases(biases: Biases | None, groups: int, w_in: Pool, layout: ExpertLayout) -> None:
+    if biases is None:
+        return
+    d, f = formats.expert_widths(w_in.shape[1:], layout)
+    good = biases[0].shape == (groups, 2, f) and biases[1].shape == (groups, d)
+    _check(good, f"biases [G, 2, F] and [G, D] of {groups} groups, D = {d}, F = {f}", *(b.shape for b in biases))
 
 
 def _check_quantized(w: Pool, axis: int) -> None:

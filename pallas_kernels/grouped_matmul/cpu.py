@@ -25,6 +25,7 @@ from jaxmoe import formats
 from jaxmoe.formats import Quantized
 from pallas_kernels.dense.cpu import ROW_TILES, row_tile, same_order
 from pallas_kernels.dispatch import ROW_SLACK
+from pallas_kernels.grouped_matmul.biases import Biases, of_group
 from pallas_kernels.grouped_matmul.glu import Glu
 
 _LARGE_TILES = (64, 96, ROW_SLACK)
@@ -72,7 +73,7 @@ def _over_groups(
     x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable, tile: int,
     starts: jax.Array | None = None, into: jax.Array | None = None,
 ):  # fmt: skip
-    """Runs `f(rows [tile, K], pick(pool id)) -> [tile, width]` over the tiles that exist, of the groups that have rows; float32 [M, width].
+    """Runs `f(rows [tile, K], pick(pool id, group)) -> [tile, width]` over the tiles that exist, of the groups that have rows; float32 [M, width].
 
     The last tile of a group may overhang.
     """
@@ -90,7 +91,7 @@ def _over_groups(
 
     def one_group(j, y):
         g = with_rows[j]
-        weights = pick(group_ids[g])
+        weights = pick(group_ids[g], g)
         if m <= tile and into is None:  # no group has a second tile
             return one_tile(starts[g], weights, y)
         tiles = -(-group_sizes[g] // tile)
@@ -107,21 +108,33 @@ def swiglu_rows(
     w_out_ZFD: Num[Array, "Z F D"] | Quantized,
     ids_A: Int[Array, "A"],
     glu: Glu,
+    biases: Biases | None = None,
 ) -> Float[Array, "A D"]:
     """One row through several matrices of the pool: decoding's case, with nothing to sort. Bits as in `grouped_swiglu`."""
     _, d, _, f = w_in_ZD2F.shape
     w_in = _matrices(w_in_ZD2F)
-    dtype = x_D.dtype
     tile, (parts_in, parts_out) = _one_row(((d, 2 * f), (f, d)))
     rows = jnp.pad(x_D.astype(jnp.float32), ((0, tile - 1), (0, 0)))
 
     def expert(i, y):
-        both = _dot(rows, _pick(w_in, ids_A[i], parts_in)).astype(dtype)
-        hidden = glu(both[:, :f], both[:, f:])
-        out = _dot(hidden.astype(jnp.float32), _pick(w_out_ZFD, ids_A[i], parts_out))
+        weights = _pick(w_in, ids_A[i], parts_in), _pick(w_out_ZFD, ids_A[i], parts_out)
+        out = _swiglu(rows, weights, of_group(biases, i), glu, x_D.dtype)
         return jax.lax.dynamic_update_slice(y, out[:1], (i, 0))
 
     return jax.lax.fori_loop(0, ids_A.shape[0], expert, jnp.zeros((ids_A.shape[0], d), jnp.float32))
+
+
+def _swiglu(rows: jax.Array, weights: tuple[list[jax.Array], list[jax.Array]], biases: Sequence[jax.Array], glu: Glu, dtype) -> jax.Array:
+    """One expert's feed-forward of a tile; gate, up and hidden values are rounded to `dtype`. `biases`: [2, F] and [D], or none."""
+    both = _plus(_dot(rows, weights[0]), *biases[:1]).astype(dtype)
+    f = both.shape[1] // 2
+    hidden = glu(both[:, :f], both[:, f:])
+    return _plus(_dot(hidden.astype(jnp.float32), weights[1]), *biases[1:])
+
+
+def _plus(sums: jax.Array, *bias: jax.Array) -> jax.Array:
+    """Sums and then a bias, if there is one."""
+    return sums + bias[0].reshape(-1) if bias else sums
 
 
 def _matrices(pool: jax.Array | Quantized) -> jax.Array | Quantized:
@@ -149,7 +162,7 @@ def grouped_matmul(
 ) -> Float[Array, "M N"]:
     """See `api.grouped_matmul`."""
     tile, (parts,) = tiling(x_MK.shape[0], group_ids.shape[0], (w_ZKN.shape[1:],))
-    return _over_groups(x_MK, w_ZKN.shape[2], group_ids, group_sizes, lambda i: _pick(w_ZKN, i, parts), _dot, tile)
+    return _over_groups(x_MK, w_ZKN.shape[2], group_ids, group_sizes, lambda i, _: _pick(w_ZKN, i, parts), _dot, tile)
 
 
 def grouped_swiglu(
@@ -161,20 +174,18 @@ def grouped_swiglu(
     glu: Glu,
     starts: Int[Array, "G"] | None = None,
     into: Float[Array, "M D"] | None = None,
+    biases: Biases | None = None,
 ) -> Float[Array, "M D"]:
     """See `api.grouped_swiglu`. In bfloat16 the gate, up and hidden values are rounded where a separate op would have rounded them."""
     _, d, _, f = w_in_ZD2F.shape
     w_in = _matrices(w_in_ZD2F)
-    dtype = x_MD.dtype
     rows = x_MD.shape[0] - (0 if into is None else ROW_SLACK)
     tile, (parts_in, parts_out) = tiling(rows, group_ids.shape[0], ((d, 2 * f), (f, d)))
 
-    def pick(i):
-        return _pick(w_in, i, parts_in), _pick(w_out_ZFD, i, parts_out)
+    def pick(i, g):
+        return (_pick(w_in, i, parts_in), _pick(w_out_ZFD, i, parts_out)), of_group(biases, g)
 
-    def expert(rows, weights):
-        both = _dot(rows, weights[0]).astype(dtype)
-        hidden = glu(both[:, :f], both[:, f:])
-        return _dot(hidden.astype(jnp.float32), weights[1])
+    def expert(rows, picked):
+        return _swiglu(rows, *picked, glu, x_MD.dtype)
 
     return _over_groups(x_MD, d, group_ids, group_sizes, pick, expert, tile, starts, into)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.formats import ExpertLayout, Quantized
+from pallas_kernels.grouped_matmul.biases import Biases, add_to_rows, of_group
 from pallas_kernels.grouped_matmul.glu import Glu
 
 Pool = Num[Array, "Z ..."] | Quantized
@@ -47,6 +48,7 @@ def grouped_swiglu(
     starts: Int[Array, "G"] | None = None,
     into: Float[Array, "M D"] | None = None,
     layout: ExpertLayout = "d2f",
+    biases: Biases | None = None,
 ) -> Float[Array, "M D"]:
     """See `api.grouped_swiglu`."""
     starts = jnp.cumsum(group_sizes) - group_sizes if starts is None else starts
@@ -55,10 +57,14 @@ def grouped_swiglu(
 
     def body(hidden, g):
         w = formats.entry(w_in, group_ids[g]).astype(jnp.float32)
-        gate, up = jnp.einsum(equation, x_MD.astype(jnp.float32), w, precision="highest").astype(x_MD.dtype)
+        both = jnp.einsum(equation, x_MD.astype(jnp.float32), w, precision="highest")
+        for b_in in of_group(biases, g)[:1]:
+            both = both + b_in[:, None]
+        gate, up = both.astype(x_MD.dtype)
         mine = (row >= starts[g]) & (row < starts[g] + group_sizes[g])
         return jnp.where(mine[:, None], glu(gate, up).astype(x_MD.dtype), hidden), None
 
     _, f = formats.expert_widths(w_in.shape[1:], layout)
     hidden, _ = jax.lax.scan(body, jnp.zeros((x_MD.shape[0], f), x_MD.dtype), jnp.arange(group_ids.shape[0]))
-    return grouped_matmul(hidden, w_out, group_ids, group_sizes, starts, into, layout == "2fd")
+    y = grouped_matmul(hidden, w_out, group_ids, group_sizes, starts, into, layout == "2fd")
+    return y if biases is None else add_to_rows(y, biases[1], group_sizes, starts)

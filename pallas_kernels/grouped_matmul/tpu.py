@@ -30,7 +30,7 @@ from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, Num
 
-from jaxmoe.formats import Quantized, pack_block
+from jaxmoe.formats import Quantized, load, pack_block
 from pallas_kernels.grouped_matmul.glu import Glu
 from pallas_kernels.grouped_matmul.tpu_kernel import kernel
 from pallas_kernels.grouped_matmul.tpu_tiles import (
@@ -59,6 +59,7 @@ def grouped_matmul(
     group_sizes: Int[Array, "G"],
     starts: Int[Array, "G"] | None = None,
     *,
+    bias: Num[Array, "G N"] | None = None,
     out_dtype: Any = jnp.float32,
     config: Config | None = None,
     interpret: Any = False,
@@ -71,6 +72,7 @@ def grouped_matmul(
         group_ids: which matrix of the pool each group uses; any order, repeats allowed.
         group_sizes: rows of each group; zeros are allowed and cost nothing.
         starts: first row of each group, ascending, groups disjoint; None: they lie back to back from row 0.
+        bias: added to each group's sums; float32, or bfloat16 held as uint16.
         out_dtype: float32 or bfloat16.
         config: tile sizes; None: `heuristic`.
         interpret: as in `pallas_call`.
@@ -87,7 +89,7 @@ def grouped_matmul(
     if jnp.dtype(out_dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         raise NotImplementedError(f"the kernel writes float32 or bfloat16, not {jnp.dtype(out_dtype)}")
     form = _form(x_MK, w, group_ids.shape[0], w.shape[2], 1, out_dtype)
-    return _call(form, x_MK, w, group_ids, group_sizes, starts, None, config, interpret)
+    return _call(form, x_MK, w, group_ids, group_sizes, starts, None, None if bias is None else bias[:, None], config, interpret)
 
 
 def grouped_glu(
@@ -98,6 +100,7 @@ def grouped_glu(
     glu: Glu,
     starts: Int[Array, "G"] | None = None,
     *,
+    bias: Num[Array, "G two F"] | None = None,
     config: Config | None = None,
     interpret: Any = False,
 ) -> Float[Array, "M F"]:
@@ -108,6 +111,7 @@ def grouped_glu(
         w_in: the pool [Z, 2, K, F] of gate (index 0 of the axis of two) and up (index 1): bfloat16 held as uint16, or `Quantized` with `axis` -2
             and scales [Z, K/group, 2, F].
         glu: `glu(gate, up)`, elementwise.
+        bias: added to each group's sums before `glu`; float32, or bfloat16 held as uint16.
 
     Returns:
         [M, F] in x's dtype; rows of no group hold anything.
@@ -121,7 +125,7 @@ def grouped_glu(
         order = " in the order [Z, K, 2, F]" if w_in.ndim == 4 and w_in.shape[1:3] == (k, 2) else ""
         raise NotImplementedError(f"the kernel takes a pool [Z, 2, K, F] with K = {k}, not {list(w_in.shape)}{order}")
     form = _form(x_MK, w_in, group_ids.shape[0], w_in.shape[3], 2, x_MK.dtype)
-    return _call(form, x_MK, w_in, group_ids, group_sizes, starts, glu, config, interpret)
+    return _call(form, x_MK, w_in, group_ids, group_sizes, starts, glu, bias, config, interpret)
 
 
 def config_for(x_MK: Float[Array, "M K"], w: Weights, rows: int, groups: int, out_dtype: Any) -> Config:
@@ -178,8 +182,8 @@ def _form(x: Any, w: Weights, groups: int, n: int, parts: int, out: Any) -> Form
     return Form(*common, f"int{w.bits}", w.group, jnp.dtype(out))
 
 
-def _call(form: Form, x, w, group_ids, group_sizes, starts, glu: Glu | None, config: Config | None, interpret: Any) -> jax.Array:
-    """The kernel around the pipeline's blocks."""
+def _call(form: Form, x, w, group_ids, group_sizes, starts, glu: Glu | None, bias, config: Config | None, interpret: Any) -> jax.Array:
+    """The kernel around the pipeline's blocks; `bias` [G, parts, N] or None."""
     c = choose(form) if config is None else config
     check_config(form, c)
     row_tiles, k_tiles = pl.cdiv(form.m, c.rows), form.k // c.k
@@ -203,6 +207,9 @@ def _call(form: Form, x, w, group_ids, group_sizes, starts, glu: Glu | None, con
         i, k = place(i, k, ends)
         return ids[i], k, *((0,) if w.scales.ndim == 4 else ()), n
 
+    def bias_map(n, i, k, ends, *_):
+        return place(i, k, ends)[0], 0, n
+
     def out_map(n, i, k, ends, ids, tiles, *_):
         return tiles[place(i, k, ends)[0]], n
 
@@ -213,12 +220,15 @@ def _call(form: Form, x, w, group_ids, group_sizes, starts, glu: Glu | None, con
     if isinstance(w, Quantized):
         scale_block = (1, c.k // form.group, *w.scales.shape[2:-1], c.columns)
         in_specs.append(pl.BlockSpec(scale_block, scale_map))
+    if bias is not None:
+        operands = (*operands, _by_item(bias, scalars[0], items))
+        in_specs.append(pl.BlockSpec((1, form.parts, c.columns), bias_map))
     scratch = [pltpu.VMEM((form.parts, c.rows, c.columns), jnp.float32)]
     if shape := scratch_shape(form, c):
         scratch.append(pltpu.VMEM(shape, jnp.bfloat16))
 
     return pl.pallas_call(
-        functools.partial(kernel, form, c, glu),
+        functools.partial(kernel, form, c, glu, bias is not None),
         out_shape=jax.ShapeDtypeStruct((form.m, form.n), form.out),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
@@ -232,6 +242,12 @@ def _call(form: Form, x, w, group_ids, group_sizes, starts, glu: Glu | None, con
         interpret=interpret,
         name="grouped_glu" if form.parts == 2 else "grouped_matmul",
     )(*scalars, *operands)
+
+
+def _by_item(bias: Num[Array, "G parts N"], ends: Int[Array, "G"], items: int) -> Float[Array, "T parts N"]:
+    """The bias of each work item's group: few rows, and no further numbers to hand to the kernel ahead of its blocks."""
+    group = jnp.sum(ends <= jnp.arange(items)[:, None], axis=1)
+    return load(bias[jnp.minimum(group, ends.shape[0] - 1)], jnp.float32)
 
 
 def _cost(form: Form, c: Config) -> pl.CostEstimate:

@@ -15,9 +15,10 @@ from pallas_kernels.grouped_matmul.glu import Glu
 from pallas_kernels.grouped_matmul.tpu_tiles import Config, Form, direct, scratch_shape
 
 
-def kernel(form: Form, c: Config, glu: Glu | None, ends, ids, tiles, low, high, x_ref, w_ref, *refs) -> None:
-    """One step: this K tile's part of an item's sums; at the last K tile its rows are stored."""
-    *scales, y_ref, sums_ref, scratch_ref = refs if scratch_shape(form, c) else (*refs, None)
+def kernel(form: Form, c: Config, glu: Glu | None, biased: bool, ends, ids, tiles, low, high, x_ref, w_ref, *refs) -> None:
+    """One step: this K tile's part of an item's sums; at the last K tile its rows are stored, with the group's bias if there is one."""
+    *more, y_ref, sums_ref, scratch_ref = refs if scratch_shape(form, c) else (*refs, None)
+    scales, bias_ref = (more[:-1], more[-1]) if biased else (more, None)
     item, k = pl.program_id(1), pl.program_id(2)
     k_tiles = form.k // c.k
 
@@ -42,7 +43,8 @@ def kernel(form: Form, c: Config, glu: Glu | None, ends, ids, tiles, low, high, 
 
         @pl.when(k == k_tiles - 1)
         def _():
-            y = sums_ref[0] if glu is None else glu(sums_ref[0], sums_ref[1])
+            sums = [sums_ref[part] if bias_ref is None else sums_ref[part] + bias_ref[0, part : part + 1, :] for part in range(form.parts)]
+            y = sums[0] if glu is None else glu(*sums)
             row = jax.lax.broadcasted_iota(jnp.int32, y_ref.shape, 0)
             mine = (row >= low[item]) & (row < high[item])
             y_ref[...] = jnp.where(mine, y.astype(y_ref.dtype), y_ref[...])

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxmoe import formats
 from jaxmoe.formats import ExpertLayout, Quantized
 from pallas_kernels.dispatch import ROW_SLACK
+from pallas_kernels.grouped_matmul.biases import Biases, of_group
 from pallas_kernels.grouped_matmul.glu import Glu
 
 TILE = ROW_SLACK
@@ -38,7 +39,7 @@ def grouped_matmul(
     """
     equation = "mk,nk->mn" if transposed else "mk,kn->mn"
 
-    def f(rows, i):
+    def f(rows, i, _):
         return _dot(equation, rows, formats.entry(w, i))
 
     return _over_tiles(x_MK, w.shape[1] if transposed else w.shape[2], group_ids, group_sizes, f, known_length)
@@ -55,31 +56,44 @@ def grouped_swiglu(
     starts: Int[Array, "G"] | None = None,
     into: Float[Array, "M D"] | None = None,
     layout: ExpertLayout = "d2f",
+    biases: Biases | None = None,
 ) -> Float[Array, "M D"]:
     """See `api.grouped_swiglu`, and `grouped_matmul` for `known_length`."""
 
-    def f(rows, i):
-        return _swiglu(rows, formats.entry(w_in, i), formats.entry(w_out, i), glu, layout)
+    def f(rows, i, g):
+        return _swiglu(rows, formats.entry(w_in, i), formats.entry(w_out, i), glu, layout, *of_group(biases, g))
 
     return _over_tiles(x_MD, x_MD.shape[1], group_ids, group_sizes, f, known_length, starts, into)
 
 
 def swiglu_rows(
-    x_D: Float[Array, "one D"], w_in: Pool, w_out: Pool, ids_A: Int[Array, "A"], glu: Glu, layout: ExpertLayout = "d2f"
+    x_D: Float[Array, "one D"],
+    w_in: Pool,
+    w_out: Pool,
+    ids_A: Int[Array, "A"],
+    glu: Glu,
+    layout: ExpertLayout = "d2f",
+    biases: Biases | None = None,
 ) -> Float[Array, "A D"]:
     """See `api.swiglu_rows`."""
 
-    def expert(_, i):
-        return None, _swiglu(x_D, formats.entry(w_in, i), formats.entry(w_out, i), glu, layout)[0]
+    def expert(_, scanned):
+        i, own = scanned
+        bias = (formats.load(b, jnp.float32) for b in own)
+        return None, _swiglu(x_D, formats.entry(w_in, i), formats.entry(w_out, i), glu, layout, *bias)[0]
 
-    return jax.lax.scan(expert, None, ids_A)[1]
+    return jax.lax.scan(expert, None, (ids_A, biases or ()))[1]
 
 
 def _over_tiles(
     x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, f: Callable, known_length: bool,
     starts: jax.Array | None = None, into: jax.Array | None = None,
 ):  # fmt: skip
-    """Runs `f(rows [tile, K], pool id) -> [tile, width]` over the tiles that the groups' rows make; float32 [M, width], other rows as in `into`."""
+    """Runs `f(rows [tile, K], pool id, group) -> [tile, width]` over the tiles that the groups' rows make.
+
+    Returns:
+        float32 [M, width], other rows as in `into`.
+    """
     rows, groups = x.shape[0], group_ids.shape[0]
     # A part of the groups is computed in tiles of the same size as all of them are, so that a row's bits don't tell which it was.
     m = rows if into is None else rows - ROW_SLACK
@@ -96,7 +110,7 @@ def _over_tiles(
 
     def one_tile(j, y):
         at = first[j]
-        out = f(jax.lax.dynamic_slice_in_dim(x, at, tile), ids[j])
+        out = f(jax.lax.dynamic_slice_in_dim(x, at, tile), ids[j], group[j])
         row = at + jnp.arange(tile)
         mine = (row >= low[j]) & (row < high[j])
         kept = jax.lax.dynamic_slice_in_dim(y, at, tile)
@@ -107,10 +121,15 @@ def _over_tiles(
     return jax.lax.fori_loop(0, most if known_length else ends[-1], one_tile, y)
 
 
-def _swiglu(rows: jax.Array, w_in: jax.Array, w_out: jax.Array, glu: Glu, layout: ExpertLayout) -> jax.Array:
-    """One expert's feed-forward; in bfloat16 rounded where separate ops would round."""
-    both = _dot(_INTO_HIDDEN[layout], rows, w_in).astype(rows.dtype)
-    return _dot(_OUT_OF_HIDDEN[layout], glu(both[:, 0], both[:, 1]), w_out)
+def _swiglu(
+    rows: jax.Array, w_in: jax.Array, w_out: jax.Array, glu: Glu, layout: ExpertLayout,
+    b_in: jax.Array | None = None, b_out: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """One expert's feed-forward; in bfloat16 rounded where separate ops would round, a product and its bias being one."""
+    both = _dot(_INTO_HIDDEN[layout], rows, w_in)
+    both = (both if b_in is None else both + b_in).astype(rows.dtype)
+    y = _dot(_OUT_OF_HIDDEN[layout], glu(both[:, 0], both[:, 1]), w_out)
+    return y if b_out is None else y + b_out
 
 
 def _dot(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -70,7 +70,7 @@ CASES = {
     ),
     "unknown_field": (edit_config(secret_gate=1), "field 'secret_gate' = 1"),
     "field_of_another_type": (edit_config(num_hidden_layers="3"), "num_hidden_layers = '3' must be a positive integer"),
-    "field_that_is_no_list": (edit_config(mlp_only_layers=3), "config.json: damaged: 'int' object is not iterable"),
+    "field_that_is_no_list": (edit_config(mlp_only_layers=3), "mlp_only_layers = 3 must list layers, from 0 to 2"),
     "field_that_is_no_number": (edit_config(rms_norm_eps="small"), "config.json: damaged: could not convert string to float: 'small'"),
     "missing_field": (edit_config(norm_topk_prob=...), "needs the field 'norm_topk_prob'"),
     "quantized": (edit_config(quantization_config={"bits": 4}), "quantization_config"),

@@ -323,8 +323,8 @@ def test_description_of_another_folder(copy):
 
 def test_newer_version(copy):
     data = json.loads((copy / "manifest.json").read_text())
-    (copy / "manifest.json").write_text(json.dumps({**data, "version": 2}))
-    with pytest.raises(CheckpointError, match="version 2 .* convert the model again"):
+    (copy / "manifest.json").write_text(json.dumps({**data, "version": 3}))
+    with pytest.raises(CheckpointError, match="version 3 .* convert the model again"):
         open_checkpoint(copy)
 
 

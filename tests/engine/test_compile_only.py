@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.cache.batch import make_batch
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.experts import ResidentBank
@@ -42,7 +42,7 @@ def parts(layout):
     dtype = experts[0]["gate"].dtype
     w_in, w_out = (jax.ShapeDtypeStruct((len(experts), e, *rest), dtype) for rest in expert_shapes(d, f, layout))
     bank, moving = ResidentBank(w_in, w_out, spec.moe[1].activation, layout).split()
-    layers = jax.eval_shape(lambda: init_kv(spec, ROWS, POSITIONS, steps.run_length(512)))
+    layers = jax.eval_shape(lambda: init_layers(spec, ROWS, POSITIONS, steps.run_length(512)))
     return spec, params, bank, steps.EngineState(layers, moving)
 
 

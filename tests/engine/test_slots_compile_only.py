@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Offload, slot_bank
@@ -104,7 +104,7 @@ def parts(model: str, slots: int, rows: int, layout: str):
     store = jax.ShapeDtypeStruct((records, *host_store.record_shape(spec)), leaf_dtype("bfloat16"))
     bank = dataclasses.replace(slot_bank(spec, None, Offload(slots), layout), store=store)
     moving = jax.eval_shape(lambda: bank.init_state())
-    return spec, params, bank, steps.EngineState(jax.eval_shape(lambda: init_kv(spec, rows, POSITIONS, 1)), moving)
+    return spec, params, bank, steps.EngineState(jax.eval_shape(lambda: init_layers(spec, rows, POSITIONS, 1)), moving)
 
 
 def compiled(target: str, model: str, slots: int, rows: int):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from checkpoints.load import load_hf_or_checkpoint
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Model, Offload, load_model
 from jaxmoe.engine.steps import committed
@@ -29,7 +29,7 @@ def stepper(model: Model, positions: int) -> Callable:
         logits, call.state = step(model.params, model.bank, call.state, batch)
         return np.asarray(logits)[0]
 
-    layers = init_kv(model.spec, 1, positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+    layers = init_layers(model.spec, 1, positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
     call.state = committed(steps.EngineState(layers, model.bank.init_state()))
     return call
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from checkpoints.load import load_hf_or_checkpoint
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Model, Offload, load_model, slot_bank
@@ -44,7 +44,7 @@ def nbytes(tree) -> int:
 
 def first_state(model: Model) -> steps.EngineState:
     """Bound to the device, as steps return it: a step would else compile twice."""
-    state = steps.EngineState(init_kv(model.spec, 1, POSITIONS, steps.run_length(32)), model.bank.init_state())
+    state = steps.EngineState(init_layers(model.spec, 1, POSITIONS, steps.run_length(32)), model.bank.init_state())
     return jax.device_put(state, jax.devices()[0])
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxmoe.cache.batch import make_batch
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.experts import ResidentBank
-from jaxmoe.nn.layers import RMSNorm, rope_tables
-from jaxmoe.nn.transformer import decoder_layer, init_params
+from jaxmoe.nn.parts import model_norm
+from jaxmoe.nn.transformer import decoder_layer, init_params, layer_tables
 from jaxmoe.spec import Leaf, ModelSpec, abstract_experts, abstract_params, stack_layers, unstack_layers
 from pallas_kernels.dispatch import Kernels
 from scripts.make_goldens import CASES
@@ -49,8 +49,8 @@ def initialised(spec: ModelSpec, index: int, kernels: Kernels):
 
     def init(key, bank):
         x = jnp.zeros((8, spec.width), dtype)
-        tables = rope_tables(layer.attention.rope, batch.positions, dtype)
-        return decoder_layer(spec, layer, kernels).init(key, x, index, 0, bank, init_kv(spec, 1, 8, 8), (), batch, tables)
+        tables = layer_tables(layer, batch, dtype)
+        return decoder_layer(spec, layer, kernels).init(key, "all", x, spec.state_index(index), 0, bank, init_layers(spec, 1, 8, 8), (), batch, tables)
 
     return jax.eval_shape(init, jax.random.key(0), empty_bank(spec))
 
@@ -68,7 +68,7 @@ def test_layers_are_what_their_modules_make(spec, backend):
 def test_the_rest(spec):
     written = abstract_params(spec)
     assert set(written) == {"embed", "layers", "final_norm"} | (set() if spec.tied else {"lm_head"})
-    norm = RMSNorm((spec.width,), spec.norm_eps, spec.precision, Kernels())
+    norm = model_norm(spec, Kernels())
     made = jax.eval_shape(norm.init, jax.random.key(0), jnp.zeros((4, spec.width)))
     assert shapes(made["params"]) == shapes(written["final_norm"])
     held = np.dtype(np.float32 if spec.precision.params == "float32" else np.uint16)
@@ -94,7 +94,7 @@ def test_axes_have_the_rank_of_their_leaf(spec):
 
 
 def test_axes_of_states_and_banks_have_the_rank_of_their_leaf(spec):
-    for tree in (init_kv(spec, 2, 8, 8), empty_bank(spec)):
+    for tree in (init_layers(spec, 2, 8, 8), empty_bank(spec)):
         axes = jax.tree.leaves(tree.logical_axes(), is_leaf=lambda x: isinstance(x, tuple))
         assert [len(a) for a in axes] == [len(leaf.shape) for leaf in jax.tree.leaves(tree)]
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.experts import host_store
@@ -254,7 +254,7 @@ def test_the_measured_step_lowers_for_an_h100_with_its_store_in_host_memory():
     store = jax.ShapeDtypeStruct((FULL.layers * 128, *host_store.record_shape(spec)), leaf_dtype("bfloat16"))
     bank = device_traced.TracedBank(device_traced.make_bank(spec, store, device_traced.slots_of(spec, 25), "mosaic_tma", Kernels("gpu")))
     params = jax.eval_shape(lambda: device_traced.make_params(spec))
-    state = jax.eval_shape(lambda: steps.EngineState(init_kv(spec, 1, device_traced.POSITIONS, 1), bank.start(jnp.asarray(ids_SLA))))
+    state = jax.eval_shape(lambda: steps.EngineState(init_layers(spec, 1, device_traced.POSITIONS, 1), bank.start(jnp.asarray(ids_SLA))))
     kernels, row = Kernels("gpu"), np.zeros(1, np.int32)
     program = compile_with_host(
         "h100", steps.decode_step(spec, kernels, greedy=True).__wrapped__, params, bank, state, row, row, row, row, device_traced.NO_EOS,

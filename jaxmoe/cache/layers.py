@@ -1,0 +1,74 @@
+"""What a model carries from token to token: one state for each kind that its layers need, behind the two methods that layers call.
+
+Layers whose caches have the same shape share arrays, whatever their masks; a layer is addressed by its number among those of its kind
+(`ModelSpec.state_index`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.cache.batch import Batch
+from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.spec import AttentionSpec, DeltaSpec, ModelSpec
+from pallas_kernels.dispatch import Kernels
+
+
+@flax.struct.dataclass
+class LayerStates:
+    """Attributes: `states` one per kind; `kinds` what each is for (`LayerSpec.state`)."""
+
+    states: tuple[Any, ...]
+    kinds: tuple[Any, ...] = flax.struct.field(pytree_node=False)
+
+    def logical_axes(self) -> dict[str, dict[str, tuple[str | None, ...]]]:
+        """The logical name of every axis of every leaf, by the kind's number."""
+        return {str(i): state.logical_axes() for i, state in enumerate(self.states)}
+
+    def attend(
+        self,
+        spec: AttentionSpec,
+        layer: Int[Array, ""],
+        q: Float[Array, "T H C"],
+        k: Float[Array, "T K C"],
+        v: Float[Array, "T K C"] | None,
+        batch: Batch,
+        kernels: Kernels,
+        sinks: Float[Array, "H"] | None = None,
+    ) -> tuple[Float[Array, "T H C"], LayerStates]:
+        """See `KVState.attend`."""
+        at = self.kinds.index(spec.cached)
+        out, state = self.states[at].attend(spec, layer, q, k, v, batch, kernels, sinks)
+        return out, self._with(at, state)
+
+    def delta(self, spec: DeltaSpec, layer: Int[Array, ""], *args: Any) -> tuple[jax.Array, LayerStates]:
+        """See `RecurrentState.delta`."""
+        at = self.kinds.index(spec)
+        out, state = self.states[at].delta(spec, layer, *args)
+        return out, self._with(at, state)
+
+    def _with(self, at: int, state: Any) -> LayerStates:
+        return dataclasses.replace(self, states=(*self.states[:at], state, *self.states[at + 1 :]))
+
+
+def init_layers(spec: ModelSpec, rows: int, positions: int, max_run: int) -> LayerStates:
+    """Empty states for `rows` sequences of up to `positions` tokens, written by runs of up to `max_run`."""
+    kinds = spec.state_kinds
+    states = [
+        _recurrent()(kind, layers, rows, spec.precision)
+        if isinstance(kind, DeltaSpec)
+        else init_kv(kind, layers, rows, positions, max_run, spec.precision.kv)
+        for kind, layers in kinds.items()
+    ]
+    return LayerStates(tuple(states), tuple(kinds))
+
+
+def _recurrent():
+    from jaxmoe.cache.recurrent import init_recurrent
+
+    return init_recurrent

@@ -1,0 +1,13 @@
+"""Model families as data: which fields of a config.json each has, and how they become layers."""
+
+from __future__ import annotations
+
+from jaxmoe.spec.families import mixtral, olmoe, qwen3_moe
+from jaxmoe.spec.families.common import Family
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": mixtral.FAMILY,
+    "olmoe": olmoe.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+}
+"""The `model_type`s that can be read."""

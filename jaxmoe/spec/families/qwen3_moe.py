@@ -1,0 +1,34 @@
+"""Qwen3-MoE: norms per head, dense layers where the config says so (transformers, models/qwen3_moe)."""
+
+from __future__ import annotations
+
+from jaxmoe.spec.families.common import SHAPE, Family, attention, layer_indices, router
+from jaxmoe.spec.types import ExpertSpec, LayerSpec, SpecError
+
+
+def _layers(config: dict) -> list[LayerSpec]:
+    bias = bool(config.get("attention_bias", False))
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    attend = attention(config, 10000.0, qk_norm="head", qkv_bias=bias, out_bias=bias, window=window)
+    experts = config.get("num_experts") or config.get("num_local_experts")
+    if not experts:
+        raise SpecError("config.json: qwen3_moe needs the field 'num_experts', which is missing or null")
+    route = router(config, experts, normalize=bool(config["norm_topk_prob"]))
+    return sparse_steps(config, LayerSpec(attend, route, ExpertSpec(config["moe_intermediate_size"])))
+
+
+def sparse_steps(config: dict, sparse: LayerSpec) -> list[LayerSpec]:
+    """Sparse layers, and dense ones of `intermediate_size` where `mlp_only_layers` or `decoder_sparse_step` say so."""
+    dense = LayerSpec(sparse.attention, dense=ExpertSpec(config["intermediate_size"]))
+    only_dense, step = layer_indices(config, "mlp_only_layers"), config.get("decoder_sparse_step", 1)
+    return [sparse if i not in only_dense and step and (i + 1) % step == 0 else dense for i in range(config["num_hidden_layers"])]
+
+
+FAMILY = Family(
+    (*SHAPE, "moe_intermediate_size", "norm_topk_prob"),
+    (
+        "num_key_value_heads", "head_dim", "attention_bias", "use_sliding_window", "sliding_window", "tie_word_embeddings",
+        "decoder_sparse_step", "mlp_only_layers", "num_experts", "num_local_experts",
+    ),
+    _layers,
+)  # fmt: skip
