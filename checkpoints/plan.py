@@ -198,7 +198,8 @@ def _list(items: list[str]) -> str:
 
 
 def _with_dtype(hf: Path, source: Unpacked, spec: ModelSpec, layout: Layout, dtype: str | None) -> ModelSpec:
-    """Without a wish, the source's own dtype; tensors that are held in float32 whatever the model is have no say in it. bfloat16 for quantized ones."""
+    """Without a wish, the source's own dtype, which is bfloat16 where it is quantized; tensors that are held in float32 whatever the model is have no
+    say in it."""
     if dtype is None and source.packed:
         dtype = "bfloat16"
     elif dtype is None:
@@ -220,8 +221,11 @@ def _check_tied(source: Unpacked, spec: ModelSpec, layout: Layout, ignored: tupl
     head, embed = tied_head(spec, layout), layout.on_disk(layout.top["embed.table"].hf)
     if head is None or head not in ignored:
         return
-    source.check_shape(head, source[embed].shape)
     size, step = source[embed].size, store.CHUNK_BYTES
+    if source[head].shape != source[embed].shape:
+        raise CheckpointError(
+            f"{source.folder}: tie_word_embeddings is true, but {head} has shape {list(source[head].shape)}, {embed} {list(source[embed].shape)}"
+        )
     if source[head].dtype == source[embed].dtype and all(
         source.read_elements(head, at, min(step, size - at)).tobytes()
         == source.read_elements(embed, at, min(step, size - at)).tobytes()

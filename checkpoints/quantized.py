@@ -2,15 +2,17 @@
 
 Two forms, by `quantization_config.quant_method` of config.json:
 
-- *fp8*: `X` in F8_E4M3 beside `X_scale_inv`, by whose numbers its blocks are multiplied (arXiv:2412.19437, section 3.3); the last blocks may be partial.
+- *fp8*: `X` in F8_E4M3 beside `X_scale_inv`, by whose numbers its blocks are multiplied (arXiv:2412.19437, section 3.3); the last blocks may be
+  partial.
 - *mxfp4*: `X_blocks` U8 `[..., groups, 16]` beside `X_scales` U8 `[..., groups]`: 32 numbers E2M1 (the low half of a byte first) times
   2^(scale - 127) (OCP Microscaling Formats, version 1.0). X is `[..., groups * 32]`: as transformers' `convert_moe_packed_tensors` has it before
   it swaps the last two axes.
 
 Numbers are decoded in float32, and rounded once, to the dtype in which the leaf is held. That is what transformers 5 does
 (`integrations/finegrained_fp8.py`, `Fp8Dequantize`): it multiplies in float32 and rounds to the parameter's dtype; asked for float32, it doesn't go
-through bfloat16, and neither does this. It derives the size of blocks from the number of scales, which with partial last blocks is an error or another
-size there; here the config's size counts, as in DeepSeek's own `weight_dequant`. mxfp4's numbers have two significant bits, so that nothing is rounded.
+through bfloat16, and neither does this. It takes the size of blocks from the number of scales, which with partial last blocks is an error there, or
+another size; here the config's size counts, as in DeepSeek's own `weight_dequant`. mxfp4's numbers have two significant bits, so that nothing is
+rounded; a scale of 255, which the format keeps for what is not a number, is 2^128 here and there.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ _GROUP = 32
 
 _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-_PAIRS = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=1)  # [256, 2]
+_PAIRS = np.stack([_E2M1[np.arange(256) & 15], _E2M1[np.arange(256) >> 4]], axis=1)  # [256, 2]: both halves of a byte
 with np.errstate(over="ignore"):
-    _POWERS = np.ldexp(np.float32(1), np.arange(256) - 127)  # 2^128 is infinite, as in transformers
+    _SCALED = np.ldexp(_PAIRS, np.arange(-127, 129)[:, None, None]).reshape(-1, 2)  # [256 * 256, 2]: by scale and byte
 
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A tensor that is stored as two: `info` is that of the plain one (`nbytes` those on disk), `values` and `scales` the names of the stored ones."""
+    """A tensor that is stored as two: `info` is the plain one's (`nbytes` those on disk), `values` and `scales` are the names of the stored ones."""
 
     info: TensorInfo
     values: str
@@ -165,7 +167,8 @@ class Unpacked:
         scales = self.source.read_elements(packed.scales, first * of[-1], (last - first) * of[-1]).reshape(-1, of[-1])
         scales = scales.view(ml_dtypes.bfloat16).astype(np.float32) if scales.dtype == np.uint16 else scales
         values = _E4M3[codes]
-        values *= np.repeat(scales[row - first], wide, axis=1)[:, :width]
+        with np.errstate(over="ignore"):
+            values *= np.repeat(scales[row - first], wide, axis=1)[:, :width]
         return values
 
     # --- mxfp4 --------------------------------------------------------------------------------------------------------
@@ -184,8 +187,8 @@ class Unpacked:
 
     def _add_mxfp4(self, name: str, blocks: TensorInfo, scales: TensorInfo) -> None:
         groups = blocks.shape[-2] if len(blocks.shape) > 1 else 0
-        shape = (*blocks.shape[:-2], groups * _GROUP)
-        self.packed[name] = Packed(TensorInfo(name, _MXFP4, shape, blocks.file, blocks.start, blocks.nbytes + scales.nbytes), blocks.name, scales.name)
+        shape, nbytes = (*blocks.shape[:-2], groups * _GROUP), blocks.nbytes + scales.nbytes
+        self.packed[name] = Packed(TensorInfo(name, _MXFP4, shape, blocks.file, blocks.start, nbytes), blocks.name, scales.name)
         self.tensors[name] = self.packed[name].info
         if len(blocks.shape) < 3 or blocks.shape[-1] != _GROUP // 2:
             self.problems.append(f"tensor {blocks.name} has shape {list(blocks.shape)}, [rows, groups, {_GROUP // 2}] is needed")
@@ -201,10 +204,7 @@ class Unpacked:
         groups = width // _GROUP
         codes = self.source.read_bytes(packed.values, start * width // 2, (stop - start) * width // 2).reshape(-1, groups, _GROUP // 2)[at]
         scales = self.source.read_bytes(packed.scales, start * groups, (stop - start) * groups).reshape(-1, groups)[at]
-        values = _PAIRS[codes].reshape(len(codes), groups, _GROUP)
-        with np.errstate(over="ignore", invalid="ignore"):  # 2^128 * 0 is not a number, as in transformers
-            values *= _POWERS[scales][:, :, None]
-        return values.reshape(len(codes), width)
+        return _SCALED[scales.astype(np.uint16)[:, :, None] * np.uint16(256) + codes].reshape(len(codes), width)
 
 
 def open_source(folder: Path) -> Unpacked:

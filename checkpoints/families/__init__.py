@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 from checkpoints.errors import CheckpointError
-from checkpoints.families import mixtral, olmoe, qwen3_moe
+from checkpoints.families import deepseek, mixtral, olmoe, qwen3_moe
 from checkpoints.families.common import BUFFERS
 from checkpoints.families.rules import (
     Layout,
@@ -24,6 +24,7 @@ from checkpoints.families.rules import (
 from jaxmoe.spec import ModelSpec
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "deepseek_v3": deepseek.V3_LAYOUTS,
     "mixtral": mixtral.LAYOUTS,
     "olmoe": olmoe.LAYOUTS,
     "qwen3_moe": qwen3_moe.LAYOUTS,

@@ -57,9 +57,7 @@ class Ranked:
     ) -> Float[Array, "M D"]:
         """`y` with the rows of these ranks, which come after those that are in it already."""
         sizes = jnp.where(ranks, self.sizes, 0)
-        return grouped_swiglu(
-            self.x, pools[0], pools[1], self.slots, sizes, glu, kernels, self.starts, y, layout, self.slots.shape[0], self.biases
-        )
+        return grouped_swiglu(self.x, pools[0], pools[1], self.slots, sizes, glu, kernels, self.starts, y, layout, self.slots.shape[0], self.biases)
 
     def compute_hits(self, pools, y, glu: Glu, kernels: Kernels, layout: ExpertLayout) -> Float[Array, "M D"]:
         """The rows of the experts that are there."""

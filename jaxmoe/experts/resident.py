@@ -86,4 +86,3 @@ class ResidentBank:
             y = grouped_swiglu(rows_of(x_TD, plan), w_in, w_out, ids, plan.sizes_E, glu, kernels, layout=self.layout, biases=biases)[plan.row_TA]
         y_TD = weighted_sum(y.astype(x_TD.dtype).astype(jnp.float32), weights_TA, valid_T)
         return y_TD.astype(x_TD.dtype), self, {}
-

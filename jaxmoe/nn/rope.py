@@ -102,9 +102,9 @@ def _scaled(spec: RopeSpec, scaling: RopeScaling, powers: np.ndarray) -> np.ndar
 
 def _llama3(scaling: RopeScaling, inverse: np.ndarray) -> np.ndarray:
     """Waves longer than `original / low` positions are stretched, those shorter than `original / high` kept, and in between is a blend."""
-    waves = np.float32(2 * math.pi) / inverse
+    waves = 1 / inverse * np.float32(2 * math.pi)
     slow, fast = waves > np.float32(scaling.original / scaling.low), waves < np.float32(scaling.original / scaling.high)
-    keep = (np.float32(scaling.original) / waves - np.float32(scaling.low)) / np.float32(scaling.high - scaling.low)
+    keep = (1 / waves * np.float32(scaling.original) - np.float32(scaling.low)) / np.float32(scaling.high - scaling.low)
     stretched = inverse / np.float32(scaling.factor)
     blend = (1 - keep) * inverse / np.float32(scaling.factor) + keep * inverse
     return np.where(slow, stretched, np.where(fast, inverse, blend))

@@ -17,7 +17,7 @@ from jaxmoe.formats import ExpertLayout, Quantized
 from pallas_kernels.compat import interpret_gpu
 from pallas_kernels.dispatch import ROW_SLACK, Kernels, first_that_takes
 from pallas_kernels.grouped_matmul import cpu, gpu, reference, tpu, xla
-from pallas_kernels.grouped_matmul.biases import Biases, add_to_rows
+from pallas_kernels.grouped_matmul.biases import Biases
 from pallas_kernels.grouped_matmul.glu import Glu
 
 Pool = Num[Array, "Z ..."] | Quantized

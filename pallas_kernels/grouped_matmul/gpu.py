@@ -15,10 +15,10 @@ along K is multiplied by its scale before it is added up, so that nothing is rou
 a byte the kernel takes 16 times each and divides the scale by 16, which is exact too.
 
 Compiled for H100 and interpreted on the CPU, by jax 0.10.2 and 0.11.2. Interpret mode does not know wgmma with a transposed right side (0.10.2) or
-with a left side in registers, stores to transposed references, nor layouts of registers: these operations, and no others, are written otherwise
-there (`_Ops`). Compiled by ptxas without spills; never run on a GPU. Unmeasured: everything about speed, the heuristic too. Known to
-cost: Mosaic's own barriers around every store to shared memory, some 40 in a tile of 128 rows; `unsafe_no_auto_barriers` seems safe here, and is
-to be tried where numbers can be checked.
+with a left side in registers, stores to transposed references, loads from global memory to registers that say how, nor layouts of registers: these
+operations, and no others, are written otherwise there (`_Ops`). Compiled by ptxas without spills; never run on a GPU. Unmeasured: everything about
+speed, the heuristic too. Known to cost: Mosaic's own barriers around every store to shared memory, some 40 in a tile of 128 rows;
+`unsafe_no_auto_barriers` seems safe here, and is to be tried where numbers can be checked.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Int, Num
 
-from jaxmoe.formats import Quantized
+from jaxmoe.formats import Quantized, load
 from pallas_kernels.compat import row_by_row
+from pallas_kernels.grouped_matmul.biases import add_to_rows
 from pallas_kernels.grouped_matmul.glu import Glu
 from pallas_kernels.grouped_matmul.gpu_tiles import (
     HELD,
@@ -67,6 +68,7 @@ def grouped_matmul(
     group_sizes: Int[Array, "G"],
     starts: Int[Array, "G"] | None = None,
     *,
+    bias: Num[Array, "G N"] | None = None,
     out_dtype: Any = jnp.float32,
     config: Config | None = None,
     interpret: Any = False,
@@ -79,6 +81,7 @@ def grouped_matmul(
         group_ids: which matrix of the pool each group uses; repeats are allowed.
         group_sizes: rows of each group; zeros are allowed and cost nothing.
         starts: first row of each group; without it groups lie back to back from row 0.
+        bias: added to each group's sums, outside of the kernel, which may sum parts of K; float32, or bfloat16 held as uint16.
         out_dtype: float32 or bfloat16.
         config: sizes of tiles; without it `choose` does.
         interpret: `pallas_kernels.compat.interpret_gpu()` to run on the CPU.
@@ -89,13 +92,14 @@ def grouped_matmul(
     Raises:
         NotImplementedError: no tile fits; the message says which size is in the way.
     """
-    problem = Problem.of(x_MK, w, group_sizes, out_dtype)
+    problem = Problem.of(x_MK, w, group_sizes, out_dtype if bias is None else jnp.float32)
     if problem.parts != 1:
         raise ValueError(f"expected a pool [Z, N, K], got {list(w.shape)}")
     config = config or choose(problem)
     problem.check(config)
-    parts = _run(_one, problem, config, (x_MK, w, group_ids, group_sizes, starts), interpret)
-    return parts[0] if config.splits == 1 else parts.sum(0).astype(out_dtype)
+    parts = _run(_one, problem, config, (x_MK, w, group_ids, group_sizes, starts, None), interpret)
+    y = parts[0] if config.splits == 1 else parts.sum(0)
+    return (y if bias is None else add_to_rows(y, bias, group_sizes, starts)).astype(out_dtype)
 
 
 def grouped_glu(
@@ -106,6 +110,7 @@ def grouped_glu(
     glu: Glu,
     starts: Int[Array, "G"] | None = None,
     *,
+    bias: Num[Array, "G two F"] | None = None,
     config: Config | None = None,
     interpret: Any = False,
 ) -> BFloat16[Array, "M F"]:
@@ -115,6 +120,7 @@ def grouped_glu(
         x_MK, group_ids, group_sizes, starts, config, interpret: see `grouped_matmul`.
         w_in: the pool [Z, 2, F, K].
         glu: elementwise, float32 to float32; traced into the kernel.
+        bias: added to each group's sums before `glu`; float32, or bfloat16 held as uint16.
 
     Returns:
         [M, F]; rows of no group are not written.
@@ -127,7 +133,7 @@ def grouped_glu(
         raise ValueError(f"expected a pool [Z, 2, F, K], got {list(w_in.shape)}")
     config = config or choose(problem)
     problem.check(config)
-    return _run(glu, problem, config, (x_MK, w_in, group_ids, group_sizes, starts), interpret)[0]
+    return _run(glu, problem, config, (x_MK, w_in, group_ids, group_sizes, starts, bias), interpret)[0]
 
 
 def config_for(x_MK: BFloat16[Array, "M K"], w: Pool, rows: int, groups: int, out_dtype: Any) -> Config:
@@ -170,6 +176,10 @@ class _Ops:
         else:
             _transposed(ref)[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
 
+    def from_global(self, ref: Any, at: tuple) -> jax.Array:
+        """`ref[at]`, of an array in global memory."""
+        return ref[at] if self.interpret else plgpu.load(ref, at, optimized=False)
+
     def as_sums(self, x: jax.Array) -> jax.Array:
         """`x` laid out in registers like wgmma's sums."""
         return x if self.interpret else plgpu.layout_cast(x, plgpu.Layout.WGMMA)
@@ -187,7 +197,7 @@ def _swizzled(row_bytes: int, dtype: Any) -> tuple[Any, ...]:
 
 def _run(glu: Callable, problem: Problem, config: Config, operands: tuple, interpret: Any) -> jax.Array:
     """The kernel [splits, M, N] around `_produce` and `_consume`."""
-    x_MK, w, group_ids, group_sizes, starts = operands
+    x_MK, w, group_ids, group_sizes, starts, bias = operands
     c, p = config, problem
     work = work_list(group_ids, group_sizes, starts, c.rows, most_tiles(p, c.rows))
     if interpret:
@@ -200,19 +210,21 @@ def _run(glu: Callable, problem: Problem, config: Config, operands: tuple, inter
     out_dtype = jnp.float32 if p.out_bytes == 4 else jnp.bfloat16
     # Interpreted, blocks follow each other, and each is compiled anew by jax 0.10.2: one multiprocessor is enough.
     blocks = c.per_sm * (1 if interpret else MULTIPROCESSORS)
-    inputs = (*work, x_MK, *_flat(p, w))
+    copied = (x_MK, *_flat(p, w))
+    inputs = (*work, *copied, *(() if bias is None else (load(bias, jnp.float32),)))
 
     def body(*refs):
         *in_refs, y_ref = refs[: len(inputs) + 1]
         stages, full, free, out, spare = refs[len(inputs) + 1 :]
         tiles = _Tiles(p, c, blocks, *in_refs[: len(work)])
+        copied_refs, bias_refs = in_refs[len(work) : len(work) + len(copied)], in_refs[len(work) + len(copied) :]
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup == c.warpgroups)
         def _():
             if moves_registers(c):
                 plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-            _produce(p, c, tiles, in_refs[len(work) :], stages, full, free)
+            _produce(p, c, tiles, copied_refs, stages, full, free)
 
         @pl.when(warpgroup < c.warpgroups)
         def _():
@@ -220,7 +232,8 @@ def _run(glu: Callable, problem: Problem, config: Config, operands: tuple, inter
                 plgpu.set_max_registers(thread_registers(c), action="increase")
             ops = _Ops(bool(interpret), spare)
             multiply = _multiply_quantized if p.group else _multiply
-            _consume(tiles, functools.partial(multiply, p, c, ops, stages, full, free), functools.partial(_store, p, c, ops, glu, out, y_ref))
+            store = functools.partial(_store, p, c, ops, glu, out, y_ref, bias_refs)
+            _consume(tiles, functools.partial(multiply, p, c, ops, stages, full, free), store)
 
     kernel = plgpu.kernel(
         body,
@@ -272,6 +285,7 @@ def _scratch(p: Problem, c: Config, out_dtype: Any, interpret: bool) -> list[Any
 class _Tile:
     """What a block does at a time: which matrix, which rows (from `start` to `stop` from `row` on), which columns, which part of K."""
 
+    group: jax.Array
     matrix: jax.Array
     row: jax.Array
     start: jax.Array
@@ -321,7 +335,7 @@ class _Tiles:
         tile = tile - (self.ends_ref[group] - tiles_of(first, size, c.rows))
         row = (lax.div(first, SLAB) + tile * (c.rows // SLAB)) * SLAB
         start, stop = jnp.maximum(first - row, 0), jnp.minimum(first + size - row, c.rows)
-        return _Tile(self.ids_ref[group], row, start, stop, col * c.width, split)
+        return _Tile(group, self.ids_ref[group], row, start, stop, col * c.width, split)
 
 
 def _produce(p: Problem, c: Config, tiles: _Tiles, in_refs: Any, stages: tuple, full: Any, free: Any) -> None:
@@ -444,10 +458,11 @@ def _multiply_quantized(p: Problem, c: Config, ops: _Ops, stages: tuple, full: A
     return lax.fori_loop(0, steps, step, zeros)
 
 
-def _store(p: Problem, c: Config, ops: _Ops, glu: Callable, out: tuple, y_ref: Any, sums: tuple[jax.Array, ...], t: _Tile) -> None:
+def _store(p: Problem, c: Config, ops: _Ops, glu: Callable, out: tuple, y_ref: Any, bias_refs: tuple, sums: tuple[jax.Array, ...], t: _Tile) -> None:
     """Writes the tile's own rows, and no others: whole slabs of 8 rows as they are, the first and the last row by row where they are not whole."""
     slabs, ends = (ref.at[lax.axis_index("warpgroup")] for ref in out)
     columns = pl.ds(t.col + lax.axis_index("warpgroup") * c.cols, c.cols)
+    biases = [ops.from_global(bias_ref, (t.group, part, columns)) for bias_ref in bias_refs for part in range(p.parts)]
     last = lax.div(t.stop, SLAB)
     cut_first = (t.start > 0) | (t.stop < SLAB)
     cut_last = (last > 0) & (lax.rem(t.stop, SLAB) > 0)
@@ -462,7 +477,10 @@ def _store(p: Problem, c: Config, ops: _Ops, glu: Callable, out: tuple, y_ref: A
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         for j in range(chunk, min(chunk + held, c.rows // SLAB)):
             # Slab by slab: of whole tiles at once, results beside sums need more registers than there are.
-            slab = glu(*(part[:, j * SLAB : (j + 1) * SLAB] for part in sums)).astype(y_ref.dtype)
+            parts = [part[:, j * SLAB : (j + 1) * SLAB] for part in sums]
+            if biases:
+                parts = [part + lax.broadcast_in_dim(b, part.shape, (0,)) for part, b in zip(parts, biases, strict=True)]
+            slab = glu(*parts).astype(y_ref.dtype)
             ops.store_transposed(slabs.at[j - chunk], slab)
             cut, end = (cut_last & (last == j), 1) if j else (cut_first, 0)
             pl.when(cut)(functools.partial(ops.store_transposed, ends.at[end], slab))

@@ -1,4 +1,4 @@
-"""The delta rule and its convolution: against a plain loop in float64, by chunks, and in the same bits however a prompt is cut into steps and runs."""
+"""The delta rule and its convolution: against a plain loop in float64, in chunks, and in the same bits however a prompt is cut into steps."""
 
 import dataclasses
 import functools
@@ -61,9 +61,8 @@ def by_hand(spec: DeltaSpec, sequence: Sequence) -> tuple[np.ndarray, np.ndarray
     memory, out = np.zeros((spec.v_heads, spec.k_dim, spec.v_dim)), []
     for t in range(len(q)):
         for h in range(spec.v_heads):
-            key, old = k[t, h], memory[h]
-            move = np.eye(spec.k_dim) - beta[t, h] * np.outer(key, key)
-            memory[h] = np.exp(log_decay[t, h]) * move @ old + beta[t, h] * np.outer(key, v[t, h])
+            key, old, rate = k[t, h], np.exp(log_decay[t, h]) * memory[h], beta[t, h]
+            memory[h] = old - rate * np.outer(key, key @ old) + rate * np.outer(key, v[t, h])
         out.append(np.einsum("hcd,hc->hd", memory, q[t]) * spec.k_dim**-0.5)
     return np.stack(out), memory
 
@@ -132,12 +131,11 @@ def assert_same_bits(got, expected) -> None:
         np.testing.assert_array_equal(bits(a)[1, : len(outs)], bits(b)[1, : len(outs)])
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("name, chunked", [(name, chunked) for name in SPECS for chunked in (False, True) if name != "odd" or not chunked])
 def test_float64_loop(name, chunked):
     spec = SPECS[name]
-    sequences = [random_sequence(spec, n, seed) for seed, n in enumerate((45, 1, 70))]
-    out, state = run_steps(spec, sequences, [([(i, 0, len(s[0])) for i, s in enumerate(sequences)], 16, 160)], chunked=chunked)
+    sequences = [random_sequence(spec, n, seed) for seed, n in enumerate((45, 1, 20))]
+    out, state = run_steps(spec, sequences, [([(i, 0, len(s[0])) for i, s in enumerate(sequences)], 16, 96)], chunked=chunked)
     for i, sequence in enumerate(sequences):
         o, memory = by_hand(spec, sequence)
         np.testing.assert_allclose(out[i], o, rtol=0, atol=3e-6 * np.abs(o).max())
@@ -156,7 +154,7 @@ def from_the_loop(name: str):
     return sequences, *run_steps(SPECS[name], sequences, in_steps(sequences, 192, 64, 192))
 
 
-@pytest.mark.parametrize("run, bucket", [(1, 1), (1, 4), (2, 32), (64, 192), (96, 192), (100, 100)])
+@pytest.mark.parametrize("run, bucket", [(1, 4), (2, 32), (64, 192), (100, 100)])
 def test_chunks_are_the_loop(run, bucket):
     sequences, expected, state_expected = from_the_loop("grouped")
     out, state = run_steps(SPECS["grouped"], sequences, in_steps(sequences, bucket, run, bucket), chunked=True)
@@ -185,7 +183,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("name, dtype", [("grouped", "float32"), ("odd", "float32"), ("wide", "bfloat16")])
+@pytest.mark.parametrize("name, dtype", [("odd", "float32"), ("wide", "bfloat16")])
 def test_bits_of_cuts(name, dtype):
     spec = SPECS[name]
     sequences = [random_sequence(spec, n, seed) for seed, n in enumerate((75, 3))]
@@ -195,8 +193,7 @@ def test_bits_of_cuts(name, dtype):
         assert_same_bits(run_steps(spec, sequences, cut(sequences), **how), expected)
 
 
-@pytest.mark.parametrize("rows", [3, 8])
-def test_bits_among_other_rows(rows):
+def test_bits_among_other_rows():
     """Prompts side by side in one step, then decoding together, then rows that drop out."""
     spec = SPECS["grouped"]
     lengths, prompt = (40, 70, 5), (33, 64, 1)
@@ -206,7 +203,7 @@ def test_bits_among_other_rows(rows):
     for t in range(max(lengths)):
         piece = [(i, p + t, p + t + 1) for i, (p, n) in enumerate(zip(prompt, lengths, strict=True)) if p + t < n]
         steps += [(piece[:: -1 if t % 2 else 1], 1, 4)] if piece else []
-    assert_same_bits(run_steps(spec, sequences, steps, used(spec, rows)), expected)
+    assert_same_bits(run_steps(spec, sequences, steps, used(spec, 8)), expected)
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -226,10 +223,12 @@ def test_rows_that_are_not_live(chunked):
             assert [bool((bits(a)[1, r] != bits(b)[1, r]).any()) for r in range(ROWS)] == [r in alive for r in range(ROWS)]
 
 
-@pytest.mark.parametrize("run, bucket", [(1, 1), (1, 4), (32, 32), (32, 128)])
-def test_in_place(run, bucket):
-    """Inside the loop over layers that carries the state, no step copies it."""
-    spec, layers, rows = DeltaSpec(k_heads=4, v_heads=4, k_dim=32, v_dim=32, conv=4), 6, 512
+@pytest.mark.parametrize(
+    "run, bucket, dtype, unrolled", [(1, 1, "bfloat16", True), (1, 4, "float32", False), (32, 32, "float32", True), (32, 64, "bfloat16", False)]
+)
+def test_in_place(run, bucket, dtype, unrolled):
+    """No step copies the state, inside a loop over layers that carries it or layer after layer."""
+    spec, layers, rows = DeltaSpec(k_heads=4, v_heads=4, k_dim=32, v_dim=32, conv=4), 4, 512
     sequence = random_sequence(spec, bucket, 0)
     batch = make_batch([(0, 0, [0] * bucket)], run, bucket)
 
@@ -239,41 +238,41 @@ def test_in_place(run, bucket):
             o, state = state.delta(spec, i, q, *sequence[1:], conv, batch, CPU)
             return (state, q + o.astype(q.dtype)), None
 
+        if unrolled:
+            return functools.reduce(lambda carry, i: layer(carry, i)[0], range(layers), (state, sequence[0]))
         return jax.lax.scan(layer, (state, sequence[0]), jnp.arange(layers))[0]
 
-    for dtype in ("float32", "bfloat16"):
-        state = jax.eval_shape(lambda dtype=dtype: init_recurrent(spec, layers, rows, Precision(compute=dtype)))
-        given = [jnp.asarray(x, formats.compute_dtype(dtype)) for x in sequence[:3]] + list(sequence[3:])
-        stats = jax.jit(step, donate_argnums=0).lower(state, given, random_kernels(spec), batch).compile().memory_analysis()
-        size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-        assert stats.alias_size_in_bytes >= size
-        assert stats.temp_size_in_bytes < size / 20, f"{stats.temp_size_in_bytes / size:.1%} of the state"
+    state = jax.eval_shape(lambda: init_recurrent(spec, layers, rows, Precision(compute=dtype)))
+    given = [jnp.asarray(x, formats.compute_dtype(dtype)) for x in sequence[:3]] + list(sequence[3:])
+    stats = jax.jit(step, donate_argnums=0).lower(state, given, random_kernels(spec), batch).compile().memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert stats.alias_size_in_bytes >= size
+    assert stats.temp_size_in_bytes < size / 20, f"{stats.temp_size_in_bytes / size:.1%} of the state"
 
 
 def test_whole_sequences():
-    spec = SPECS["grouped"]
-    sequences = [random_sequence(spec, 100, seed) for seed in range(2)]
-    expected, _ = run_steps(spec, sequences, in_steps(sequences, 128, 64, 128))
-    stacked = [np.concatenate(x) for x in zip(*sequences, strict=True)]
-    got = delta_full(spec, 2, *stacked, random_kernels(spec))
-    np.testing.assert_allclose(got, np.concatenate(expected), rtol=0, atol=1e-6 * np.abs(expected[0]).max())
-
-
-def test_gradient():
-    spec = SPECS["odd"]
-    stacked = [jnp.asarray(np.concatenate(x)) for x in zip(*[random_sequence(spec, 70, seed) for seed in range(2)], strict=True)]
+    """Outputs are those of the steps, and gradients the slope of the loss."""
+    sequences, expected, _ = from_the_loop("grouped")
+    spec, length = SPECS["grouped"], 70
+    longer = random_sequence(spec, length, 7)
+    stacked = [jnp.concatenate([x[:length], y]) for x, y in zip(sequences[0], longer, strict=True)]
     conv = tuple(map(jnp.asarray, random_kernels(spec)))
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss(stacked, conv):
-        return jnp.sin(delta_full(spec, 2, *stacked, conv)).sum()
+        o = delta_full(spec, 2, *stacked, conv)
+        return jnp.sin(o).sum(), o
 
-    grads = jax.jit(jax.grad(loss, (0, 1)))(stacked, conv)
+    (_, o), grads = loss(stacked, conv)
+    np.testing.assert_allclose(o[:length], expected[0][:length], rtol=0, atol=1e-6 * np.abs(expected[0]).max())
+    by_loop, _ = by_hand(spec, longer)
+    np.testing.assert_allclose(o[length:], by_loop, rtol=0, atol=3e-6 * np.abs(by_loop).max())
     rng = np.random.default_rng(1)
     way = jax.tree.map(lambda g: jnp.asarray(np.sign(g) * rng.random(g.shape, np.float32)), grads)
-    at = jax.jit(lambda h: loss(*jax.tree.map(lambda x, d: x + h * d, (stacked, conv), way)))
-    slope = (at(1e-3) - at(-1e-3)) / 2e-3
-    expected = sum(float((a * b).sum()) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(way), strict=True))
-    np.testing.assert_allclose(slope, expected, rtol=1e-2)
+    before, after = (float(loss(*jax.tree.map(lambda x, d: x + h * d, (stacked, conv), way))[0][0]) for h in (-1e-3, 1e-3))
+    slope = sum(float((a * b).sum()) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(way), strict=True))
+    np.testing.assert_allclose((after - before) / 2e-3, slope, rtol=1e-2)
 
 
 def test_axes():

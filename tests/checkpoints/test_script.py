@@ -1,13 +1,15 @@
 """scripts/convert.py as a user runs it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from checkpoints import store
+from checkpoints import families, store
 from checkpoints.load import open_checkpoint
 from tests.checkpoints import hf_folders
 from tests.scripts import commands
@@ -154,3 +156,17 @@ def test_brackets_in_a_path_are_printed(tmp_path):
     for said in ("bytes written in", "was there already"):
         done = commands.call(convert_script, hf, tmp_path / "out[red][/blue]")
         assert done.code == 0 and said in done.out and "out[red][/blue]" in done.out
+
+
+def test_weights_that_are_passed_over_are_told(tmp_path, monkeypatch):
+    """Not buffers, nor a tied model's copy of the embedding."""
+    config = {**hf_folders.CONFIGS["olmoe"], "tie_word_embeddings": True}
+    tensors = hf_folders.random_tensors(config)
+    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
+    done = commands.call(convert_script, hf_folders.write_folder(tmp_path / "hf", config, tensors), tmp_path / "out")
+    assert done.code == 0 and "passed over" not in done.out
+    lossy = tuple(dataclasses.replace(layout, ignored=(*layout.ignored, r"mtp\..*")) for layout in families.LAYOUTS["olmoe"])
+    monkeypatch.setitem(families.LAYOUTS, "olmoe", lossy)
+    tensors |= {"mtp.a.weight": np.zeros((40, 10), np.float32), "mtp.b.weight": np.zeros(3, np.float32)}
+    done = commands.call(convert_script, hf_folders.write_folder(tmp_path / "hf", config, tensors), tmp_path / "other")
+    assert done.code == 0 and "passed over, as nothing here uses them: 2 weights, 1,612 bytes (manifest.json lists them)" in done.out

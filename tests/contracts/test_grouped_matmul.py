@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxmoe.formats import ExpertLayout, Quantized, dequantize, expert_axes, load, quantize, store
+from jaxmoe.formats import ExpertLayout, Quantized, dequantize, expert_axes, load, load_numpy, quantize, store, store_numpy
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu, swiglu_rows
 from pallas_kernels.grouped_matmul.glu import GLUS
@@ -40,6 +40,8 @@ CASES = {
     "one row each, one id twice": ([2, 5, 2, 1], [1, 1, 1, 1]),
     "no row": ([0, 1, 2, 3], [0, 0, 0, 0]),
 }
+
+
 def implementation(name: str) -> tuple[Kernels, ExpertLayout]:
     """What runs under a name."""
     return (Kernels.default(), Kernels.default().expert_layout) if name == ON_DEVICE else IMPLEMENTATIONS[name]
@@ -129,6 +131,10 @@ def program(op: str, name: str):
     ops = {
         "matmul": lambda x, w, ids, sizes: grouped_matmul(x, w, ids, sizes, kernels, matmul_layout),
         "swiglu": lambda x, w_in, w_out, ids, sizes: grouped_swiglu(x, w_in, w_out, ids, sizes, GLUS["silu"], kernels, layout=layout),
+        "swiglu biased": lambda x, w_in, w_out, ids, sizes, biases: grouped_swiglu(
+            x, w_in, w_out, ids, sizes, GLUS["clamped_swiglu"], kernels, layout=layout, biases=biases
+        ),
+        "rows biased": lambda x, w_in, w_out, ids, biases: swiglu_rows(x, w_in, w_out, ids, GLUS["clamped_swiglu"], kernels, layout, biases),
         "rows": lambda x, w_in, w_out, ids: swiglu_rows(x, w_in, w_out, ids, GLUS["silu"], kernels, layout),
     }
     return jax.jit(ops[op], compiler_options={"xla_allow_excess_precision": False})
@@ -169,6 +175,53 @@ def test_one_row_through_several_matrices(name, form, no_fallback):
     check(program("rows", name)(x, *pools_for(form, implementation(name)[1]), ints([4, 1, 1])), expected, TOLERANCE["swiglu"])
 
 
+@functools.cache
+def biases_of(groups: int, dtype: str, spoil: tuple[int, ...] = ()) -> tuple:
+    """Held biases by group, NaN for some groups; and their values in float64."""
+    rng = np.random.default_rng(groups)
+    held = [store_numpy(rng.standard_normal(s, np.float32), dtype) for s in ((groups, 2, F), (groups, D))]
+    values = [load_numpy(b).astype(np.float64) for b in held]
+    for b in held:
+        b[np.array(spoil, int)] = 0x7FC0 if dtype == "bfloat16" else np.nan
+    return tuple(jnp.asarray(b) for b in held), values
+
+
+def clamped_loop(x: np.ndarray, group: np.ndarray, ids: list[int], biases: list[np.ndarray]) -> np.ndarray:
+    """gpt-oss's experts in float64; `group` [M] of each row."""
+    (_, w_in), (_, w_out) = experts("bfloat16")
+    out = np.zeros((len(group), D))
+    for m, g in enumerate(group):
+        gate, up = (x[m] @ w_in[ids[g], :, i] + biases[0][g, i] for i in range(2))
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+        out[m] = (gate / (1 + np.exp(-1.702 * gate)) * (up + 1)) @ w_out[ids[g]] + biases[1][g]
+    return out
+
+
+def chosen_biased() -> list:
+    """(implementation, dtype of biases, case): each dtype with some cases, of the GPU's kernel with one."""
+    one, *others = CASES
+    every = cases(NAMES, ["float32"], [one, "no row"]) + cases(NAMES, ["bfloat16"], others[:-1])
+    return [p for p in every if p.values[0] != "mosaic_gpu" or p.values[2] == one]
+
+
+@pytest.mark.parametrize(("name", "dtype", "case"), chosen_biased())
+def test_swiglu_with_biases(name, dtype, case, no_fallback):
+    """By group, not by matrix: two groups of one matrix have each their own."""
+    ids, sizes = CASES[case]
+    biases, exact = biases_of(len(ids), dtype, tuple(g for g, n in enumerate(sizes) if not n))
+    x, group = rows(sum(sizes)), np.repeat(np.arange(len(ids)), sizes)
+    got = program("swiglu biased", name)(x, *pools_for("bfloat16", implementation(name)[1]), ints(ids), ints(sizes), biases)
+    check(got, clamped_loop(np.asarray(x, np.float64), group, ids, exact), TOLERANCE["swiglu"])
+
+
+@pytest.mark.parametrize("name", cases([name for name in NAMES if name != "mosaic_gpu"]))
+def test_one_row_through_several_matrices_with_biases(name, no_fallback):
+    x, ids = rows(1)[:1], [4, 1, 1]
+    biases, exact = biases_of(3, "bfloat16")
+    expected = clamped_loop(np.repeat(np.asarray(x, np.float64), 3, axis=0), np.arange(3), ids, exact)
+    check(program("rows biased", name)(x, *pools_for("bfloat16", implementation(name)[1]), ints(ids), biases), expected, TOLERANCE["swiglu"])
+
+
 @pytest.mark.parametrize("name", cases([name for name in NAMES if name != "cpu"]))
 def test_some_of_the_groups_into_a_given_array(name):
     """Rows before the first group given are kept, whatever was there."""
@@ -182,6 +235,16 @@ def test_some_of_the_groups_into_a_given_array(name):
     for z, n, at in zip(ids, sizes, starts, strict=True):
         check(got[at : at + n], silu_loop(wide[at:], np.full(n, z), experts("bfloat16")[0][1], experts("bfloat16")[1][1]), TOLERANCE["swiglu"])
     assert (np.asarray(got)[:5] == 7.0).all() and (np.asarray(got)[7:11] == 7.0).all()
+
+
+def test_biases_of_other_sizes_are_refused():
+    args = rows(1), *pools_for("bfloat16", "d2f"), ints([0, 1])
+    for b_in, b_out in (((3, 2, F), (2, D)), ((2, 2, F), (2, D + 1)), ((2, F, 2), (2, D))):
+        biases = jnp.zeros(b_in), jnp.zeros(b_out)
+        with pytest.raises(ValueError, match=r"expected biases \[G, 2, F\] and \[G, D\] of 2 groups, D = 128, F = 128, got"):
+            grouped_swiglu(*args, ints([1, 1]), GLUS["silu"], Kernels("cpu"), biases=biases)
+        with pytest.raises(ValueError, match="of 2 groups"):
+            swiglu_rows(args[0][:1], *args[1:], GLUS["silu"], Kernels("cpu"), biases=biases)
 
 
 def test_the_dispatcher_says_what_it_chose_and_why(caplog):

@@ -15,7 +15,7 @@ from jaxmoe.nn.parts import model_norm
 from jaxmoe.nn.transformer import decoder_layer, init_params, layer_tables
 from jaxmoe.spec import Leaf, ModelSpec, abstract_experts, abstract_params, stack_layers, unstack_layers
 from pallas_kernels.dispatch import Kernels
-from scripts.make_goldens import CASES
+from scripts.golden_cases import CASES
 
 AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "hidden", "experts", None}
 
@@ -23,7 +23,7 @@ AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "hidden", "experts", 
 @pytest.fixture(params=[(name, dtype) for name in CASES for dtype in ("float32", "bfloat16")], ids="-".join)
 def spec(request) -> ModelSpec:
     name, dtype = request.param
-    return ModelSpec.from_hf(CASES[name]).with_precision(dtype)
+    return ModelSpec.from_hf(CASES[name].config).with_precision(dtype)
 
 
 def is_leaf(x) -> bool:
@@ -142,7 +142,7 @@ def test_segments_hold_the_layers_in_order(spec):
 
 
 def test_the_cases_cover_more_than_one_kind_of_segment():
-    specs = [ModelSpec.from_hf(config) for config in CASES.values()]
+    specs = [ModelSpec.from_hf(case.config) for case in CASES.values()]
     assert any(len(spec.segments) > 1 for spec in specs)
     assert any(len(seg.pattern) > 1 and seg.repeats > 1 for spec in specs for seg in spec.segments)
     assert any(len(seg.pattern) == 1 and seg.repeats > 1 for spec in specs for seg in spec.segments)

@@ -46,7 +46,7 @@ def one_torch_thread():
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     """(config, Hugging Face folder, converted checkpoint)"""
-    config, folder = make_goldens.CASES[request.param], tmp_path_factory.mktemp(request.param)
+    config, folder = make_goldens.CASES[request.param].config, tmp_path_factory.mktemp(request.param)
     make_goldens.write_folder(folder / "hf", config, CASES[request.param])
     convert(folder / "hf", folder / "converted")
     return config, folder / "hf", open_checkpoint(folder / "converted")

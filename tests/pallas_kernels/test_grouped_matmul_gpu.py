@@ -253,6 +253,23 @@ COMPILED += [(name, 8, bits) for name in ("mixtral-8x7b", "gpt-oss-120b") for bi
 
 
 @pytest.mark.compile_only
+@pytest.mark.parametrize("tokens", [8, 512])
+def test_biases_compile_for_h100(tokens, monkeypatch, tmp_path):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    (problem,) = (p for n, p in problems(tokens) if n == "gpt-oss-120b" and p.parts == 2)
+    x, w, ids = abstract(problem, 16)
+    bias = jax.ShapeDtypeStruct((problem.groups, 2, problem.n), jnp.uint16)
+    program = compile_for("h100", lambda x, w, i, s, b: gpu.grouped_glu(x, w, i, s, GLUS["clamped_swiglu"], bias=b), x, w, ids, ids, bias)
+    assert "mosaic_gpu" in program.as_text()
+    # The work list, and the biases in float32.
+    lists = 32 * (problem.groups + gpu_tiles.most_tiles(problem, 8)) + 4096
+    assert program.memory_analysis().temp_size_in_bytes <= lists + 8 * problem.groups * problem.n
+    (log,) = (log.read_text() for log in tmp_path.glob("*.ptxas"))
+    assert "0 bytes spill stores" in log and "serialized" not in log, log
+
+
+@pytest.mark.compile_only
 @pytest.mark.parametrize("name, tokens, bits", COMPILED)
 def test_compiles_for_h100(name, tokens, bits, monkeypatch, tmp_path):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))

@@ -335,7 +335,7 @@ def cover() -> list[Case]:
     return cases
 
 
-def check_compiles(case: Case) -> None:
+def check_compiles(case: Case, biased: bool = False) -> None:
     """The case compiles, reads the pool where it lies and needs temporaries of a small part of it, or of x and the result."""
     shape = SHAPES[case.model]
     m, z = case.tokens * shape.active, shape.experts
@@ -344,12 +344,14 @@ def check_compiles(case: Case) -> None:
     placed = jax.tree.map(lambda x, f: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=f), w, tpu.pool_formats(w, on_device(case.target)))
     x, ints = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), jax.ShapeDtypeStruct((z,), jnp.int32)
 
-    def op(x, w, ids, sizes):
-        if case.parts == 2:
-            return tpu.grouped_glu(x, w, ids, sizes, swiglu)
-        return tpu.grouped_matmul(x, w, ids, sizes)
+    bias = [jax.ShapeDtypeStruct((z, *(2,) * (case.parts - 1), n), jnp.uint16)] if biased else []
 
-    program = compile_for(case.target, op, x, placed, ints, ints)
+    def op(x, w, ids, sizes, bias=None):
+        if case.parts == 2:
+            return tpu.grouped_glu(x, w, ids, sizes, swiglu, bias=bias)
+        return tpu.grouped_matmul(x, w, ids, sizes, bias=bias)
+
+    program = compile_for(case.target, op, x, placed, ints, ints, *bias)
     rows = m * 2 * k + m * n * (4 if case.parts == 1 else 2)
     assert program.memory_analysis().temp_size_in_bytes <= 2**20 + (rows * 1.1 if k % 128 or n % 128 else 0)
     # A copy can also hide in VMEM, where it is no temporary.
@@ -370,6 +372,13 @@ def test_compiles_for_tpus(model):
     for case in cover():
         if case.model == model:
             check_compiles(case)
+
+
+@pytest.mark.compile_only
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_biases_compile_for_tpus(tokens):
+    for i, parts in enumerate((1, 2)):
+        check_compiles(Case(TARGETS[2 * i + (tokens > 1)], "gpt-oss-120b", tokens, parts, "plain"), biased=True)
 
 
 def test_the_cover_has_every_target_and_form():

@@ -1,13 +1,21 @@
-"""The router of every family as data, at the sizes of one of its checkpoints; and weights for them."""
+"""The router of every family as data, at the sizes of one of its checkpoints; weights for them, and running them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.routing.route import route
 from jaxmoe.spec import GroupLimit, RouterSpec
+from pallas_kernels.dispatch import Kernels
+
+D = 37
+T = 32
+"""Most tests have so many rows, so that they share compiled programs."""
 
 _SOFTMAX = RouterSpec(128, 8)
 _SIGMOID = RouterSpec(
@@ -82,3 +90,16 @@ def leaves(spec: RouterSpec, width: int, seed: int = 0) -> dict[str, np.ndarray]
 def rows(count: int, width: int, seed: int = 1) -> np.ndarray:
     """Activations, float32."""
     return np.random.default_rng(seed).normal(0, 1.3, (count, width)).astype(np.float32)
+
+
+def step(spec, params, x, valid, eps):
+    return route(spec, params, x, None, valid, Kernels("cpu"), eps)[0]
+
+
+STEP = jax.jit(step, static_argnums=0, compiler_options=Kernels("cpu").compiler_options())
+
+
+def run(spec, params, x, valid=None, eps=1e-6):
+    """(ids, weights, logits) as numpy."""
+    out = STEP(spec, params, jnp.asarray(x), jnp.asarray(np.ones(len(x), bool) if valid is None else valid), eps)
+    return tuple(np.asarray(part) for part in out)

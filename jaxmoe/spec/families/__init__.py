@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from jaxmoe.spec.families import mixtral, olmoe, qwen3_moe
+from jaxmoe.spec.families import deepseek, mixtral, olmoe, qwen3_moe
 from jaxmoe.spec.families.common import Family
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v3": deepseek.V3,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,

@@ -1,0 +1,20 @@
+"""Small configs of every family that together hold every field its graph depends on, each with both kinds of value.
+
+`scripts/make_goldens.py` runs them in transformers and keeps the logits; the tests hold our own against these.
+"""
+
+from __future__ import annotations
+
+from scripts.golden_cases import deepseek, mixtral, olmoe, qwen3_moe
+from scripts.golden_cases.case import Case
+
+FAMILIES: dict[str, dict[str, Case]] = {
+    "deepseek_v3": deepseek.V3,
+    "mixtral": mixtral.CASES,
+    "olmoe": olmoe.CASES,
+    "qwen3_moe": qwen3_moe.CASES,
+}
+"""Cases by family; the first one of each is run in every way."""
+
+CASES: dict[str, Case] = {name: case for cases in FAMILIES.values() for name, case in cases.items()}
+"""All of them by name."""
