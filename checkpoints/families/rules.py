@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
+from checkpoints.errors import CheckpointError
 from jaxmoe.spec import Leaf, ModelSpec, abstract_experts, abstract_params
 from jaxmoe.spec.types import LayerSpec
 
@@ -249,7 +250,7 @@ def pieces_of(spec: ModelSpec, layout: Layout) -> dict[str, tuple[Piece, ...]]:
     """For each leaf path, what fills it: one piece, or for experts one per expert, in order.
 
     Raises:
-        ValueError: the layout has no rule for a leaf of the model, or one that its shape doesn't go with; the message names the leaf.
+        CheckpointError: the layout has no rule for a leaf of the model, or one that its shape doesn't go with; the message names the leaf.
     """
     layers = (*spec.layers, *spec.extra_heads)
     return {path: _pieces(path, leaf, layout, layers, spec.n_layers) for path, leaf in leaf_paths(spec).items()}
@@ -259,15 +260,15 @@ def _pieces(path: str, leaf: Leaf, layout: Layout, layers: tuple[LayerSpec, ...]
     """`layers` holds the extra heads' after the model's own."""
     rule, index = _rule_of(path, layout, n_layers)
     if rule is None:
-        raise ValueError(f"layout {layout.name!r} has no rule for the leaf {path}")
+        raise CheckpointError(f"layout {layout.name!r} has no rule for the leaf {path}")
     layer = None if index is None else layers[index]
     names = {} if index is None else {"layer": index, "head": index - n_layers}
     experts = range(leaf.shape[0]) if path.startswith("experts.") else (None,)
     shape = leaf.shape[1:] if path.startswith("experts.") else leaf.shape
     try:
         return tuple(_piece(rule, layout.on_disk(rule.hf.format(expert=e, **names)), shape, layer, e, leaf.shape[0]) for e in experts)
-    except (ValueError, IndexError, AttributeError, KeyError) as error:
-        raise ValueError(f"the rule of layout {layout.name!r} for the leaf {path} {list(leaf.shape)} doesn't go with it: {error}") from error
+    except (ValueError, IndexError, AttributeError, KeyError, TypeError, AssertionError) as error:
+        raise CheckpointError(f"the rule of layout {layout.name!r} for the leaf {path} {list(leaf.shape)} doesn't go with it: {error}") from error
 
 
 def _rule_of(path: str, layout: Layout, n_layers: int) -> tuple[Rule | None, int | None]:
@@ -330,7 +331,7 @@ def hf_tensors(spec: ModelSpec, layout: Layout) -> dict[str, tuple[tuple[int, ..
     """The view from the other side: for each Hugging Face tensor its shape, and which leaves (path, piece) make it up. Exporters go by it.
 
     Raises:
-        ValueError: as `pieces_of`, or rules that disagree about a tensor's shape.
+        CheckpointError: as `pieces_of`, or rules that disagree about a tensor's shape.
     """
     parts: dict[str, list[tuple[str, Piece]]] = {}
     for path, pieces in pieces_of(spec, layout).items():
@@ -339,5 +340,5 @@ def hf_tensors(spec: ModelSpec, layout: Layout) -> dict[str, tuple[tuple[int, ..
     for name, made_of in parts.items():
         shapes = {piece.hf_shape for _, piece in made_of}
         if len(shapes) > 1:
-            raise ValueError(f"layout {layout.name!r}: {name} would have the shapes {' and '.join(str(list(s)) for s in sorted(shapes))}")
+            raise CheckpointError(f"layout {layout.name!r}: {name} would have the shapes {' and '.join(str(list(s)) for s in sorted(shapes))}")
     return {name: (made_of[0][1].hf_shape, tuple(made_of)) for name, made_of in parts.items()}

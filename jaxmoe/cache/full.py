@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.masks import seen, softmax_with
-from jaxmoe.spec import AttentionSpec
+from jaxmoe.cache.recurrent import delta_full
+from jaxmoe.spec import AttentionSpec, DeltaSpec
 from pallas_kernels.dispatch import Kernels
 
 
@@ -43,3 +44,19 @@ class FullState:
         p = softmax_with(s, None if sinks is None else sinks.reshape(kv, h // kv, 1, 1)).astype(v.dtype)
         o = jnp.einsum("bkgqs,bskc->bqkgc", p, v)
         return o.reshape(-1, h, width), self
+
+    def delta(
+        self,
+        spec: DeltaSpec,
+        layer,
+        q: Float[Array, "T Kh dk"],
+        k: Float[Array, "T Kh dk"],
+        v: Float[Array, "T Vh dv"],
+        log_decay: Float[Array, "T Vh"],
+        beta: Float[Array, "T Vh"],
+        conv_kernels: tuple[Array, Array, Array],
+        batch: Batch,
+        kernels: Kernels,
+    ) -> tuple[Float[Array, "T Vh dv"], FullState]:
+        """The delta rule over each row; see `RecurrentState.delta`."""
+        return delta_full(spec, self.rows, q, k, v, log_decay, beta, conv_kernels), self

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.recurrent import init_recurrent
 from jaxmoe.spec import AttentionSpec, DeltaSpec, ModelSpec
 from pallas_kernels.dispatch import Kernels
 
@@ -60,15 +61,9 @@ def init_layers(spec: ModelSpec, rows: int, positions: int, max_run: int) -> Lay
     """Empty states for `rows` sequences of up to `positions` tokens, written by runs of up to `max_run`."""
     kinds = spec.state_kinds
     states = [
-        _recurrent()(kind, layers, rows, spec.precision)
+        init_recurrent(kind, layers, rows, spec.precision)
         if isinstance(kind, DeltaSpec)
         else init_kv(kind, layers, rows, positions, max_run, spec.precision.kv)
         for kind, layers in kinds.items()
     ]
     return LayerStates(tuple(states), tuple(kinds))
-
-
-def _recurrent():
-    from jaxmoe.cache.recurrent import init_recurrent
-
-    return init_recurrent

@@ -218,15 +218,16 @@ def sequential(
     """One run after another, and in it one token after another; see `RecurrentState.delta`."""
     run, tokens = batch.run, x.shape[0]
     rows, (_, lengths, fresh) = jnp.asarray(batch.run_segments), _live(batch)
-    # Of a single token XLA would take what it can out of the loop, and round it otherwise than in the loop.
-    each = [jnp.pad(t.astype(jnp.float32), ((0, int(tokens == 1)), (0, 0))) for t in (x, jnp.exp(log_decay), beta)]
+    # Of a single token XLA would take what it can out of the loop, and of exponentials that it fuses with a padding some have other bits.
+    each = jax.lax.optimization_barrier((x.astype(jnp.float32), log_decay, beta.astype(jnp.float32)))
+    each = tuple(jnp.pad(t, ((0, int(tokens == 1)), (0, 0))) for t in each)
 
     def one_token(t, carry):
         past, memory, out = carry
         now, decay, rate = (jax.lax.dynamic_index_in_dim(a, t, keepdims=False) for a in each)
         window = jnp.concatenate([past, now[None]])
         q, k, v = _heads(spec, _convolve(window, taps, x.dtype)[0])
-        memory, o = _token(memory, q, k, v, decay, rate)
+        memory, o = _token(memory, q, k, v, jnp.exp(decay), rate)
         return window[1:], memory, jax.lax.dynamic_update_index_in_dim(out, o, t, 0)
 
     def one_run(r, carry):

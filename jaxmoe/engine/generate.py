@@ -149,6 +149,11 @@ def positions_bucket(n: int) -> int:
     return 256 << max(0, (n - 1).bit_length() - 8)
 
 
+def cache_positions(spec: ModelSpec, positions: int) -> int:
+    """Positions that an engine's cache has for sequences of up to `positions` tokens."""
+    return min(positions_bucket(positions), positions_bucket(spec.max_positions))
+
+
 class Engine:
     """Compiled programs and an empty cache for up to `rows` sequences of up to `positions` tokens.
 
@@ -174,8 +179,9 @@ class Engine:
         """
         if len(eos) > steps.EOS_SLOTS:
             raise RequestError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
-        self.model, self.rows, self.greedy = model, rows, greedy
-        self.positions = min(positions_bucket(positions), positions_bucket(model.spec.max_positions))
+        self.positions = cache_positions(model.spec, positions)
+        self.model, self.rows, self.greedy = model.for_positions(self.positions), rows, greedy
+        model = self.model
         self.eos = tuple(eos)
         self._eos = steps.pad_to(self.eos, steps.EOS_SLOTS, -2)
         self._moving: Any = None
@@ -395,6 +401,7 @@ def prompt_logits(model: Model, ids: Sequence[int], tokens: int = 512) -> np.nda
     if len(ids) > model.spec.max_positions:
         raise RequestError(f"{len(ids)} tokens are more than the model's {model.spec.max_positions} positions")
     run = steps.run_length(tokens)
+    model = model.for_positions(len(ids))
     state = steps.committed(steps.EngineState(init_layers(model.spec, 1, positions_bucket(len(ids)), run), model.bank.init_state()))
     step = steps.logits_step(model.spec, model.kernels)
     out = []

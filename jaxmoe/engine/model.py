@@ -30,6 +30,10 @@ class Model:
     kernels: Kernels
     folder: Path | None = None
 
+    def for_positions(self, positions: int) -> Model:
+        """The model for sequences of up to so many positions (`ModelSpec.for_positions`)."""
+        return dataclasses.replace(self, spec=self.spec.for_positions(positions))
+
     def bytes(self) -> dict[str, int]:
         """Bytes of the arrays on device, by kind, counted from the leaves."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from checkpoints.load import Checkpoint
 from jaxmoe import formats
 from jaxmoe.engine import steps
-from jaxmoe.engine.generate import Engine, positions_bucket
+from jaxmoe.engine.generate import Engine, cache_positions, positions_bucket
 from jaxmoe.engine.host_driven import HostDriven
 from jaxmoe.engine.model import Model, Offload, load_model, read_store
 from jaxmoe.experts import host_store
@@ -244,6 +244,7 @@ def load_streamed(
     model = load_model(checkpoint, dtype, kernels, offload=dataclasses.replace(offload, store=False))
     source = make_source(plan, checkpoint, model.spec, progress, kernels.expert_layout)
     link = Link(asked.link_gbps)
+    model = model.for_positions(cache_positions(model.spec, positions))
     programs = HostDriven(model.spec, model.bank, kernels, greedy, source, link, record)
     return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, programs), link, source)
 

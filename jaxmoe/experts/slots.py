@@ -249,8 +249,8 @@ class SlotBank:
 
             sizes = jnp.where(part(waves) == w, part(ranked.sizes), 0)
             with jax.named_scope("compute"):
-                own = jax.tree.map(part, ranked.biases)
-                y = grouped_swiglu(ranked.x, *pools, part(ranked.slots), sizes, glu, kernels, part(ranked.starts), y, self.layout, e, own)
+                slots, starts, own = jax.tree.map(part, (ranked.slots, ranked.starts, ranked.biases))
+                y = grouped_swiglu(ranked.x, pools[0], pools[1], slots, sizes, glu, kernels, starts, y, self.layout, e, own)
             return y, pools, loads + n
 
         count = jnp.max(jnp.where(need, place.wave, -1)) + 1

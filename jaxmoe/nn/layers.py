@@ -13,6 +13,7 @@ from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank, expert_ffn
 from jaxmoe.nn.attention import Attention, LatentAttention
+from jaxmoe.nn.delta import GatedDelta
 from jaxmoe.nn.parts import NORMAL, Held, Linear, held, model_norm
 from jaxmoe.routing.route import RouterOut, route
 from jaxmoe.spec import ExpertSpec, LayerSpec, ModelSpec, Precision, RouterSpec, SpecError
@@ -138,8 +139,6 @@ class DecoderLayer(nn.Module):
         with jax.named_scope("attention"):
             h = self._norm("norm_attn")(x)
             if s.delta is not None:
-                from jaxmoe.nn.delta import GatedDelta
-
                 module = GatedDelta(s.delta, self.model.width, self.model.norm_eps, self.model.precision, self.kernels, name="delta")
                 h, state = module(h, layer, state, batch)
             else:

@@ -122,11 +122,10 @@ class ExpertShapes:
             SpecError: the model has no sparse layers, or several kinds of them.
         """
         router, _ = spec.moe
-        params = abstract_params(spec)
-        per_layer = [2 * layer.attention.kv_heads * layer.attention.head_dim for layer in spec.layers]
+        params = {name: tree for name, tree in abstract_params(spec).items() if name != "extra"}  # heads for drafting are not loaded
         return ExpertShapes(
             name=name or spec.family, layers=len(spec.moe_layers), experts=router.experts, active=router.active, expert_bytes=spec.expert_bytes(),
-            dense_bytes=_leaf_bytes(params), kv_bytes_per_token=sum(per_layer) * leaf_dtype(spec.precision.kv).itemsize,
+            dense_bytes=_leaf_bytes(params), kv_bytes_per_token=spec.kept_per_token * leaf_dtype(spec.precision.kv).itemsize,
             lookup_bytes=0 if spec.tied else _leaf_bytes(params["embed"]),
         )  # fmt: skip
 

@@ -345,6 +345,12 @@ class ModelSpec:
         return tuple(i for i, layer in enumerate(self.layers) if layer.sparse)
 
     @property
+    def kept_per_token(self) -> int:
+        """How many numbers all layers together keep of each token, as if none had a window: keys and values, or latents."""
+        kinds = [layer.attention.cached for layer in self.layers if layer.attention is not None]
+        return sum(heads * (key + (value or 0)) for heads, key, value in kinds)
+
+    @property
     def state_kinds(self) -> dict[tuple[int, int, int | None] | DeltaSpec, int]:
         """The kinds of `LayerSpec.state` in order of appearance, and how many layers have each."""
         out: dict = {}

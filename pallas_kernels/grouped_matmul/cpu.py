@@ -186,6 +186,7 @@ def grouped_swiglu(
         return (_pick(w_in, i, parts_in), _pick(w_out_ZFD, i, parts_out)), of_group(biases, g)
 
     def expert(rows, picked):
-        return _swiglu(rows, *picked, glu, x_MD.dtype)
+        weights, own = picked
+        return _swiglu(rows, weights, own, glu, x_MD.dtype)
 
     return _over_groups(x_MD, d, group_ids, group_sizes, pick, expert, tile, starts, into)

@@ -458,7 +458,7 @@ def _multiply_quantized(p: Problem, c: Config, ops: _Ops, stages: tuple, full: A
     return lax.fori_loop(0, steps, step, zeros)
 
 
-def _store(p: Problem, c: Config, ops: _Ops, glu: Callable, out: tuple, y_ref: Any, bias_refs: tuple, sums: tuple[jax.Array, ...], t: _Tile) -> None:
+def _store(p: Problem, c: Config, ops: _Ops, glu: Callable, out: tuple, y_ref: Any, bias_refs: Any, sums: tuple[jax.Array, ...], t: _Tile) -> None:
     """Writes the tile's own rows, and no others: whole slabs of 8 rows as they are, the first and the last row by row where they are not whole."""
     slabs, ends = (ref.at[lax.axis_index("warpgroup")] for ref in out)
     columns = pl.ds(t.col + lax.axis_index("warpgroup") * c.cols, c.cols)

@@ -16,6 +16,7 @@ from checkpoints.export import export_hf
 from checkpoints.families import Rule, hf_tensors, leaf_paths, pieces_of
 from checkpoints.families.rules import _piece
 from checkpoints.load import open_checkpoint
+from checkpoints.quantized import Unpacked
 from tests.checkpoints import hf_folders, odd_model
 from tests.checkpoints.conftest import held
 
@@ -67,6 +68,23 @@ def test_there_and_back(tmp_path, monkeypatch, use, form, prefixes, dtype, small
     checkpoint.verify()
     export_hf(checkpoint.spec, got, {}, tmp_path / "back", dtype)
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), tensors)
+
+
+@pytest.mark.parametrize("form", ["interleaved", "transposed_stacked"])
+def test_blocks_bound_what_is_read_at_once(tmp_path, monkeypatch, use, form):
+    use(odd_model.layout(form))
+    most, read = 1000, []
+    monkeypatch.setattr(converting, "_BLOCK_BYTES", most)
+    real = Unpacked.read_matrix
+
+    def read_matrix(self, name, width, start, stop, at=slice(None)):
+        read.append((stop - start, 4 * width))
+        return real(self, name, width, start, stop, at)
+
+    monkeypatch.setattr(Unpacked, "read_matrix", read_matrix)
+    convert(hf_folders.write_folder(tmp_path / "hf", {}, odd_model.tensors(odd_model.random_leaves(), form)), tmp_path / "out")
+    assert max(rows for rows, _ in read) > 5
+    assert all(rows <= max(1, most // width) for rows, width in read)
 
 
 @pytest.mark.parametrize("form", odd_model.EXPERTS)
@@ -248,7 +266,7 @@ def test_what_is_taken_is_in_the_record(use):
 def test_layouts_that_do_not_fit_the_model(path, rule, message):
     layout = odd_model.layout()
     rules = {name: own for name, own in layout.layer.items() if name != path} | ({} if rule is None else {path: rule})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(CheckpointError, match=message):
         hf_tensors(odd_model.SPEC, dataclasses.replace(layout, layer=rules))
 
 

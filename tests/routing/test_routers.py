@@ -13,6 +13,7 @@ from jaxmoe.spec import GroupLimit, RouterSpec, SpecError
 from pallas_kernels.dispatch import Kernels
 from tests.routing.families import CASES, FAMILY_ROUTERS, D, T, leaves, rows, run
 
+
 def softmax(values):
     e = [math.exp(v - max(values)) if v > -math.inf else 0.0 for v in values]
     return [v / sum(e) for v in e]

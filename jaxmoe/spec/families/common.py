@@ -29,6 +29,7 @@ class Family:
         required: fields that must be there.
         optional: fields that change the graph and may be missing or null.
         layers: the layers of a checked config.
+        models: some that people know.
         model: what else of `ModelSpec` the family sets; by field.
         nested: the field that holds the text model's config, in a checkpoint of several modalities.
         no_effect: fields of this family alone that its graph doesn't depend on.
@@ -38,6 +39,7 @@ class Family:
     required: tuple[str, ...]
     optional: tuple[str, ...]
     layers: Callable[[dict], list[LayerSpec]]
+    models: str = dataclasses.field(default="", kw_only=True)
     model: Callable[[dict], dict[str, Any]] = lambda config: {}
     nested: str | None = None
     no_effect: tuple[str, ...] = ()

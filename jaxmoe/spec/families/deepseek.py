@@ -3,10 +3,10 @@ models/deepseek_v3)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from jaxmoe.spec.families.common import SHAPE, Family, count, dense_first, only, positive, rope, router, yarn_magnitude
-from jaxmoe.spec.types import AttentionSpec, ExpertSpec, GroupLimit, LatentSpec, LayerSpec, RouterSpec
+from jaxmoe.spec.types import AttentionSpec, ExpertSpec, GroupLimit, LatentSpec, LayerSpec, RouterSpec, SpecError
 
 
 def latent(config: dict) -> AttentionSpec:
@@ -26,11 +26,23 @@ def latent(config: dict) -> AttentionSpec:
     return AttentionSpec(heads, 1, plain + turned, ranks, turning, qkv_bias=bias, out_bias=bias, scale=scale)
 
 
+def group_limit(config: dict, experts: int, score: Literal["max", "top2sum"], mask_value: float) -> GroupLimit | None:
+    """Selection among the experts of `topk_group` of `n_group` groups; None where that is no limit."""
+    groups, kept = count(config, "n_group", 1) or 1, count(config, "topk_group", 1) or 1
+    if groups == 1:
+        return None
+    size = experts // groups
+    if experts % groups or (score == "top2sum" and size < 2):
+        raise SpecError(f"config.json: n_group = {groups} does not split {experts} experts into groups{' of two or more' if score != 'max' else ''}")
+    if kept > groups or kept * size < positive(config, "num_experts_per_tok"):
+        raise SpecError(f"config.json: topk_group = {kept} of {groups} groups of {size} experts can't give {config['num_experts_per_tok']} (num_experts_per_tok)")
+    return GroupLimit(groups, kept, score, mask_value)
+
+
 def v3_router(config: dict, **kwargs: Any) -> RouterSpec:
     """Sigmoid scores, a bias for selection, groups by the sum of their two best: DeepSeek-V3 and those that took it over."""
     experts = positive(config, "n_routed_experts")
-    groups, kept = count(config, "n_group", 1) or 1, count(config, "topk_group", 1) or 1
-    limit = None if groups == 1 else GroupLimit(groups, kept, "top2sum", float("-inf"))
+    limit = group_limit(config, experts, "top2sum", float("-inf"))
     given = dict(
         matmul_dtype="float32", score="sigmoid", select_bias=True, group_limit=limit, normalize=bool(config["norm_topk_prob"]), norm_eps=1e-20,
         scale=float(config["routed_scaling_factor"]), weights_dtype="float32",

@@ -13,5 +13,6 @@ def _layers(config: dict) -> list[LayerSpec]:
 
 
 FAMILY = Family(
-    (*SHAPE, "num_local_experts"), ("num_key_value_heads", "head_dim", "sliding_window", "tie_word_embeddings", "num_experts"), _layers
+    (*SHAPE, "num_local_experts"), ("num_key_value_heads", "head_dim", "sliding_window", "tie_word_embeddings", "num_experts"), _layers,
+    models="Mixtral-8x7B, 8x22B",
 )

@@ -17,4 +17,5 @@ FAMILY = Family(
     (*SHAPE, "num_experts", "norm_topk_prob"),
     ("num_key_value_heads", "attention_bias", "clip_qkv", "tie_word_embeddings", "num_local_experts", "head_dim"),
     _layers,
+    models="OLMoE-1B-7B",
 )

@@ -31,4 +31,5 @@ FAMILY = Family(
         "decoder_sparse_step", "mlp_only_layers", "num_experts", "num_local_experts",
     ),
     _layers,
+    models="Qwen3-30B-A3B, 235B-A22B, Coder-480B",
 )  # fmt: skip
