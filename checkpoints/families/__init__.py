@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 from checkpoints.errors import CheckpointError
-from checkpoints.families import deepseek, mixtral, olmoe, qwen3_moe
+from checkpoints.families import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen3_moe
 from checkpoints.families.common import BUFFERS
 from checkpoints.families.rules import (
     Layout,
@@ -24,9 +24,19 @@ from checkpoints.families.rules import (
 from jaxmoe.spec import ModelSpec
 
 LAYOUTS: dict[str, tuple[Layout, ...]] = {
+    "deepseek_v2": deepseek.V2_LAYOUTS,
     "deepseek_v3": deepseek.V3_LAYOUTS,
+    "dots1": dots1.LAYOUTS,
+    "ernie4_5_moe": ernie.LAYOUTS,
+    "glm4_moe": glm4_moe.LAYOUTS,
+    "glm4_moe_lite": deepseek.GLM_LITE_LAYOUTS,
+    "granitemoe": granite.MOE_LAYOUTS,
+    "granitemoeshared": granite.SHARED_LAYOUTS,
+    "kimi_k2": deepseek.KIMI_LAYOUTS,
+    "minimax_m2": minimax.LAYOUTS,
     "mixtral": mixtral.LAYOUTS,
     "olmoe": olmoe.LAYOUTS,
+    "phimoe": phimoe.LAYOUTS,
     "qwen3_moe": qwen3_moe.LAYOUTS,
 }
 """The layouts that each family's weights come in, by `ModelSpec.family`."""

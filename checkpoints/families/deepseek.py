@@ -1,4 +1,4 @@
-"""DeepSeek-V2, V3 and Kimi-K2: latent attention whose up-projections share a tensor, shared experts, V3's bias for selection and its head of
+"""DeepSeek-V2 and V3, Kimi-K2 and GLM-4.7-Flash: latent attention whose up-projections share a tensor, shared experts, V3's bias for selection and its head of
 multi-token prediction (transformers, models/deepseek_v2 and models/deepseek_v3; the head as the released checkpoints name it)."""
 
 from __future__ import annotations
@@ -81,8 +81,15 @@ SHARED_WITH_HEAD = (r"model\.layers\.\d+\.embed_tokens\.weight", r"model\.layers
 """Copies of the model's own embedding and output matrix, which released heads come with."""
 
 _LAYER = {**LATENT, **MLP, **SHARED, **SELECT_BIAS}
-V3_LAYOUTS = (
-    Layout("deepseek_v3", TOP, _LAYER, EXPERTS, (*IGNORED, *SHARED_WITH_HEAD), EXTRA),
-    Layout("deepseek_v3-fused", TOP, _LAYER, FUSED_EXPERTS, (*IGNORED, *SHARED_WITH_HEAD), EXTRA),
-)
-"""The released form first, then transformers 5's own."""
+_IGNORED = (*IGNORED, *SHARED_WITH_HEAD)
+
+
+def _layouts(name: str) -> tuple[Layout, Layout]:
+    """The released form first, then transformers 5's own."""
+    return Layout(name, TOP, _LAYER, EXPERTS, _IGNORED, EXTRA), Layout(f"{name}-fused", TOP, _LAYER, FUSED_EXPERTS, _IGNORED, EXTRA)
+
+
+V3_LAYOUTS = _layouts("deepseek_v3")
+V2_LAYOUTS = _layouts("deepseek_v2")
+KIMI_LAYOUTS = _layouts("kimi_k2")
+GLM_LITE_LAYOUTS = _layouts("glm4_moe_lite")

@@ -218,9 +218,9 @@ def sequential(
     """One run after another, and in it one token after another; see `RecurrentState.delta`."""
     run, tokens = batch.run, x.shape[0]
     rows, (_, lengths, fresh) = jnp.asarray(batch.run_segments), _live(batch)
-    # Of a single token XLA would take what it can out of the loop, and of exponentials that it fuses with a padding some have other bits.
-    each = jax.lax.optimization_barrier((x.astype(jnp.float32), log_decay, beta.astype(jnp.float32)))
-    each = tuple(jnp.pad(t, ((0, int(tokens == 1)), (0, 0))) for t in each)
+    # A single token comes twice: XLA would take what it can of it out of the loop, and round it otherwise than in the loop. Not padded, because of
+    # exponentials that it fuses with a padding, or with the products of a single row, some have other bits.
+    each = [jnp.broadcast_to(t.astype(jnp.float32), (max(tokens, 2), t.shape[1])) for t in (x, log_decay, beta)]
 
     def one_token(t, carry):
         past, memory, out = carry

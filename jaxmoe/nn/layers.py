@@ -32,7 +32,7 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "T D"]) -> jax.Array:
         def linear(name: str, inputs: int, outputs: int, x: jax.Array) -> jax.Array:
-            return Linear((inputs,), (outputs,), self.precision, self.kernels, name=name)(x)
+            return Linear((inputs,), (outputs,), self.precision, self.kernels, self.spec.bias, name=name)(x)
 
         gate, up = (linear(name, self.width, self.spec.width, x) for name in ("gate", "up"))
         return linear("down", self.spec.width, self.width, GLUS[self.spec.activation](gate, up))

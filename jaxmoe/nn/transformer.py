@@ -35,7 +35,7 @@ def decoder_layer(spec: ModelSpec, layer: LayerSpec, kernels: Kernels) -> Decode
 def layer_tables(layer: LayerSpec, batch: Batch, dtype) -> tuple[jax.Array, jax.Array] | None:
     """The rotary tables of a layer's positions; None where nothing turns."""
     rope = None if layer.attention is None else layer.attention.rope
-    return None if rope is None else rope_tables(rope, batch.positions, dtype)
+    return None if rope is None else rope_tables(rope, batch.positions, jnp.float32 if rope.wide else dtype)
 
 
 def forward(

@@ -64,7 +64,7 @@ def select(spec: RouterSpec, params: dict, scores: Float[Array, "T E"]) -> tuple
     limit, eligible = spec.group_limit, None
     if limit is not None:
         eligible = in_kept_groups(limit, scores)
-        scores = jnp.where(eligible, scores, limit.mask_value)
+        scores = jnp.where(eligible, scores, -jnp.inf if limit.mask_value is None else limit.mask_value)
     return jax.lax.top_k(scores, spec.active)[1], eligible
 
 
@@ -95,7 +95,7 @@ def chosen_weights(
         return softmax(jnp.take_along_axis(logits, ids, axis=1), kernels)
     if spec.weight_from == "sigmoid_selected_logits":
         return jax.nn.sigmoid(jnp.take_along_axis(logits, ids, axis=1))
-    if eligible is not None and spec.group_limit is not None and spec.group_limit.mask_value != -jnp.inf:
+    if eligible is not None and spec.group_limit is not None and spec.group_limit.mask_value is not None:
         # A number that can be chosen, where fewer eligible scores than needed are above it, stands for the score itself (DeepSeek-V2).
         scores = jnp.where(eligible, scores, spec.group_limit.mask_value)
     return jnp.take_along_axis(scores, ids, axis=1)

@@ -73,9 +73,9 @@ def _latent(a: AttentionSpec, m: LatentSpec, width: int, leaf: MakeLeaf) -> dict
         "k_rope": _linear(leaf, (width, r), ("embed", None), bias=a.qkv_bias),
         "kv_norm": {"scale": leaf((m.kv_rank,), (None,))},
         # By head, each as checkpoints have it: the latent is the last axis, which queries are multiplied into and outputs out of.
-        "k_up": {"kernel": leaf((h, m.plain, m.kv_rank), ("heads", "head_dim", None))},
-        "v_up": {"kernel": leaf((h, m.value, m.kv_rank), ("heads", "head_dim", None))},
-        "o": _linear(leaf, (h, m.value, width), ("heads", "head_dim", "embed"), 2, a.out_bias),
+        "k_up": {"kernel": leaf((h, m.plain, m.kv_rank), ("heads", None, None))},
+        "v_up": {"kernel": leaf((h, m.value, m.kv_rank), ("heads", None, None))},
+        "o": _linear(leaf, (h, m.value, width), ("heads", None, "embed"), 2, a.out_bias),
     }
     if m.q_rank is None:
         return {"q": _linear(leaf, (width, h, a.head_dim), ("embed", "heads", "head_dim"))} | out
@@ -88,22 +88,23 @@ def _latent(a: AttentionSpec, m: LatentSpec, width: int, leaf: MakeLeaf) -> dict
 
 def _delta(d: DeltaSpec, width: int, leaf: MakeLeaf) -> dict:
     sizes = {"q": (d.k_heads, d.k_dim), "k": (d.k_heads, d.k_dim), "v": (d.v_heads, d.v_dim)}
-    out = {name: _linear(leaf, (width, *size), ("embed", "heads", "head_dim")) for name, size in {**sizes, "z": sizes["v"]}.items()}
+    axes = {"q": "kv_heads", "k": "kv_heads", "v": "heads", "z": "heads"}
+    out = {name: _linear(leaf, (width, *size), ("embed", axes[name], None)) for name, size in {**sizes, "z": sizes["v"]}.items()}
     out |= {name: _linear(leaf, (width, d.v_heads), ("embed", "heads")) for name in ("beta", "decay")}
-    out |= {f"conv_{name}": {"kernel": leaf((*size, d.conv), ("heads", "head_dim", None))} for name, size in sizes.items()}
+    out |= {f"conv_{name}": {"kernel": leaf((*size, d.conv), (axes[name], None, None))} for name, size in sizes.items()}
     return out | {
         "a_log": {"scale": leaf((d.v_heads,), ("heads",))},
         "dt_bias": {"bias": leaf((d.v_heads,), ("heads",))},
-        "norm": {"scale": leaf((d.v_dim,), ("head_dim",))},
-        "o": _linear(leaf, (d.v_heads, d.v_dim, width), ("heads", "head_dim", "embed"), 2),
+        "norm": {"scale": leaf((d.v_dim,), (None,))},
+        "o": _linear(leaf, (d.v_heads, d.v_dim, width), ("heads", None, "embed"), 2),
     }
 
 
-def _mlp(e: ExpertSpec, width: int, leaf: MakeLeaf) -> dict:
+def _mlp(e: ExpertSpec, width: int, leaf: MakeLeaf, hidden: str = "hidden") -> dict:
     return {
-        "gate": _linear(leaf, (width, e.width), ("embed", "hidden")),
-        "up": _linear(leaf, (width, e.width), ("embed", "hidden")),
-        "down": _linear(leaf, (e.width, width), ("hidden", "embed")),
+        "gate": _linear(leaf, (width, e.width), ("embed", hidden), bias=e.bias),
+        "up": _linear(leaf, (width, e.width), ("embed", hidden), bias=e.bias),
+        "down": _linear(leaf, (e.width, width), (hidden, "embed"), bias=e.bias),
     }
 
 
@@ -141,7 +142,7 @@ def _layer(layer: LayerSpec, spec: ModelSpec, leaf: MakeLeaf) -> dict:
     if layer.dense is not None:
         out["mlp"] = _mlp(layer.dense, width, leaf)
     if layer.shared is not None:
-        out["shared"] = _mlp(layer.shared, width, leaf)
+        out["shared"] = _mlp(layer.shared, width, leaf, "shared_hidden")
         if layer.shared_gate:
             out["shared_gate"] = _linear(leaf, (width, 1), ("embed", None))
     if layer.layer_scale:

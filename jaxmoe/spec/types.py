@@ -69,7 +69,8 @@ class RopeScaling:
 class RopeSpec:
     """Rotary positions: `theta` is the base, `width` how many of a head's channels turn, `style` how pairs are formed.
 
-    `pairs`: only the first so many of the `width / 2` pairs turn, the others have frequency zero (None: all turn).
+    `pairs`: only the first so many of the `width / 2` pairs turn, the others have frequency zero (None: all turn). `wide`: they turn in float32, and are
+    rounded afterwards.
     """
 
     theta: float = 10000.0
@@ -77,6 +78,7 @@ class RopeSpec:
     style: Literal["half", "interleaved"] = "half"
     pairs: int | None = None
     scaling: RopeScaling | None = None
+    wide: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +180,13 @@ class DeltaSpec:
 
 @dataclasses.dataclass(frozen=True)
 class GroupLimit:
-    """Group-limited selection: only experts of the best `kept` of `groups` groups stay eligible."""
+    """Group-limited selection: only experts of the best `kept` of `groups` groups stay eligible. The others' scores become `mask_value`, or with None
+    they can't be chosen at all."""
 
     groups: int
     kept: int
     score: Literal["max", "top2sum"]
-    mask_value: float
+    mask_value: float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,23 @@
 
 from __future__ import annotations
 
-from scripts.golden_cases import deepseek, mixtral, olmoe, qwen3_moe
+from scripts.golden_cases import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen3_moe
 from scripts.golden_cases.case import Case
 
 FAMILIES: dict[str, dict[str, Case]] = {
+    "deepseek_v2": deepseek.V2,
     "deepseek_v3": deepseek.V3,
+    "dots1": dots1.CASES,
+    "ernie4_5_moe": ernie.CASES,
+    "glm4_moe": glm4_moe.CASES,
+    "glm4_moe_lite": deepseek.GLM_LITE,
+    "granitemoe": granite.MOE,
+    "granitemoeshared": granite.SHARED,
+    "kimi_k2": deepseek.KIMI,
+    "minimax_m2": minimax.CASES,
     "mixtral": mixtral.CASES,
     "olmoe": olmoe.CASES,
+    "phimoe": phimoe.CASES,
     "qwen3_moe": qwen3_moe.CASES,
 }
 """Cases by family; the first one of each is run in every way."""

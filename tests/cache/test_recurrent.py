@@ -270,7 +270,7 @@ def test_whole_sequences():
     np.testing.assert_allclose(o[length:], by_loop, rtol=0, atol=3e-6 * np.abs(by_loop).max())
     rng = np.random.default_rng(1)
     way = jax.tree.map(lambda g: jnp.asarray(np.sign(g) * rng.random(g.shape, np.float32)), grads)
-    before, after = (float(loss(*jax.tree.map(lambda x, d: x + h * d, (stacked, conv), way))[0][0]) for h in (-1e-3, 1e-3))
+    before, after = (float(loss(*jax.tree.map(lambda x, d, h=h: x + h * d, (stacked, conv), way))[0][0]) for h in (-1e-3, 1e-3))
     slope = sum(float((a * b).sum()) for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(way), strict=True))
     np.testing.assert_allclose((after - before) / 2e-3, slope, rtol=1e-2)
 

@@ -198,10 +198,11 @@ def clamped_loop(x: np.ndarray, group: np.ndarray, ids: list[int], biases: list[
 
 
 def chosen_biased() -> list:
-    """(implementation, dtype of biases, case): each dtype with a case, of the GPU's kernel one in all."""
+    """(implementation, dtype of biases, case): each dtype with a case; of the GPU's kernel one, a slow one."""
     one, *others = CASES
     every = cases(NAMES, ["float32"], [one]) + cases(NAMES, ["bfloat16"], others[1:2])
-    return [p for p in every if p.values[0] != "mosaic_gpu" or p.values[2] == one]
+    gpu = pytest.param("mosaic_gpu", "float32", one, marks=pytest.mark.slow)
+    return [p for p in every if p.values[0] != "mosaic_gpu"] + [gpu]
 
 
 @pytest.mark.parametrize(("name", "dtype", "case"), chosen_biased())

@@ -9,7 +9,7 @@ import pytest
 
 from checkpoints.convert import convert
 from checkpoints.load import open_checkpoint
-from jaxmoe.engine.model import load_model
+from jaxmoe.engine.model import Model, load_model
 from jaxmoe.spec import FAMILIES, ModelSpec
 from pallas_kernels.dispatch import Kernels
 from scripts import golden_cases, make_goldens
@@ -23,6 +23,9 @@ FIRST = tuple(next(iter(cases)) for cases in golden_cases.FAMILIES.values())
 
 DECODED = 12
 """Tokens of each sequence that are decoded one by one, where all would take long."""
+
+POSITIONS = 256
+"""Of every sequence's cache; longrope takes its long factors where this is more than a model was trained on."""
 
 MATTERS = [(name, change) for name, case in CASES.items() for change in case.matters]
 
@@ -57,11 +60,16 @@ def run_on_cpu(checkpoint_of):
 
     def run(name: str):
         if name not in found:
-            model = load_model(checkpoint_of(name), "float32", Kernels("cpu"))
+            model = load(checkpoint_of(name), "float32", Kernels("cpu"))
             found[name] = model, together(model, golden(name)[1])
         return found[name]
 
     return run
+
+
+def load(checkpoint, dtype: str, kernels: Kernels, unroll: bool | None = None) -> Model:
+    model = load_model(checkpoint, dtype, kernels, unroll)
+    return dataclasses.replace(model, spec=model.spec.for_positions(POSITIONS))
 
 
 def requests_of(ids: list[np.ndarray]) -> list[list[int]]:
@@ -72,7 +80,7 @@ def together(model, ids: list[np.ndarray]) -> list[np.ndarray]:
     """Both sequences in one step."""
     requests = requests_of(ids)
     tokens = 128 if max(map(len, requests)) <= 64 else 256
-    return prefill_logits(model, requests, [[(i, 0, len(r)) for i, r in enumerate(requests)]], tokens, positions=256)
+    return prefill_logits(model, requests, [[(i, 0, len(r)) for i, r in enumerate(requests)]], tokens, positions=POSITIONS)
 
 
 def worst(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
@@ -112,7 +120,7 @@ def test_prompts_in_a_ragged_batch(run_on_cpu, name):
 def test_stacked_layers_and_plain_kernels(checkpoint_of, name):
     """The form that accelerators run: layers scanned, caches gathered, no CPU kernels."""
     _, ids, expected = golden(name)
-    model = load_model(checkpoint_of(name), "float32", Kernels("reference"), unroll=False)
+    model = load(checkpoint_of(name), "float32", Kernels("reference"), unroll=False)
     assert worst(together(model, ids), expected) <= TOLERANCE
 
 
@@ -122,8 +130,8 @@ def test_decoding_gives_the_bits_of_the_prompt(run_on_cpu, name):
     model, expected = run_on_cpu(name)
     requests = [r[:DECODED] for r in requests_of(golden(name)[1])]
     cut = [e[:DECODED] for e in expected]
-    assert same_bits(decode_logits(model, requests, 4, positions=256), cut)
-    assert same_bits(decode_logits(model, requests[:1], 1, rows=2, positions=256), cut[:1])
+    assert same_bits(decode_logits(model, requests, 4, positions=POSITIONS), cut)
+    assert same_bits(decode_logits(model, requests[:1], 1, rows=2, positions=POSITIONS), cut[:1])
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -133,8 +141,8 @@ def test_a_prompt_in_pieces_and_alone_gives_the_same_bits(run_on_cpu, name):
     longest = max(map(len, requests))
     borders = [0, 17, 20, *range(60, longest, 60), longest]
     pieces = [[(i, start, min(stop, len(r))) for i, r in enumerate(requests) if start < len(r)] for start, stop in zip(borders, borders[1:], strict=False)]
-    assert same_bits(prefill_logits(model, requests, pieces, 128, positions=256), expected)
-    assert same_bits(prefill_logits(model, requests[1:], [[(0, 0, len(requests[1]))]], 128 if len(requests[1]) <= 128 else 256, positions=256), expected[1:])
+    assert same_bits(prefill_logits(model, requests, pieces, 128, positions=POSITIONS), expected)
+    assert same_bits(prefill_logits(model, requests[1:], [[(0, 0, len(requests[1]))]], 128 if len(requests[1]) <= 128 else 256, positions=POSITIONS), expected[1:])
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -145,14 +153,14 @@ def test_streamed_experts_at_the_smallest_budget_give_the_resident_bits(run_on_c
     streamed = slot_model(model, model.spec.moe[0].active, staging=1)
     assert same_bits(together(streamed, golden(name)[1]), expected)
     short, cut = [r[:DECODED] for r in requests], [e[:DECODED] for e in expected]
-    assert same_bits(decode_logits(streamed, short, 4, positions=256), cut)
-    assert same_bits(decode_logits(streamed, short, 4, positions=256, step=host_driven_step(streamed)), cut)
+    assert same_bits(decode_logits(streamed, short, 4, positions=POSITIONS), cut)
+    assert same_bits(decode_logits(streamed, short, 4, positions=POSITIONS, step=host_driven_step(streamed)), cut)
 
 
 @pytest.mark.parametrize("name", FIRST)
 def test_bfloat16_stays_near(run_on_cpu, checkpoint_of, name):
     _, ids, expected = golden(name)
-    model = load_model(checkpoint_of(name), "bfloat16", Kernels("cpu"))
+    model = load(checkpoint_of(name), "bfloat16", Kernels("cpu"))
     got = together(model, ids)
     errors = np.concatenate([np.linalg.norm(g - e, axis=1) / np.linalg.norm(e, axis=1) for g, e in zip(got, expected, strict=True)])
     assert np.median(errors) < 0.06 and not np.isnan(errors).any()
@@ -162,7 +170,7 @@ def test_bfloat16_stays_near(run_on_cpu, checkpoint_of, name):
 def test_every_field_matters(checkpoint_of, name, change):
     """The same weights read by another config give other logits: the goldens would notice a field that is ignored."""
     made, ids, expected = golden(name)
-    model = load_model(checkpoint_of(name), "float32", Kernels("reference"), unroll=False)
-    spec = ModelSpec.from_hf({**made["config"], **change})
+    model = load(checkpoint_of(name), "float32", Kernels("reference"), unroll=False)
+    spec = ModelSpec.from_hf({**made["config"], **change}).for_positions(POSITIONS)
     changed = dataclasses.replace(model, spec=dataclasses.replace(spec, precision=model.spec.precision))
     assert worst(together(changed, ids), expected) > 50 * TOLERANCE

@@ -142,14 +142,16 @@ def test_bfloat16():
     assert np.linalg.norm(got - expected) < 0.5 * np.linalg.norm(expected - exact)
 
 
-def test_bits_of_cuts():
-    width, spec = CASES["grouped"]
+@pytest.mark.parametrize("case", CASES)
+def test_bits_of_cuts(case):
+    """Three heads are the hard case: of few numbers XLA takes some one by one, and rounds some exponentials otherwise."""
+    width, spec = CASES[case]
     module, _ = program(width, spec, Precision(), Kernels("cpu"))
     rng = np.random.default_rng(2)
     state = init_recurrent(spec, 2, 3, module.precision)
     shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((4, width)), 0, state, make_batch([(0, 0, [0])], 4, 4))["params"]
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32) * 0.3, shapes)
     x = rng.standard_normal((70, width)).astype(np.float32)
-    expected = ours("grouped", params, x, [(70, 64, 128)])
-    for steps in ([(33, 64, 128), (30, 64, 128)] + [(1, 1, 1)] * 7, [(32, 32, 32)] * 2 + [(1, 1, 4)] * 6):
-        np.testing.assert_array_equal(ours("grouped", params, x, steps).view(np.uint32), expected.view(np.uint32))
+    expected = ours(case, params, x, [(70, 64, 128)])
+    for steps in ([(33, 64, 128)] + [(1, 1, 1)] * 37, [(32, 32, 32)] * 2 + [(1, 1, 4)] * 6):
+        np.testing.assert_array_equal(ours(case, params, x, steps).view(np.uint32), expected.view(np.uint32))

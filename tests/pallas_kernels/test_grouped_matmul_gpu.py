@@ -62,27 +62,29 @@ def clamped_swiglu(g, u):
 def jitted(op, config, out_dtype, glu):
     """The kernel in interpret mode, as a function of everything that is traced."""
 
-    def f(x, w, ids, sizes, starts):
+    def f(x, w, ids, sizes, starts, bias):
         if op == "glu":
-            return gpu.grouped_glu(x, w, ids, sizes, GLUS[glu], starts, config=config, interpret=interpret_gpu())
+            return gpu.grouped_glu(x, w, ids, sizes, GLUS[glu], starts, bias=bias, config=config, interpret=interpret_gpu())
         return gpu.grouped_matmul(x, w, ids, sizes, starts, out_dtype=out_dtype, config=config, interpret=interpret_gpu())
 
     return jax.jit(f)
 
 
-def check(sizes, config, *, m=40, k=128, n=64, bits=16, group=64, op="matmul", starts=None, out_dtype=jnp.float32, ids=IDS, glu="silu"):
+def check(sizes, config, *, m=40, k=128, n=64, bits=16, group=64, op="matmul", starts=None, out_dtype=jnp.float32, ids=IDS, glu="silu", biased=False):
     sizes = np.array(sizes, np.int32)
     begin = np.cumsum(sizes) - sizes if starts is None else np.array(starts)
     w, w64 = weights((6, *((2,) if op == "glu" else ()), n, k), bits, group, ids)
     x = rows(m, k, sizes, begin)
     given = None if starts is None else jnp.asarray(starts, jnp.int32)
-    y = np.asarray(jitted(op, config, out_dtype, glu)(x, w, jnp.asarray(ids), jnp.asarray(sizes), given))
+    bias = np.random.default_rng(4).normal(size=(len(ids), 2, n)).astype(np.float32) * biased
+    bias[sizes == 0] *= np.nan
+    y = np.asarray(jitted(op, config, out_dtype, glu)(x, w, jnp.asarray(ids), jnp.asarray(sizes), given, bias if biased else None))
     assert y.shape == (m, n)
     assert y.dtype == (ml_dtypes.bfloat16 if op == "glu" else out_dtype)
-    for i, start, size in zip(ids, begin, sizes, strict=True):
+    for i, start, size, b in zip(ids, begin, sizes, bias.astype(np.float64), strict=True):
         x64 = x[start : start + size].astype(np.float64)
         if op == "glu":
-            want = {"silu": swiglu, "clamped_swiglu": clamped_swiglu}[glu](x64 @ w64[i, 0].T, x64 @ w64[i, 1].T)
+            want = {"silu": swiglu, "clamped_swiglu": clamped_swiglu}[glu](x64 @ w64[i, 0].T + b[0], x64 @ w64[i, 1].T + b[1])
         else:
             want = x64 @ w64[i].T
         rounding = 2**-8 if y.dtype == ml_dtypes.bfloat16 else 2e-6
@@ -129,9 +131,9 @@ def test_what_the_heuristic_chooses():
     "config, more",
     [
         (SMALL, {"glu": "silu"}),
-        (Config(rows=32, warpgroups=2, depth=64, stages=2), {"glu": "clamped_swiglu", "n": 128, "k": 192}),
+        (Config(rows=32, warpgroups=2, depth=64, stages=2), {"glu": "clamped_swiglu", "n": 128, "k": 192, "biased": True}),
     ],
-    ids=["silu", "clamped"],
+    ids=["silu", "clamped, biases"],
 )
 def test_glu(config, more):
     check((3, 0, 22, 0, 9), config, op="glu", **more)

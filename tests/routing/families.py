@@ -31,7 +31,7 @@ FAMILY_ROUTERS: dict[str, RouterSpec] = {
     "deepseek_v2": RouterSpec(
         160, 6, matmul_dtype="float32", group_limit=GroupLimit(8, 3, "max", 0.0), scale=16.0, weights_dtype="float32"
     ),
-    "deepseek_v3": dataclasses.replace(_SIGMOID, experts=256, group_limit=GroupLimit(8, 4, "top2sum", -math.inf)),
+    "deepseek_v3": dataclasses.replace(_SIGMOID, experts=256, group_limit=GroupLimit(8, 4, "top2sum", None)),
     "glm4_moe": _SIGMOID,
     "dots1": dataclasses.replace(_SIGMOID, experts=128, active=6),
     "gpt_oss": RouterSpec(32, 4, logits_bias=True, score="none", weight_from="softmax_selected_logits"),
@@ -53,8 +53,8 @@ VARIANTS: dict[str, tuple[str, RouterSpec]] = {
         ("qwen3_moe_all", "qwen3_moe", {"experts": 6, "active": 6}),
         ("deepseek_v2_greedy", "deepseek_v2", {"experts": 9, "group_limit": None, "scale": 1.0}),
         ("deepseek_v2_small", "deepseek_v2", {"experts": 15, "active": 3, "group_limit": GroupLimit(5, 1, "max", 0.0)}),
-        ("deepseek_v3_small", "deepseek_v3", {"experts": 21, "active": 5, "group_limit": GroupLimit(7, 3, "top2sum", -math.inf)}),
-        ("deepseek_v3_pairs", "deepseek_v3", {"experts": 10, "active": 4, "group_limit": GroupLimit(5, 2, "top2sum", -math.inf)}),
+        ("deepseek_v3_small", "deepseek_v3", {"experts": 21, "active": 5, "group_limit": GroupLimit(7, 3, "top2sum", None)}),
+        ("deepseek_v3_pairs", "deepseek_v3", {"experts": 10, "active": 4, "group_limit": GroupLimit(5, 2, "top2sum", None)}),
         ("glm4_moe_plain", "glm4_moe", {"experts": 13, "normalize": False, "scale": 1.0}),
         ("gpt_oss_odd", "gpt_oss", {"experts": 5, "active": 3}),
         ("phimoe_wide", "phimoe", {"experts": 9, "jitter": 0.2}),

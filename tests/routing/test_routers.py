@@ -65,7 +65,7 @@ def plain_choice(spec, logits, params):
         groups = [biased[g * size : (g + 1) * size] for g in range(limit.groups)]
         of_group = [max(g) if limit.score == "max" else sum(sorted(g)[-2:]) for g in groups]
         kept = best(of_group, limit.kept)
-        biased = [v if e // size in kept else limit.mask_value for e, v in enumerate(biased)]
+        biased = [v if e // size in kept else (-math.inf if limit.mask_value is None else limit.mask_value) for e, v in enumerate(biased)]
     ids = best(biased, spec.active)
     if spec.weight_from == "softmax_selected_logits":
         return ids, softmax([logits[e] for e in ids])

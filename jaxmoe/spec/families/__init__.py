@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from jaxmoe.spec.families import deepseek, mixtral, olmoe, qwen3_moe
+from jaxmoe.spec.families import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen3_moe
 from jaxmoe.spec.families.common import Family
 
 FAMILIES: dict[str, Family] = {
+    "deepseek_v2": deepseek.V2,
     "deepseek_v3": deepseek.V3,
+    "dots1": dots1.FAMILY,
+    "ernie4_5_moe": ernie.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
+    "glm4_moe_lite": deepseek.GLM_LITE,
+    "granitemoe": granite.MOE,
+    "granitemoeshared": granite.SHARED,
+    "kimi_k2": deepseek.V3,
+    "minimax_m2": minimax.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
+    "phimoe": phimoe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
 }
 """The `model_type`s that can be read."""

@@ -1,11 +1,11 @@
-"""DeepSeek's latent attention and routers: DeepSeek-V2 and V3, and Kimi-K2, which is V3 under a name of its own (transformers, models/deepseek_v2 and
-models/deepseek_v3)."""
+"""DeepSeek's latent attention and routers: DeepSeek-V2 and V3, Kimi-K2, which is V3 under a name of its own, and GLM-4.7-Flash (transformers,
+models/deepseek_v2, models/deepseek_v3 and models/glm4_moe_lite)."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from jaxmoe.spec.families.common import SHAPE, Family, count, dense_first, only, positive, rope, router, yarn_magnitude
+from jaxmoe.spec.families.common import SHAPE, Family, count, dense_first, layer_kinds, only, positive, rope, router, yarn_magnitude
 from jaxmoe.spec.types import AttentionSpec, ExpertSpec, GroupLimit, LatentSpec, LayerSpec, RouterSpec, SpecError
 
 
@@ -16,22 +16,25 @@ def latent(config: dict) -> AttentionSpec:
     turned, plain = positive(config, "qk_rope_head_dim"), positive(config, "qk_nope_head_dim")
     q_rank = config.get("q_lora_rank")
     ranks = LatentSpec(positive(config, "kv_lora_rank"), None if q_rank is None else positive(config, "q_lora_rank"), plain, positive(config, "v_head_dim"))
-    scaling = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    scale = (plain + turned) ** -0.5
-    if scaling.get("mscale_all_dim") and scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        scale *= yarn_magnitude(float(scaling["factor"]), float(scaling["mscale_all_dim"])) ** 2
     style = "interleaved" if config.get("rope_interleave", True) else "half"
-    bias = bool(config.get("attention_bias", False))
     turning = rope(config, turned, 10000.0, style)
+    if turning.width != turned:
+        raise SpecError(f"config.json: partial_rotary_factor leaves {turning.width} of the {turned} channels of qk_rope_head_dim to turn: all are needed")
+    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    scale = (plain + turned) ** -0.5
+    if turning.scaling is not None and given.get("mscale_all_dim"):
+        scale *= yarn_magnitude(turning.scaling.factor, float(given["mscale_all_dim"])) ** 2
+    bias = bool(config.get("attention_bias", False))
     return AttentionSpec(heads, 1, plain + turned, ranks, turning, qkv_bias=bias, out_bias=bias, scale=scale)
 
 
-def group_limit(config: dict, experts: int, score: Literal["max", "top2sum"], mask_value: float) -> GroupLimit | None:
+def group_limit(config: dict, experts: int, score: Literal["max", "top2sum"], mask_value: float | None) -> GroupLimit | None:
     """Selection among the experts of `topk_group` of `n_group` groups; None where that is no limit."""
-    groups, kept = count(config, "n_group", 1) or 1, count(config, "topk_group", 1) or 1
+    groups = count(config, "n_group", 1) or 1
     if groups == 1:
+        only(config, "topk_group", 0, 1, None)
         return None
-    size = experts // groups
+    size, kept = experts // groups, positive(config, "topk_group")
     if experts % groups or (score == "top2sum" and size < 2):
         raise SpecError(f"config.json: n_group = {groups} does not split {experts} experts into groups{' of two or more' if score != 'max' else ''}")
     if kept > groups or kept * size < positive(config, "num_experts_per_tok"):
@@ -39,10 +42,21 @@ def group_limit(config: dict, experts: int, score: Literal["max", "top2sum"], ma
     return GroupLimit(groups, kept, score, mask_value)
 
 
+def routed(config: dict) -> int:
+    """How many experts there are to choose from; transformers may save the number under several names."""
+    experts = positive(config, "n_routed_experts")
+    for field in ("num_local_experts", "num_experts"):
+        only(config, field, experts, None)
+    return experts
+
+
 def v3_router(config: dict, **kwargs: Any) -> RouterSpec:
     """Sigmoid scores, a bias for selection, groups by the sum of their two best: DeepSeek-V3 and those that took it over."""
-    experts = positive(config, "n_routed_experts")
-    limit = group_limit(config, experts, "top2sum", float("-inf"))
+    only(config, "scoring_func", "sigmoid", "noaux_tc")  # dots.llm1 gives the whole method's name here
+    only(config, "topk_method", "noaux_tc")
+    only(config, "moe_layer_freq", 1)
+    experts = routed(config)
+    limit = group_limit(config, experts, "top2sum", None)
     given = dict(
         matmul_dtype="float32", score="sigmoid", select_bias=True, group_limit=limit, normalize=bool(config["norm_topk_prob"]), norm_eps=1e-20,
         scale=float(config["routed_scaling_factor"]), weights_dtype="float32",
@@ -56,26 +70,87 @@ def shared(config: dict) -> ExpertSpec | None:
     return ExpertSpec(experts * positive(config, "moe_intermediate_size")) if experts else None
 
 
+def extra_heads(config: dict, layer: LayerSpec) -> dict[str, Any]:
+    """The heads of multi-token prediction, whose number has two names."""
+    old, new = config.get("num_nextn_predict_layers"), config.get("num_mtp_layers")
+    if None not in (old, new) and old != new:
+        raise SpecError(f"config.json: num_nextn_predict_layers = {old!r} and num_mtp_layers = {new!r} are to be the same")
+    return {"extra_heads": (layer,) * count(config, "num_mtp_layers" if old is None else "num_nextn_predict_layers")}
+
+
 def _v3_sparse(config: dict) -> LayerSpec:
-    only(config, "scoring_func", "sigmoid")
-    only(config, "topk_method", "noaux_tc")
-    only(config, "moe_layer_freq", 1)
     return LayerSpec(latent(config), v3_router(config), ExpertSpec(positive(config, "moe_intermediate_size")), shared=shared(config))
 
 
-def _v3_heads(config: dict) -> dict:
-    return {"extra_heads": (_v3_sparse(config),) * count(config, "num_nextn_predict_layers", count(config, "num_mtp_layers"))}
+def _v2_router(config: dict) -> RouterSpec:
+    """Softmax scores, groups by their best expert.
+
+    `norm_topk_prob` is refused where it is true: the released code then divides the weights by their sum and leaves out `routed_scaling_factor`,
+    transformers does neither; no released checkpoint has it.
+    """
+    only(config, "scoring_func", "softmax")
+    only(config, "topk_method", "greedy", "group_limited_greedy")
+    only(config, "norm_topk_prob", False, None)
+    only(config, "moe_layer_freq", 1)
+    experts, limit = routed(config), None
+    if config["topk_method"] == "greedy":
+        only(config, "n_group", 0, 1, None)
+        only(config, "topk_group", 0, 1, None)
+    else:
+        positive(config, "n_group")
+        limit = group_limit(config, experts, "max", 0.0)
+    scale = float(config["routed_scaling_factor"])
+    return router(config, experts, matmul_dtype="float32", group_limit=limit, scale=scale, weights_dtype="float32")
+
+
+def _v2_layers(config: dict) -> list[LayerSpec]:
+    only(config, "mlp_bias", False, None)
+    sparse = LayerSpec(latent(config), _v2_router(config), ExpertSpec(positive(config, "moe_intermediate_size")), shared=shared(config))
+    return dense_first(config, "first_k_dense_replace", sparse)
+
+
+def _glm_lite_layers(config: dict) -> list[LayerSpec]:
+    """The first layer is dense and the others sparse, unless `mlp_layer_types` says otherwise."""
+    only(config, "head_dim", config["qk_rope_head_dim"], None)
+    kinds = layer_kinds(config, "mlp_layer_types", ("dense", "sparse"), lambda i: "sparse" if i else "dense")
+    first = count(config, "first_k_dense_replace", 1)
+    if config.get("first_k_dense_replace") is not None and kinds != ["dense"] * first + ["sparse"] * (len(kinds) - first):
+        raise SpecError(f"config.json: first_k_dense_replace = {first} contradicts mlp_layer_types (one dense layer and then sparse ones if missing)")
+    sparse = _v3_sparse(config)
+    dense = LayerSpec(sparse.attention, dense=ExpertSpec(positive(config, "intermediate_size")))
+    return [sparse if kind == "sparse" else dense for kind in kinds]
 
 
 _LATENT = ("qk_rope_head_dim", "qk_nope_head_dim", "kv_lora_rank", "v_head_dim")
+_ROUTED = ("moe_intermediate_size", "n_routed_experts", "routed_scaling_factor")
+_MAY = (
+    "num_key_value_heads", "q_lora_rank", "n_shared_experts", "attention_bias", "tie_word_embeddings", "scoring_func", "topk_method", "moe_layer_freq",
+    "num_local_experts", "num_experts",
+)  # fmt: skip
+_HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
+_TRAINING = ("ep_size", "aux_loss_alpha", "seq_aux")
+_WIDTHS = ("head_dim", "qk_head_dim")
+"""Follow from the other widths: transformers writes them and doesn't read them."""
 
 V3 = Family(
-    (*SHAPE, *_LATENT, "moe_intermediate_size", "n_routed_experts", "norm_topk_prob", "routed_scaling_factor"),
-    (
-        "num_key_value_heads", "q_lora_rank", "n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "rope_interleave",
-        "attention_bias", "tie_word_embeddings", "num_nextn_predict_layers", "num_mtp_layers", "scoring_func", "topk_method", "moe_layer_freq",
-    ),
+    (*SHAPE, *_LATENT, *_ROUTED, "norm_topk_prob", "n_group", "topk_group", "first_k_dense_replace"),
+    (*_MAY, *_HEADS, "rope_interleave"),
     lambda config: dense_first(config, "first_k_dense_replace", _v3_sparse(config)),
-    _v3_heads,
-    no_effect=("ep_size", "aux_loss_alpha", "seq_aux", "head_dim", "qk_head_dim", "num_local_experts"),
-)  # fmt: skip
+    lambda config: extra_heads(config, _v3_sparse(config)),
+    no_effect=(*_TRAINING, *_WIDTHS),
+)
+
+V2 = Family(
+    (*SHAPE, *_LATENT, *_ROUTED, "topk_method", "first_k_dense_replace"),
+    (*_MAY, "norm_topk_prob", "n_group", "topk_group", "mlp_bias"),
+    _v2_layers,
+    no_effect=(*_TRAINING, *_WIDTHS),
+)
+
+GLM_LITE = Family(
+    (*SHAPE, *_LATENT, *_ROUTED, "norm_topk_prob", "n_group", "topk_group"),
+    (*_MAY, *_HEADS, "rope_interleave", "mlp_layer_types", "first_k_dense_replace", "head_dim", "partial_rotary_factor"),
+    _glm_lite_layers,
+    lambda config: extra_heads(config, _v3_sparse(config)),
+    no_effect=("qk_head_dim",),
+)
