@@ -333,6 +333,7 @@ def _finish(hf: Path, plan: Plan, partial: Path, checksums: dict) -> Manifest:
         files=files,
         ignored=plan.ignored,
         dropped=plan.dropped,
+        absent_heads=plan.absent_heads,
         nbytes=plan.nbytes,
         leaves=_records(plan, checksums),
     )

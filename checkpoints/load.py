@@ -67,7 +67,7 @@ class Checkpoint:
     def restore_params(
         self, spec: ModelSpec | None = None, sharding: Placement = None, dtype: str | None = None
     ) -> dict:
-        """The layered tree of everything but routed experts, as `abstract_params` describes it.
+        """The layered tree of everything but routed experts and extra heads, as `abstract_params` describes it.
 
         Args:
             spec: what the caller computes with; it must be this checkpoint's model, its precision may differ.
@@ -80,14 +80,28 @@ class Checkpoint:
         Raises:
             CheckpointError: another model's spec, an unsupported dtype, or a damaged leaf.
         """
-        return self._restore("params.", spec, sharding, dtype)
+        return self._restore("params.", spec, sharding, dtype, ("extra",))
 
     def restore_experts(
         self, spec: ModelSpec | None = None, sharding: Placement = None, dtype: str | None = None
     ) -> dict:
         """The routed experts: `{layer: {gate [E, D, F], up [E, D, F], down [E, F, D]}}`; arguments and errors as
         `restore_params`."""
-        return self._restore("experts.", spec, sharding, dtype)
+        return self._restore("experts.", spec, sharding, dtype, self._heads())
+
+    def restore_extra_heads(
+        self, spec: ModelSpec | None = None, sharding: Placement = None, dtype: str | None = None
+    ) -> dict:
+        """The heads of multi-token prediction, which are kept for drafting and loaded apart: `{head: {embed_norm, hidden_norm, join, layer, norm,
+        experts}}`, the last as `restore_experts` gives them; arguments and errors as `restore_params`."""
+        heads = self._restore("params.extra.", spec, sharding, dtype)
+        for i, layer in enumerate(self._heads()):
+            heads[str(i)]["experts"] = self._restore(f"experts.{layer}.", spec, sharding, dtype)
+        return heads
+
+    def _heads(self) -> tuple[str, ...]:
+        """The layers that the extra heads' experts are filed under."""
+        return tuple(str(self.spec.n_layers + i) for i in range(len(self.spec.extra_heads)))
 
     def read_expert(self, layer: int, expert: int, dtype: str | None = None, verify: bool = False) -> dict[str, np.ndarray]:
         """One expert as numpy arrays; only its chunks are read.
@@ -206,11 +220,12 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder}: holds the model {self.spec.hash()}, which is not the one asked for")
         return spec, dtype
 
-    def _restore(self, prefix: str, spec: ModelSpec | None, sharding: Placement, dtype: str | None) -> dict:
+    def _restore(self, prefix: str, spec: ModelSpec | None, sharding: Placement, dtype: str | None, left_out: tuple[str, ...] = ()) -> dict:
+        """The leaves below `prefix`, but for the branches `left_out`."""
         spec, dtype = self._checked(spec, dtype)
         leaves = {}
         for path, leaf in leaf_paths(held_in(spec, dtype)).items():
-            if path.startswith(prefix):
+            if path.startswith(prefix) and path.removeprefix(prefix).split(".")[0] not in left_out:
                 read = functools.partial(self.read, path, dtype=leaf_dtype_name(leaf))
                 leaves[path.removeprefix(prefix)] = _build(leaf, sharding, read)
         return unflatten(leaves)

@@ -45,8 +45,8 @@ class LeafRecord:
 class Manifest:
     """A converted model. `source_files` are (name, bytes, SHA-256 of the header, SHA-256 of a sample of the data);
     `files` maps the small files kept beside the arrays to their SHA-256; `ignored` lists source tensors that were passed over, and `dropped` says how
-    many of those are weights (neither buffers nor copies), and how many bytes; `nbytes` is the size of all leaves; `dtype` is that of those leaves
-    which aren't float32 in any model."""
+    many of those are weights (neither buffers nor copies), and how many bytes; `absent_heads` counts the extra heads that the config has and the
+    source's tensors lack; `nbytes` is the size of all leaves; `dtype` is that of those leaves which aren't float32 in any model."""
 
     spec_hash: str
     dtype: str
@@ -60,6 +60,7 @@ class Manifest:
     version: int = VERSION
     layout: str = LEAF_LAYOUT
     dropped: tuple[int, int] = (0, 0)
+    absent_heads: int = 0
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -81,6 +81,7 @@ class Plan:
     source_files: tuple[tuple[str, int, str, str], ...]
     ignored: tuple[str, ...]
     dropped: tuple[int, int]
+    absent_heads: int
     units: tuple[Unit, ...]
 
     @property
@@ -112,6 +113,7 @@ def make_plan(hf: Path, source: Unpacked, dtype: str | None) -> Plan:
     """
     spec = read_config(hf)
     layout = choose_layout(spec, source.tensors, source.form)
+    heads = len(spec.extra_heads)
     spec = _without_absent_heads(spec, layout, source)
     expected = hf_tensors(spec, layout)
     left = tuple(name for name in source.tensors if name not in expected)
@@ -127,7 +129,7 @@ def make_plan(hf: Path, source: Unpacked, dtype: str | None) -> Plan:
     files = tuple((f.name, f.nbytes, f.header_sha256, f.sample_sha256) for f in source.files)
     fingerprint = hashlib.sha256(json.dumps([*files, *source.identity]).encode()).hexdigest()
     lost = [source[name].nbytes for name in left if is_weight(spec, layout, name)]
-    return Plan(spec, layout, fingerprint, files, left, (len(lost), sum(lost)), _units(spec, layout))
+    return Plan(spec, layout, fingerprint, files, left, (len(lost), sum(lost)), heads - len(spec.extra_heads), _units(spec, layout))
 
 
 def read_config(hf: Path) -> ModelSpec:

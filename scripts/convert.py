@@ -1,6 +1,7 @@
 """Converts a Hugging Face folder into one that loads expert by expert, and that stock Orbax restores.
 
-    python scripts/convert.py HF_FOLDER OUT [--dtype float32|bfloat16] [--list]
+    python scripts/convert.py HF_FOLDER OUT [--dtype float32|bfloat16] [--leaves]
+    python scripts/convert.py --list        # the families that can be converted, and what of each is supported
 
 A run that was stopped goes on where it was when it is started again.
 """
@@ -16,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-if importlib.util.find_spec("checkpoints") is None:
+if importlib.util.find_spec("scripts") is None:  # golden_cases is nowhere else, whether the packages are installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
@@ -26,20 +27,25 @@ from rich.table import Table
 from checkpoints.convert import convert
 from checkpoints.manifest import Manifest
 from jaxmoe.report.command import run_command
+from jaxmoe.report.families import COLUMNS, NOTE
+from jaxmoe.report.families import table as family_table
+from scripts import golden_cases
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Converts a Hugging Face folder (config.json, safetensors) for jaxmoe."""
 
-    hf_folder: tyro.conf.Positional[Path]
+    hf_folder: tyro.conf.Positional[Path | None] = None
     """The folder to convert."""
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[Path | None] = None
     """The folder to make; OUT.partial while it is unfinished."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """How weights are held; the source's own if not given."""
-    list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    leaves: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Also list every leaf with shape, dtype, chunk and bytes."""
+    list: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """List the families of models that can be converted, and what of each is supported; nothing else."""
 
 
 def summary(manifest: Manifest) -> Table:
@@ -66,12 +72,29 @@ def listing(manifest: Manifest) -> Table:
     return table
 
 
+def families() -> Table:
+    """A row per family of models."""
+    table = Table(box=None, pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, no_wrap=name == "family")
+    for row in family_table(golden_cases.configs()):
+        table.add_row(*(row[name] for name in COLUMNS))
+    return table
+
+
 def _dims(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
 def run(args: Arguments) -> None:
     """Converts with a progress bar on stderr, then prints what was written."""
+    if args.list:
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        console.print(families())
+        console.print(NOTE)
+        return
+    if args.hf_folder is None or args.out is None:
+        raise ValueError("give the folder to convert and the folder to make (--list alone shows what can be converted)")
     columns = (TextColumn("converting"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     first, last, start = None, 0, time.perf_counter()
     screen = Console(stderr=True)
@@ -88,12 +111,14 @@ def run(args: Arguments) -> None:
         manifest = convert(args.hf_folder, args.out, args.dtype, progress)
     seconds, written = time.perf_counter() - start, last - (first or 0)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    if args.list:
+    if args.leaves:
         console.print(listing(manifest))
     console.print(summary(manifest))
     if manifest.dropped[0]:
         count, nbytes = manifest.dropped
         console.print(f"passed over, as nothing here uses them: {count:,} weights, {nbytes:,} bytes (manifest.json lists them)", soft_wrap=True)
+    if manifest.absent_heads:
+        console.print(f"the config has {manifest.absent_heads} extra head(s), whose tensors are not there: converted without", soft_wrap=True)
     if first is None:
         console.print(f"{args.out} was there already, nothing was written", soft_wrap=True, markup=False)
         return

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-if importlib.util.find_spec("checkpoints") is None:
+if importlib.util.find_spec("scripts") is None:
     sys.path.insert(0, str(ROOT))
 
 from safetensors.numpy import save_file
@@ -150,7 +150,7 @@ def digest(config: dict, seed: int = 0) -> str:
 def sequence(config: dict, length: int, seed: int) -> np.ndarray:
     """int32 token ids."""
     raw = np.random.PCG64(1000 + seed).random_raw(length)
-    return (raw % np.uint64(config["vocab_size"])).astype(np.int32)
+    return (raw % np.uint64(ModelSpec.from_hf(config).vocab)).astype(np.int32)
 
 
 def load_transformers(folder: Path, dtype: str = "float32"):

@@ -1,4 +1,4 @@
-"""Writes the README's tables from the records in benchmarks/; no number there is typed.
+"""Writes the README's tables from the records in benchmarks/, and that of model families from their data; nothing there is typed.
 
     python scripts/update_readme.py [--readme README.md] [--benchmarks benchmarks]
 """
@@ -13,11 +13,12 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-if importlib.util.find_spec("jaxmoe") is None:
+if importlib.util.find_spec("scripts") is None:
     sys.path.insert(0, str(ROOT))
 
-from jaxmoe.report import record
+from jaxmoe.report import families, record
 from jaxmoe.report.command import run_command
+from scripts import golden_cases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def run(args: Arguments) -> None:
     records = record.load_records(args.benchmarks)
     tables = {
         "generate": generate_table(records), "grouped_matmul": grouped_matmul_table(records), "expert_budget": expert_budget_table(records),
-        "streaming": streaming_table(records),
+        "streaming": streaming_table(records), "families": families.markdown(families.table(golden_cases.configs())),
     }  # fmt: skip
     for name, table in tables.items():
         changed = record.update_readme(args.readme, name, table)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection
 
 from checkpoints.errors import CheckpointError
-from checkpoints.families import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen3_moe
+from checkpoints.families import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, qwen3_next
 from checkpoints.families.common import BUFFERS
 from checkpoints.families.rules import (
     Layout,
@@ -37,7 +37,10 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "mixtral": mixtral.LAYOUTS,
     "olmoe": olmoe.LAYOUTS,
     "phimoe": phimoe.LAYOUTS,
+    "qwen2_moe": qwen2_moe.LAYOUTS,
+    "qwen3_5_moe": qwen3_next.V3_5_LAYOUTS,
     "qwen3_moe": qwen3_moe.LAYOUTS,
+    "qwen3_next": qwen3_next.NEXT_LAYOUTS,
 }
 """The layouts that each family's weights come in, by `ModelSpec.family`."""
 

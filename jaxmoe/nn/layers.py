@@ -177,9 +177,13 @@ class DecoderLayer(nn.Module):
         return model_norm(self.model, self.kernels, name=name)
 
     def _added(self, x: jax.Array, h: jax.Array) -> jax.Array:
-        """`x + residual_scale * h`, the product rounded once."""
+        """`x + residual_scale * h`, the product rounded by itself."""
         scale = self.model.residual_scale
-        return x + (h if scale == 1.0 else (h.astype(jnp.float32) * scale).astype(h.dtype))
+        if scale == 1.0:
+            return x + h
+        h = (h.astype(jnp.float32) * scale).astype(h.dtype)
+        # Without the barrier one program has a multiply-add here, with one rounding, and the next program has not.
+        return x + (jax.lax.optimization_barrier(h) if h.dtype == jnp.float32 else h)
 
 
 FINISHING = ("norm_mlp_out", "norm_experts_out", "layer_scale")

@@ -99,13 +99,13 @@ class Linear(nn.Module):
 
 
 class Held(nn.Module):
-    """A leaf that is used as it is. Attributes: `leaf` its name, `init` what it begins with."""
+    """A leaf that is used as it is. Attributes: `leaf` its name, `initial` what it begins with."""
 
     leaf: str
     shape: tuple[int, ...]
     precision: Precision
-    init: nn.initializers.Initializer = nn.initializers.ones
+    initial: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param(self.leaf, held(self.init, self.precision), self.shape)
+        return self.param(self.leaf, held(self.initial, self.precision), self.shape)

@@ -6,8 +6,15 @@ from collections.abc import Iterable, Mapping
 
 from jaxmoe.spec import FAMILIES, AttentionSpec, LayerSpec, ModelSpec, RouterSpec
 
-COLUMNS = ("family", "models", "routing", "attention", "experts", "on disk")
+COLUMNS = ("family", "models", "routing", "attention", "feed-forward", "quantized on disk")
 """Of `table`."""
+
+NOTE = (
+    "Each family runs with its experts on the device or streamed (fused, layer-grouped, host-driven), with the same bits. Weights come as float32, "
+    "float16 or bfloat16, one tensor an expert or a layer's experts in one; those that are quantized on disk are read as transformers reads them, and held "
+    "in bfloat16 or float32."
+)
+"""What holds for all of them."""
 
 
 def table(examples: Mapping[str, Iterable[dict]]) -> list[dict[str, str]]:
@@ -34,8 +41,8 @@ def row(family: str, specs: list[ModelSpec]) -> dict[str, str]:
         "models": FAMILIES[family].models,
         "routing": _joined(words for layer in sparse if layer.router for words in routing(layer.router)),
         "attention": _joined(kinds),
-        "experts": _joined([words for layer in layers for words in experts(layer)] + ["extra heads" for spec in specs if spec.extra_heads]),
-        "on disk": _joined(["float32", "bfloat16", "float16", *(f"{name} blocks" if name == "fp8" else name for name in FAMILIES[family].formats)]),
+        "feed-forward": _joined([words for layer in layers for words in experts(layer)] + ["extra heads" for spec in specs if spec.extra_heads]),
+        "quantized on disk": _joined(f"{name} blocks" if name == "fp8" else name for name in FAMILIES[family].formats),
     }
 
 
@@ -56,7 +63,7 @@ def routing(r: RouterSpec) -> list[str]:
 
 def attention(a: AttentionSpec) -> list[str]:
     """What attention has."""
-    out = ["latent (MLA)" if a.latent is not None else "grouped-query"]
+    out = ["latent (MLA)" if a.latent is not None else "GQA"]
     rope = a.rope
     flags = {
         "norm per head": a.qk_norm == "head", "norm over heads": a.qk_norm == "full", "norm after rope": a.qk_norm == "after_rope",

@@ -68,8 +68,9 @@ _COUNTS = """vocab_size hidden_size intermediate_size moe_intermediate_size num_
 
 
 def _common_checks(config: dict, family: Family) -> None:
+    unused = {"sliding_window"} if config.get("use_sliding_window") is False else set()  # some configs then say 0
     for field in _COUNTS:
-        if config.get(field) is not None:
+        if config.get(field) is not None and field not in unused:
             positive(config, field)
     _check_format(config, family)
     act = config.get("hidden_act", "silu")

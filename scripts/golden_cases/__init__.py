@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from scripts.golden_cases import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen3_moe
+from scripts.golden_cases import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, qwen3_next
 from scripts.golden_cases.case import Case
 
 FAMILIES: dict[str, dict[str, Case]] = {
@@ -22,9 +22,17 @@ FAMILIES: dict[str, dict[str, Case]] = {
     "mixtral": mixtral.CASES,
     "olmoe": olmoe.CASES,
     "phimoe": phimoe.CASES,
+    "qwen2_moe": qwen2_moe.CASES,
+    "qwen3_5_moe": qwen3_next.V3_5,
     "qwen3_moe": qwen3_moe.CASES,
+    "qwen3_next": qwen3_next.NEXT,
 }
 """Cases by family; the first one of each is run in every way."""
+
+def configs() -> dict[str, list[dict]]:
+    """The configs of each family: together they show all it can have."""
+    return {family: [case.config for case in cases.values()] for family, cases in FAMILIES.items()}
+
 
 CASES: dict[str, Case] = {name: case for cases in FAMILIES.values() for name, case in cases.items()}
 """All of them by name."""

@@ -11,6 +11,7 @@ import pytest
 
 from checkpoints import families, store
 from checkpoints.load import open_checkpoint
+from jaxmoe.spec import FAMILIES
 from tests.checkpoints import hf_folders
 from tests.scripts import commands
 
@@ -26,7 +27,7 @@ def run(*args, cwd):
 
 def test_converts_and_reports(tmp_path):
     hf_folders.tiny(tmp_path / "hf", "qwen3_moe")
-    done = run("hf", "out", "--dtype", "bfloat16", "--list", cwd=tmp_path)
+    done = run("hf", "out", "--dtype", "bfloat16", "--leaves", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     manifest = open_checkpoint(tmp_path / "out").manifest
     assert manifest.dtype == "bfloat16"
@@ -35,6 +36,17 @@ def test_converts_and_reports(tmp_path):
     again = run("hf", "out", "--dtype", "bfloat16", cwd=tmp_path)
     assert again.returncode == 0 and "nothing was written" in again.stdout
     assert "experts.0.gate" not in again.stdout
+
+
+def test_lists_the_families(tmp_path):
+    done = run("--list", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for family in FAMILIES:
+        assert any(line.startswith(f"{family} ") for line in done.stdout.splitlines()), family
+    words = " ".join(done.stdout.split())
+    assert "Mixtral-8x7B" in words and "latent (MLA)" in words and "groups by their two best" in words
+    without = run(cwd=tmp_path)
+    assert without.returncode == 2 and "give the folder to convert" in without.stderr
 
 
 def no_such(hf):

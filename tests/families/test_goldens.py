@@ -68,8 +68,7 @@ def run_on_cpu(checkpoint_of):
 
 
 def load(checkpoint, dtype: str, kernels: Kernels, unroll: bool | None = None) -> Model:
-    model = load_model(checkpoint, dtype, kernels, unroll)
-    return dataclasses.replace(model, spec=model.spec.for_positions(POSITIONS))
+    return load_model(checkpoint, dtype, kernels, unroll).for_positions(POSITIONS)
 
 
 def requests_of(ids: list[np.ndarray]) -> list[list[int]]:

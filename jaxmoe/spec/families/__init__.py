@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxmoe.spec.families import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen3_moe
+from jaxmoe.spec.families import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, qwen3_next
 from jaxmoe.spec.families.common import Family
 
 FAMILIES: dict[str, Family] = {
@@ -19,6 +19,9 @@ FAMILIES: dict[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "phimoe": phimoe.FAMILY,
+    "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3_5_moe": qwen3_next.V3_5,
     "qwen3_moe": qwen3_moe.FAMILY,
+    "qwen3_next": qwen3_next.NEXT,
 }
 """The `model_type`s that can be read."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, layer_indices, router
+from jaxmoe.spec.families.common import SHAPE, Family, attention, layer_indices, positive, router
 from jaxmoe.spec.types import ExpertSpec, LayerSpec, SpecError
 
 
@@ -19,9 +19,10 @@ def _layers(config: dict) -> list[LayerSpec]:
 
 def sparse_steps(config: dict, sparse: LayerSpec) -> list[LayerSpec]:
     """Sparse layers, and dense ones of `intermediate_size` where `mlp_only_layers` or `decoder_sparse_step` say so."""
-    dense = LayerSpec(sparse.attention, dense=ExpertSpec(config["intermediate_size"]))
-    only_dense, step = layer_indices(config, "mlp_only_layers"), config.get("decoder_sparse_step", 1)
-    return [sparse if i not in only_dense and step and (i + 1) % step == 0 else dense for i in range(config["num_hidden_layers"])]
+    dense = LayerSpec(sparse.attention, dense=ExpertSpec(config["intermediate_size"]), delta=sparse.delta)
+    only_dense = layer_indices(config, "mlp_only_layers")
+    step = 1 if config.get("decoder_sparse_step") is None else positive(config, "decoder_sparse_step")
+    return [sparse if i not in only_dense and (i + 1) % step == 0 else dense for i in range(config["num_hidden_layers"])]
 
 
 FAMILY = Family(
