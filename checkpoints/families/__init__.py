@@ -6,7 +6,23 @@ import re
 from collections.abc import Collection
 
 from checkpoints.errors import CheckpointError
-from checkpoints.families import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, qwen3_next
+from checkpoints.families import (
+    deepseek,
+    dots1,
+    ernie,
+    gemma4,
+    glm4_moe,
+    gpt_oss,
+    granite,
+    llama4,
+    minimax,
+    mixtral,
+    olmoe,
+    phimoe,
+    qwen2_moe,
+    qwen3_moe,
+    qwen3_next,
+)
 from checkpoints.families.common import BUFFERS
 from checkpoints.families.rules import (
     Layout,
@@ -28,11 +44,16 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "deepseek_v3": deepseek.V3_LAYOUTS,
     "dots1": dots1.LAYOUTS,
     "ernie4_5_moe": ernie.LAYOUTS,
+    "gemma4": gemma4.LAYOUTS,
+    "gemma4_text": gemma4.TEXT_LAYOUTS,
     "glm4_moe": glm4_moe.LAYOUTS,
     "glm4_moe_lite": deepseek.GLM_LITE_LAYOUTS,
+    "gpt_oss": gpt_oss.LAYOUTS,
     "granitemoe": granite.MOE_LAYOUTS,
     "granitemoeshared": granite.SHARED_LAYOUTS,
     "kimi_k2": deepseek.KIMI_LAYOUTS,
+    "llama4": llama4.LAYOUTS,
+    "llama4_text": llama4.TEXT_LAYOUTS,
     "minimax_m2": minimax.LAYOUTS,
     "mixtral": mixtral.LAYOUTS,
     "olmoe": olmoe.LAYOUTS,

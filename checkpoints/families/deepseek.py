@@ -1,5 +1,5 @@
-"""DeepSeek-V2 and V3, Kimi-K2 and GLM-4.7-Flash: latent attention whose up-projections share a tensor, shared experts, V3's bias for selection and its head of
-multi-token prediction (transformers, models/deepseek_v2 and models/deepseek_v3; the head as the released checkpoints name it)."""
+"""DeepSeek-V2 and V3, Kimi-K2 and GLM-4.7-Flash: latent attention whose up-projections share a tensor, shared experts, V3's bias for selection and
+its head of multi-token prediction (transformers, models/deepseek_v2 and models/deepseek_v3; the head as the released checkpoints name it)."""
 
 from __future__ import annotations
 

@@ -71,8 +71,11 @@ class _PlanningBank(SlotBank):
 
 @flax.struct.dataclass
 class Pending:
-    """An MoE layer whose experts are computed, and not yet added. Attributes: `side` what `DecoderLayer` took apart from the experts; `tree` the weights
-    that finishing the layer needs; `y` the experts' rows, of `routed`; `layer` its spec."""
+    """An MoE layer whose experts are computed, and not yet added.
+
+    Attributes: `side` what `DecoderLayer` took apart from the experts; `tree` the weights that finishing the layer needs; `y` the experts' rows, of
+    `routed`; `layer` its spec.
+    """
 
     side: Any
     tree: dict

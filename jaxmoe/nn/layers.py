@@ -14,7 +14,7 @@ from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank, expert_ffn
 from jaxmoe.nn.attention import Attention, LatentAttention
 from jaxmoe.nn.delta import GatedDelta
-from jaxmoe.nn.parts import NORMAL, Held, Linear, held, model_norm
+from jaxmoe.nn.parts import NORMAL, Held, Linear, held, model_norm, rounded
 from jaxmoe.routing.route import RouterOut, route
 from jaxmoe.spec import ExpertSpec, LayerSpec, ModelSpec, Precision, RouterSpec, SpecError
 from pallas_kernels.dispatch import Kernels
@@ -97,7 +97,8 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, what: str, *args: Any) -> Any:
         """Runs the method of this name."""
-        return {"all": self._all, "front": self._front, "finish": self._finish}[what](*args)
+        halves: dict[str, Any] = {"all": self._all, "front": self._front, "finish": self._finish}
+        return halves[what](*args)
 
     def _all(self, x: Float[Array, "T D"], layer, moe_layer, bank: ExpertBank, state, router_state, batch: Batch, tables):
         """Returns `(x, bank, state, router_state, routed)`; `routed` is the RouterOut of a sparse layer, None of a dense one."""
@@ -110,6 +111,7 @@ class DecoderLayer(nn.Module):
         s = self.spec
         x, state = self._attention(x, layer, state, batch, tables)
         h = self._norm("norm_mlp")(x)
+        side: Side
         if s.dense is not None:
             with jax.named_scope("mlp"):
                 side = GatedMLP(s.dense, self.model.width, self.model.precision, self.kernels, name="mlp")(h)
@@ -128,11 +130,11 @@ class DecoderLayer(nn.Module):
         s = self.spec
         if y is not None and s.dense is not None:
             y = self._norm("norm_experts_out")(y)
-        out = side if y is None else y if side is None else y + side
+        out: Any = side if y is None else y if side is None else y + side
         if s.post_norms:
             out = self._norm("norm_mlp_out")(out)
         x = self._added(x, out)
-        return x * formats.load(Held("scale", (1,), self.model.precision, name="layer_scale")(), x.dtype) if s.layer_scale else x
+        return rounded(x * formats.load(Held("scale", (1,), self.model.precision, name="layer_scale")(), x.dtype)) if s.layer_scale else x
 
     def _attention(self, x, layer, state, batch: Batch, tables):
         s = self.spec
@@ -154,7 +156,7 @@ class DecoderLayer(nn.Module):
         with jax.named_scope("shared"):
             out = GatedMLP(s.shared, m.width, m.precision, self.kernels, name="shared")(h)
             if s.shared_gate:
-                out = jax.nn.sigmoid(Linear((m.width,), (1,), m.precision, self.kernels, name="shared_gate")(h)) * out
+                out = rounded(jax.nn.sigmoid(Linear((m.width,), (1,), m.precision, self.kernels, name="shared_gate")(h)) * out)
             return out
 
     def _experts(self, into_router, h, moe_layer, bank: ExpertBank, router_state, batch: Batch):
@@ -179,11 +181,7 @@ class DecoderLayer(nn.Module):
     def _added(self, x: jax.Array, h: jax.Array) -> jax.Array:
         """`x + residual_scale * h`, the product rounded by itself."""
         scale = self.model.residual_scale
-        if scale == 1.0:
-            return x + h
-        h = (h.astype(jnp.float32) * scale).astype(h.dtype)
-        # Without the barrier one program has a multiply-add here, with one rounding, and the next program has not.
-        return x + (jax.lax.optimization_barrier(h) if h.dtype == jnp.float32 else h)
+        return x + (h if scale == 1.0 else rounded((h.astype(jnp.float32) * scale).astype(h.dtype)))
 
 
 FINISHING = ("norm_mlp_out", "norm_experts_out", "layer_scale")

@@ -104,8 +104,10 @@ def _llama3(scaling: RopeScaling, inverse: np.ndarray) -> np.ndarray:
     """Waves longer than `original / low` positions are stretched, those shorter than `original / high` kept, and in between is a blend."""
     waves = 1 / inverse * np.float32(2 * math.pi)
     slow, fast = waves > np.float32(scaling.original / scaling.low), waves < np.float32(scaling.original / scaling.high)
-    keep = (1 / waves * np.float32(scaling.original) - np.float32(scaling.low)) / np.float32(scaling.high - scaling.low)
     stretched = inverse / np.float32(scaling.factor)
+    if scaling.low == scaling.high:  # as Llama 4 has it: nothing is in between
+        return np.where(fast, inverse, stretched)
+    keep = (1 / waves * np.float32(scaling.original) - np.float32(scaling.low)) / np.float32(scaling.high - scaling.low)
     blend = (1 - keep) * inverse / np.float32(scaling.factor) + keep * inverse
     return np.where(slow, stretched, np.where(fast, inverse, blend))
 

@@ -8,6 +8,7 @@ CPU a copy of every weight at every step: XLA there copies a slice before it mul
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank
 from jaxmoe.nn.layers import DecoderLayer
-from jaxmoe.nn.parts import model_norm
+from jaxmoe.nn.parts import model_norm, rounded
 from jaxmoe.nn.rope import rope_tables
 from jaxmoe.routing.route import RouterOut
 from jaxmoe.spec import LayerSpec, ModelSpec, Segment, abstract_params, stack_layers
@@ -70,7 +71,7 @@ def embed(spec: ModelSpec, params: dict, batch: Batch) -> Float[Array, "T D"]:
     """The tokens' embeddings."""
     with jax.named_scope("embed"):
         x = formats.load(params["embed"]["table"][batch.tokens], formats.compute_dtype(spec.precision.compute))
-        return x if spec.embed_scale == 1.0 else x * jnp.asarray(spec.embed_scale, x.dtype)
+        return x if spec.embed_scale == 1.0 else rounded(x * jnp.asarray(spec.embed_scale, x.dtype))
 
 
 def head(spec: ModelSpec, params: dict, x_TD: Float[Array, "T D"], batch: Batch, kernels: Kernels) -> Float[Array, "R V"]:
@@ -122,7 +123,7 @@ def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, 
         seen: list[RouterOut] = []
         for j, (module, tree) in enumerate(zip(modules, layers, strict=True)):
             own = pattern[j]
-            layer = number(lambda other, own=own: other.state == own.state, r, j)
+            layer = number(functools.partial(_same_state, own), r, j)
             moe_layer = number(lambda other: other.sparse, r, j)
             x, bank, state, router_state, routed = module.apply(
                 {"params": tree}, "all", x, layer, moe_layer, bank, state, router_state, batch, layer_tables(own, batch, x.dtype)
@@ -140,6 +141,10 @@ def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, 
         return carry, list(jax.tree.map(lambda *a: jnp.stack(a), *out)) if out and out[0] else []
     carry, seen = jax.lax.scan(repeat, carry, (trees, jnp.arange(segment.repeats)))
     return carry, list(seen)
+
+
+def _same_state(layer: LayerSpec, other: LayerSpec) -> bool:
+    return layer.state == other.state
 
 
 def _is_unrolled(trees: tuple) -> bool:

@@ -10,9 +10,9 @@ COLUMNS = ("family", "models", "routing", "attention", "feed-forward", "quantize
 """Of `table`."""
 
 NOTE = (
-    "Each family runs with its experts on the device or streamed (fused, layer-grouped, host-driven), with the same bits. Weights come as float32, "
-    "float16 or bfloat16, one tensor an expert or a layer's experts in one; those that are quantized on disk are read as transformers reads them, and held "
-    "in bfloat16 or float32."
+    "Each family runs with its experts on the device or streamed (fused, layer-grouped, host-driven), with the same bits. Weights come as "
+    "float32, float16 or bfloat16, one tensor an expert or a layer's experts in one; those that are quantized on disk are read as transformers reads them, and "
+    "held in bfloat16 or float32."
 )
 """What holds for all of them."""
 

@@ -8,6 +8,8 @@ checkpoints have.
 
 from __future__ import annotations
 
+from typing import Any
+
 from jaxmoe.spec.families import FAMILIES
 from jaxmoe.spec.families.common import ROPE, Family, positive
 from jaxmoe.spec.types import ModelSpec, SpecError, segments_of
@@ -44,7 +46,7 @@ def from_hf(config: dict) -> ModelSpec:
             raise SpecError(f"config.json: field {field!r} = {config[field]!r} of {kind} is not known here, and may change the model")
     _common_checks(config, family)
     layers = segments_of(family.layers(config))
-    given = {
+    given: dict[str, Any] = {
         "norm_eps": float(config.get("rms_norm_eps") or 0.0),
         "max_positions": config.get("max_position_embeddings"),
         "tied": bool(config.get("tie_word_embeddings", False)),
@@ -53,14 +55,15 @@ def from_hf(config: dict) -> ModelSpec:
 
 
 def _text_config(config: dict, field: str) -> dict:
-    """The text model's part of a config of several modalities, with what the whole says of its weights; the config itself where it has no parts."""
+    """The text model's part of a config of several modalities, in which what the whole says of its weights counts; the config itself where it has no
+    parts."""
     inner = config.get(field)
     if inner is None:
         return config
     if not isinstance(inner, dict):
         raise SpecError(f"config.json: {field} = {inner!r} must be an object")
     outer = {key: config[key] for key in ("quantization_config", "tie_word_embeddings") if key in config}
-    return outer | inner
+    return inner | outer
 
 
 _COUNTS = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim

@@ -408,7 +408,7 @@ class ModelSpec:
 
         def of_layer(layer: LayerSpec) -> LayerSpec:
             rope = layer.attention.rope if layer.attention else None
-            if rope is None or rope.scaling is None or rope.scaling.kind != "longrope":
+            if layer.attention is None or rope is None or rope.scaling is None or rope.scaling.kind != "longrope":
                 return layer
             scaling = dataclasses.replace(rope.scaling, extended=positions > rope.scaling.original)
             rope = dataclasses.replace(rope, scaling=scaling)

@@ -55,7 +55,7 @@ def dense_heads(
         transposed: see `w`.
     """
     if kernels.backend == "cpu":
-        y = jax.lax.map(lambda xw: dense(*xw, kernels, transposed=transposed), (x_THK.swapaxes(0, 1), w))
+        y = jax.lax.map(lambda head: dense(head[0], head[1], kernels, transposed=transposed), (x_THK.swapaxes(0, 1), w))
         return y.swapaxes(0, 1)
     precision = jax.lax.Precision.HIGHEST if x_THK.dtype == jnp.float32 else None
     rows = x_THK.shape[0]

@@ -43,6 +43,9 @@ def dense(
     if not row_invariant:
         return _dot(x, w, transposed)
     n = w.shape[0 if transposed else 1]
+    if n == 1:  # a product with one column is another emitter still, and of four rows a third
+        more = ((0, _ONES - 1), (0, 0))
+        return dense(x, jnp.pad(w, more if transposed else more[::-1]), transposed=transposed)[:, :1]
     if rows > ROW_TILES[-1] and (found := same_order(rows, x.shape[1], n, transposed)):
         parts, wide = found
         more = ((0, wide - n), (0, 0))
@@ -55,6 +58,7 @@ def dense(
 
 
 _ONES = 8
+"""Columns in the place of one."""
 
 
 def row_sum(x_TK: Float[Array, "T K"]) -> Float[Array, "T 1"]:

@@ -5,7 +5,23 @@
 
 from __future__ import annotations
 
-from scripts.golden_cases import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, qwen3_next
+from scripts.golden_cases import (
+    deepseek,
+    dots1,
+    ernie,
+    gemma4,
+    glm4_moe,
+    gpt_oss,
+    granite,
+    llama4,
+    minimax,
+    mixtral,
+    olmoe,
+    phimoe,
+    qwen2_moe,
+    qwen3_moe,
+    qwen3_next,
+)
 from scripts.golden_cases.case import Case
 
 FAMILIES: dict[str, dict[str, Case]] = {
@@ -13,11 +29,16 @@ FAMILIES: dict[str, dict[str, Case]] = {
     "deepseek_v3": deepseek.V3,
     "dots1": dots1.CASES,
     "ernie4_5_moe": ernie.CASES,
+    "gemma4": gemma4.WHOLE,
+    "gemma4_text": gemma4.TEXT,
     "glm4_moe": glm4_moe.CASES,
     "glm4_moe_lite": deepseek.GLM_LITE,
+    "gpt_oss": gpt_oss.CASES,
     "granitemoe": granite.MOE,
     "granitemoeshared": granite.SHARED,
     "kimi_k2": deepseek.KIMI,
+    "llama4": llama4.WHOLE,
+    "llama4_text": llama4.TEXT,
     "minimax_m2": minimax.CASES,
     "mixtral": mixtral.CASES,
     "olmoe": olmoe.CASES,

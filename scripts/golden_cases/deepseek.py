@@ -26,7 +26,8 @@ V3 = {
             **_V3,
             "q_lora_rank": 28,
             "rope_scaling": {
-                "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0,
+                "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+                "mscale": 1.0, "mscale_all_dim": 1.0,
             },
             "rope_theta": 10000,
         },
@@ -39,7 +40,15 @@ V3 = {
     ),
 }  # fmt: skip
 
-_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.707}
+_YARN = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.707,
+}
 
 _V2 = {
     **TINY,
@@ -68,12 +77,13 @@ V2 = {
     ),
 }  # fmt: skip
 
-_KIMI_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+_KIMI_YARN = {**_YARN, "beta_fast": 1.0, "beta_slow": 1.0, "mscale_all_dim": 1.0}
 
 KIMI = {
     "kimi_k2": Case(
-        {**_V3, "model_type": "kimi_k2", "num_hidden_layers": 2, "q_lora_rank": 24, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
-         "routed_scaling_factor": 2.827, "rope_scaling": _KIMI_YARN, "rope_theta": 50000.0, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+        {**_V3, "model_type": "kimi_k2", "num_hidden_layers": 2, "q_lora_rank": 24, "qk_rope_head_dim": 16, "n_group": 1, "topk_group": 1,
+         "n_shared_experts": 1, "routed_scaling_factor": 2.827, "rope_scaling": _KIMI_YARN, "rope_theta": 50000.0,
+         "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
         ({"rope_scaling": {**_KIMI_YARN, "beta_fast": 32.0}},),
         theirs={"model_type": "deepseek_v3"},
     ),
@@ -88,8 +98,8 @@ GLM_LITE = {
         ({"rope_theta": 10000}, {"norm_topk_prob": False}),
     ),
     "glm4_moe_lite_listed": Case(
-        {**_GLM_LITE, "first_k_dense_replace": None, "mlp_layer_types": ["sparse", "dense", "sparse"], "rope_interleave": False, "norm_topk_prob": False,
-         "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {**_GLM_LITE, "first_k_dense_replace": None, "mlp_layer_types": ["sparse", "dense", "sparse"], "rope_interleave": False,
+         "norm_topk_prob": False, "attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         ({"rope_interleave": True},),
     ),
 }  # fmt: skip

@@ -35,7 +35,8 @@ def test_a_head_is_kept_and_given_back(tmp_path, name):
     leaves = {path: checkpoint.read(path) for path in manifest.leaves}
 
     d = config["hidden_size"]
-    for leaf, theirs in {"embed_norm": "enorm", "hidden_norm": "hnorm", "norm": "shared_head.norm", "layer.norm_mlp": "post_attention_layernorm"}.items():
+    norms = {"embed_norm": "enorm", "hidden_norm": "hnorm", "norm": "shared_head.norm", "layer.norm_mlp": "post_attention_layernorm"}
+    for leaf, theirs in norms.items():
         np.testing.assert_array_equal(leaves[f"params.extra.0.{leaf}.scale"], tensors[f"{head}{theirs}.weight"])
     join = tensors[head + "eh_proj.weight"]
     np.testing.assert_array_equal(leaves["params.extra.0.join.kernel"], np.stack([join[:, :d].T, join[:, d:].T]))

@@ -50,7 +50,8 @@ def initialised(spec: ModelSpec, index: int, kernels: Kernels):
     def init(key, bank):
         x = jnp.zeros((8, spec.width), dtype)
         tables = layer_tables(layer, batch, dtype)
-        return decoder_layer(spec, layer, kernels).init(key, "all", x, spec.state_index(index), 0, bank, init_layers(spec, 1, 8, 8), (), batch, tables)
+        state = init_layers(spec, 1, 8, 8)
+        return decoder_layer(spec, layer, kernels).init(key, "all", x, spec.state_index(index), 0, bank, state, (), batch, tables)
 
     return jax.eval_shape(init, jax.random.key(0), empty_bank(spec))
 

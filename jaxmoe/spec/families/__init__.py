@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from jaxmoe.spec.families import deepseek, dots1, ernie, glm4_moe, granite, minimax, mixtral, olmoe, phimoe, qwen2_moe, qwen3_moe, qwen3_next
+from jaxmoe.spec.families import (
+    deepseek,
+    dots1,
+    ernie,
+    gemma4,
+    glm4_moe,
+    gpt_oss,
+    granite,
+    llama4,
+    minimax,
+    mixtral,
+    olmoe,
+    phimoe,
+    qwen2_moe,
+    qwen3_moe,
+    qwen3_next,
+)
 from jaxmoe.spec.families.common import Family
 
 FAMILIES: dict[str, Family] = {
@@ -10,11 +26,16 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": deepseek.V3,
     "dots1": dots1.FAMILY,
     "ernie4_5_moe": ernie.FAMILY,
+    "gemma4": gemma4.WHOLE,
+    "gemma4_text": gemma4.TEXT,
     "glm4_moe": glm4_moe.FAMILY,
     "glm4_moe_lite": deepseek.GLM_LITE,
+    "gpt_oss": gpt_oss.FAMILY,
     "granitemoe": granite.MOE,
     "granitemoeshared": granite.SHARED,
     "kimi_k2": deepseek.V3,
+    "llama4": llama4.WHOLE,
+    "llama4_text": llama4.TEXT,
     "minimax_m2": minimax.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,

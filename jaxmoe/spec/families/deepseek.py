@@ -15,11 +15,12 @@ def latent(config: dict) -> AttentionSpec:
     only(config, "num_key_value_heads", heads, None)
     turned, plain = positive(config, "qk_rope_head_dim"), positive(config, "qk_nope_head_dim")
     q_rank = config.get("q_lora_rank")
-    ranks = LatentSpec(positive(config, "kv_lora_rank"), None if q_rank is None else positive(config, "q_lora_rank"), plain, positive(config, "v_head_dim"))
+    q_rank = None if q_rank is None else positive(config, "q_lora_rank")
+    ranks = LatentSpec(positive(config, "kv_lora_rank"), q_rank, plain, positive(config, "v_head_dim"))
     style = "interleaved" if config.get("rope_interleave", True) else "half"
     turning = rope(config, turned, 10000.0, style)
     if turning.width != turned:
-        raise SpecError(f"config.json: partial_rotary_factor leaves {turning.width} of the {turned} channels of qk_rope_head_dim to turn: all are needed")
+        raise SpecError(f"config.json: partial_rotary_factor leaves {turning.width} of the {turned} channels of qk_rope_head_dim to turn")
     given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     scale = (plain + turned) ** -0.5
     if turning.scaling is not None and given.get("mscale_all_dim"):
@@ -37,8 +38,9 @@ def group_limit(config: dict, experts: int, score: Literal["max", "top2sum"], ma
     size, kept = experts // groups, positive(config, "topk_group")
     if experts % groups or (score == "top2sum" and size < 2):
         raise SpecError(f"config.json: n_group = {groups} does not split {experts} experts into groups{' of two or more' if score != 'max' else ''}")
-    if kept > groups or kept * size < positive(config, "num_experts_per_tok"):
-        raise SpecError(f"config.json: topk_group = {kept} of {groups} groups of {size} experts can't give {config['num_experts_per_tok']} (num_experts_per_tok)")
+    chosen = positive(config, "num_experts_per_tok")
+    if kept > groups or kept * size < chosen:
+        raise SpecError(f"config.json: topk_group = {kept} of {groups} groups of {size} experts can't give {chosen} (num_experts_per_tok)")
     return GroupLimit(groups, kept, score, mask_value)
 
 
@@ -57,7 +59,7 @@ def v3_router(config: dict, **kwargs: Any) -> RouterSpec:
     only(config, "moe_layer_freq", 1)
     experts = routed(config)
     limit = group_limit(config, experts, "top2sum", None)
-    given = dict(
+    given: dict[str, Any] = dict(
         matmul_dtype="float32", score="sigmoid", select_bias=True, group_limit=limit, normalize=bool(config["norm_topk_prob"]), norm_eps=1e-20,
         scale=float(config["routed_scaling_factor"]), weights_dtype="float32",
     )  # fmt: skip
@@ -124,8 +126,8 @@ def _glm_lite_layers(config: dict) -> list[LayerSpec]:
 _LATENT = ("qk_rope_head_dim", "qk_nope_head_dim", "kv_lora_rank", "v_head_dim")
 _ROUTED = ("moe_intermediate_size", "n_routed_experts", "routed_scaling_factor")
 _MAY = (
-    "num_key_value_heads", "q_lora_rank", "n_shared_experts", "attention_bias", "tie_word_embeddings", "scoring_func", "topk_method", "moe_layer_freq",
-    "num_local_experts", "num_experts",
+    "num_key_value_heads", "q_lora_rank", "n_shared_experts", "attention_bias", "tie_word_embeddings", "scoring_func", "topk_method",
+    "moe_layer_freq", "num_local_experts", "num_experts",
 )  # fmt: skip
 _HEADS = ("num_nextn_predict_layers", "num_mtp_layers")
 _TRAINING = ("ep_size", "aux_loss_alpha", "seq_aux")

@@ -15,7 +15,8 @@ def _kinds(config: dict) -> list[str]:
     if window is not None and first is None and config.get("layer_types") is None:
         raise SpecError(f"config.json: sliding_window = {window} needs layer_types or max_window_layers, which are missing or null")
     full = layers if first is None or (window is None and "sliding_window" in config) else count(config, "max_window_layers")
-    kinds = layer_kinds(config, "layer_types", ("full_attention", "sliding_attention"), lambda i: "full_attention" if i < full else "sliding_attention")
+    known = ("full_attention", "sliding_attention")
+    kinds = layer_kinds(config, "layer_types", known, lambda i: known[i >= full])
     if window is None and "sliding_attention" in kinds:
         raise SpecError("config.json: sliding_window is missing or null, but layer_types or max_window_layers give some layers a window")
     return kinds

@@ -9,7 +9,8 @@ from jaxmoe.spec.types import ExpertSpec, LayerSpec, SpecError
 
 
 def _sparse(config: dict) -> LayerSpec:
-    if config.get("partial_rotary_factor") is None and "partial_rotary_factor" not in (config.get("rope_parameters") or config.get("rope_scaling") or {}):
+    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) is None:
         raise SpecError("config.json: glm4_moe needs the field 'partial_rotary_factor', which is missing or null")
     qk_norm = "head" if config["use_qk_norm"] else None
     attend = attention(config, 10000.0, qk_norm=qk_norm, qkv_bias=bool(config["attention_bias"]))
@@ -18,8 +19,8 @@ def _sparse(config: dict) -> LayerSpec:
 
 FAMILY = Family(
     (
-        *SHAPE, "num_key_value_heads", "attention_bias", "use_qk_norm", "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "norm_topk_prob",
-        "routed_scaling_factor", "n_group", "topk_group", "first_k_dense_replace",
+        *SHAPE, "num_key_value_heads", "attention_bias", "use_qk_norm", "moe_intermediate_size", "n_routed_experts", "n_shared_experts",
+        "norm_topk_prob", "routed_scaling_factor", "n_group", "topk_group", "first_k_dense_replace",
     ),
     (
         "head_dim", "partial_rotary_factor", "tie_word_embeddings", "num_local_experts", "num_nextn_predict_layers", "num_mtp_layers", "scoring_func",
