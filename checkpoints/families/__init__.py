@@ -60,6 +60,7 @@ LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "phimoe": phimoe.LAYOUTS,
     "qwen2_moe": qwen2_moe.LAYOUTS,
     "qwen3_5_moe": qwen3_next.V3_5_LAYOUTS,
+    "qwen3_5_moe_text": qwen3_next.V3_5_LAYOUTS,
     "qwen3_moe": qwen3_moe.LAYOUTS,
     "qwen3_next": qwen3_next.NEXT_LAYOUTS,
 }

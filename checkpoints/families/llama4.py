@@ -1,5 +1,5 @@
-"""Llama 4: all experts of a layer in one tensor, transposed (transformers, models/llama4). In a checkpoint that also sees images, the text model's names
-begin with 'language_model.', and the rest is passed over."""
+"""Llama 4: all experts of a layer in one tensor, transposed (transformers, models/llama4). In a checkpoint that also sees images, the text model's
+names begin with 'language_model.', and the rest is passed over."""
 
 from __future__ import annotations
 

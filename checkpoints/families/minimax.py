@@ -12,9 +12,7 @@ _RELEASED, _FUSED = mixtral.LAYOUTS
 _BIAS = "router.select_bias"
 
 LAYOUTS = (
-    dataclasses.replace(
-        _RELEASED, name="minimax_m2", layer={**_RELEASED.layer, _BIAS: Rule(_L + "block_sparse_moe.e_score_correction_bias")}
-    ),
+    dataclasses.replace(_RELEASED, name="minimax_m2", layer={**_RELEASED.layer, _BIAS: Rule(_L + "block_sparse_moe.e_score_correction_bias")}),
     dataclasses.replace(_FUSED, name="minimax_m2-fused", layer={**_FUSED.layer, _BIAS: Rule(_L + "mlp.e_score_correction_bias")}),
 )
 """The released form first, then transformers 5's own."""

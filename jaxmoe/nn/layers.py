@@ -119,7 +119,7 @@ class DecoderLayer(nn.Module):
                 return x, side, None, bank, state, router_state, None
             if not s.post_norms:
                 raise SpecError("a dense network beside experts needs post_norms")
-            side, into_router, h = self._norm("norm_mlp_own")(side), x, self._norm("norm_experts")(x)
+            side, into_router, h = self._normed("norm_mlp_own", side), x, self._norm("norm_experts")(x)
         else:
             side, into_router = self._shared(h), h
         y, bank, router_state, routed = self._experts(into_router, h, moe_layer, bank, router_state, batch)
@@ -129,10 +129,10 @@ class DecoderLayer(nn.Module):
         """The residual stream after the layer."""
         s = self.spec
         if y is not None and s.dense is not None:
-            y = self._norm("norm_experts_out")(y)
+            y = self._normed("norm_experts_out", y)
         out: Any = side if y is None else y if side is None else y + side
         if s.post_norms:
-            out = self._norm("norm_mlp_out")(out)
+            out = self._normed("norm_mlp_out", out)
         x = self._added(x, out)
         return rounded(x * formats.load(Held("scale", (1,), self.model.precision, name="layer_scale")(), x.dtype)) if s.layer_scale else x
 
@@ -147,7 +147,7 @@ class DecoderLayer(nn.Module):
                 assert s.attention is not None, "a layer has attention or a delta rule"
                 kind = Attention if s.attention.latent is None else LatentAttention
                 h, state = kind(s.attention, self.model, self.kernels, name="attn")(h, layer, state, batch, tables)
-            return self._added(x, self._norm("norm_attn_out")(h) if s.post_norms else h), state
+            return self._added(x, self._normed("norm_attn_out", h) if s.post_norms else h), state
 
     def _shared(self, h: Float[Array, "T D"]) -> Side:
         s, m = self.spec, self.model
@@ -177,6 +177,10 @@ class DecoderLayer(nn.Module):
 
     def _norm(self, name: str):
         return model_norm(self.model, self.kernels, name=name)
+
+    def _normed(self, name: str, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """What is normalised to be added to something."""
+        return rounded(self._norm(name)(h))
 
     def _added(self, x: jax.Array, h: jax.Array) -> jax.Array:
         """`x + residual_scale * h`, the product rounded by itself."""

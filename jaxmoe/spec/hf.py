@@ -96,5 +96,5 @@ def _check_format(config: dict, family: Family) -> None:
     block = given.get("weight_block_size")
     if method == "fp8" and (not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block)):
         raise SpecError(f"config.json: quantization_config.weight_block_size = {block!r} must be two positive integers")
-    if method == "fp8" and given.get("fmt", "e4m3") != "e4m3":
+    if method == "fp8" and given.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
         raise SpecError(f"config.json: quantization_config.fmt = {given['fmt']!r} is not supported (e4m3 is)")

@@ -214,12 +214,16 @@ def parameter_counts(spec: ModelSpec) -> tuple[int, int]:
     def size(tree: Any) -> int:
         return sum(map(size, tree.values())) if isinstance(tree, dict) else int(np.prod(tree.shape, dtype=np.int64))
 
-    params = abstract_params(dataclasses.replace(spec, extra_heads=()))
-    routed = [(size(tree), layer.router) for tree, layer in zip(
-        abstract_experts(dataclasses.replace(spec, extra_heads=())).values(), (spec.layers[i] for i in spec.moe_layers), strict=True)]
-    total = size(params) + sum(n for n, _ in routed)
-    used = size(params) + sum(n // router.experts * router.active for n, router in routed if router is not None)
-    return total, used if spec.tied else used - size(params["embed"])
+    own = dataclasses.replace(spec, extra_heads=())
+    params, experts = abstract_params(own), abstract_experts(own)
+    total = size(params) + size(experts)
+    used = total if spec.tied else total - size(params["embed"])
+    for i in spec.moe_layers:
+        router = spec.layers[i].router
+        assert router is not None, "a layer with experts has a router"
+        of_experts = size(experts[str(i)]) + size(params["layers"][str(i)].get("expert_bias", {}))
+        used -= of_experts // router.experts * (router.experts - router.active)
+    return total, used
 
 
 def stack_layers(spec: ModelSpec, layered: dict, stack: Callable[[list], Any]) -> dict:

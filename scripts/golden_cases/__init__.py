@@ -45,6 +45,7 @@ FAMILIES: dict[str, dict[str, Case]] = {
     "phimoe": phimoe.CASES,
     "qwen2_moe": qwen2_moe.CASES,
     "qwen3_5_moe": qwen3_next.V3_5,
+    "qwen3_5_moe_text": qwen3_next.V3_5_TEXT,
     "qwen3_moe": qwen3_moe.CASES,
     "qwen3_next": qwen3_next.NEXT,
 }

@@ -1,4 +1,4 @@
-"""Gemma 4: windows and wider heads with keys as values in turn; values of their own, biases and an own output matrix; the text model within the whole."""
+"""Gemma 4: windows and wider heads with keys as values in turn; values of their own, biases and an output matrix; the text model within the whole."""
 
 from typing import Any
 

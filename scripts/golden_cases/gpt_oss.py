@@ -3,8 +3,8 @@
 from scripts.golden_cases.case import TINY, Case
 
 _CONFIG = {
-    **TINY, "model_type": "gpt_oss", "intermediate_size": 32, "num_local_experts": 8, "head_dim": 16, "num_attention_heads": 6, "attention_bias": True,
-    "sliding_window": 10, "swiglu_limit": 7.0,
+    **TINY, "model_type": "gpt_oss", "intermediate_size": 32, "num_local_experts": 8, "head_dim": 16, "num_attention_heads": 6,
+    "attention_bias": True, "sliding_window": 10, "swiglu_limit": 7.0,
 }  # fmt: skip
 
 _YARN = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 64, "truncate": False}

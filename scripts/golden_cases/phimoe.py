@@ -7,7 +7,14 @@ given the long factors as short ones.
 
 from scripts.golden_cases.case import TINY, Case
 
-_CONFIG = {**TINY, "model_type": "phimoe", "num_local_experts": 7, "num_experts_per_tok": 2, "input_jitter_noise": 0.01, "max_position_embeddings": 1024}
+_CONFIG = {
+    **TINY,
+    "model_type": "phimoe",
+    "num_local_experts": 7,
+    "num_experts_per_tok": 2,
+    "input_jitter_noise": 0.01,
+    "max_position_embeddings": 1024,
+}
 
 _SHORT = {
     "type": "longrope", "original_max_position_embeddings": 256, "short_mscale": 1.2, "long_mscale": 1.5,

@@ -1,10 +1,10 @@
-"""Qwen3-Next and Qwen3.5-MoE: delta rules with and without more value heads than key heads, attention by interval and by name, yarn of a part of a head's
-channels, biases, dense layers, sequences longer than a chunk of the delta rule."""
+"""Qwen3-Next and Qwen3.5-MoE: delta rules with and without more value heads than key heads, attention by interval and by name, yarn of a part of a
+head's channels, biases, dense layers, a sequence longer than a chunk of the delta rule; the text model within the whole, and alone."""
 
 from scripts.golden_cases.case import TINY, Case
 
-# A delta rule's outputs are differences that its norm blows up where they are small: with the usual epsilon, transformers' own logits are up to 5e-5 from
-# those that it gives in float64.
+# A delta rule's outputs are differences that its norm blows up where they are small: with the usual epsilon and few channels of keys, transformers'
+# own logits are up to 5e-5 from those that it gives in float64.
 _CONFIG = {
     **TINY,
     "head_dim": 16,
@@ -76,6 +76,20 @@ _TEXT = {
         "mrope_section": [2, 1, 1],
         "mrope_interleaved": True,
     },
+}
+
+V3_5_TEXT = {
+    "qwen3_5_moe_alone": Case(
+        {
+            **_TEXT,
+            "layer_types": None,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "linear_num_value_heads": 2,
+        },
+    ),
 }
 
 V3_5 = {

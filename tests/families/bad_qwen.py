@@ -16,13 +16,23 @@ _DELTA = [
     ({"linear_value_head_dim": 2.5}, "linear_value_head_dim = 2.5"),
 ]
 
+_V3_5 = [
+    ({"attn_output_gate": False}, "attn_output_gate = False is not supported"),
+    ({"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid' is not supported"),
+    ({"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype = 'bfloat16' is not supported"),
+    ({"norm_topk_prob": False}, "norm_topk_prob = False is not supported"),
+    ({"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] is not supported"),
+    ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+    ({"rope_parameters": {"partial_rotary_factor": None}}, "needs the field 'partial_rotary_factor'"),
+]
+
 BAD = {
     "qwen2_moe": [
         *_COMMON,
         ({"qkv_bias": "yes"}, "qkv_bias = 'yes' is not supported"),
         ({"layer_types": ["full_attention"]}, "layer_types = .* must name the kinds of 3 layers"),
         ({"layer_types": ["full_attention", "full_attention", "linear_attention"]}, "layer_types holds 'linear_attention'"),
-        ({"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}, "layer_types holds 'sliding_attention', but use_sliding_window = False"),
+        ({"layer_types": ["sliding_attention"] * 3, "use_sliding_window": False}, "'sliding_attention', but use_sliding_window = False"),
         ({"max_window_layers": None}, "needs the field 'max_window_layers'"),
         ({"max_window_layers": -1}, "max_window_layers = -1"),
         ({"sliding_window": None}, "sliding_window = None must be a positive integer"),
@@ -41,6 +51,7 @@ BAD = {
         ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ({"mlp_only_layers": [3]}, r"mlp_only_layers = \[3\] must list layers"),
     ],
+    "qwen3_5_moe_text": [*_V3_5, ({"full_attention_interval": None}, "needs the field 'layer_types' or 'full_attention_interval'")],
     "qwen3_5_moe": [
         ({"text_config": 3}, "text_config = 3 must be an object"),
         *(
@@ -48,14 +59,8 @@ BAD = {
             for change, message in [
                 *_COMMON,
                 *_DELTA,
+                *_V3_5,
                 ({"layer_types": ["full_attention"] * 2}, "full_attention_interval = 2 is not what layer_types says"),
-                ({"attn_output_gate": False}, "attn_output_gate = False is not supported"),
-                ({"output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid' is not supported"),
-                ({"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype = 'bfloat16' is not supported"),
-                ({"norm_topk_prob": False}, "norm_topk_prob = False is not supported"),
-                ({"mlp_only_layers": [1]}, r"mlp_only_layers = \[1\] is not supported"),
-                ({"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
-                ({"rope_parameters": {"partial_rotary_factor": None}}, "needs the field 'partial_rotary_factor'"),
             ]
         ),
     ],

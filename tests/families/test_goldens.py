@@ -139,9 +139,13 @@ def test_a_prompt_in_pieces_and_alone_gives_the_same_bits(run_on_cpu, name):
     requests = requests_of(golden(name)[1])
     longest = max(map(len, requests))
     borders = [0, 17, 20, *range(60, longest, 60), longest]
-    pieces = [[(i, start, min(stop, len(r))) for i, r in enumerate(requests) if start < len(r)] for start, stop in zip(borders, borders[1:], strict=False)]
+    pieces = [
+        [(i, start, min(stop, len(r))) for i, r in enumerate(requests) if start < len(r)] for start, stop in zip(borders, borders[1:], strict=False)
+    ]
     assert same_bits(prefill_logits(model, requests, pieces, 128, positions=POSITIONS), expected)
-    assert same_bits(prefill_logits(model, requests[1:], [[(0, 0, len(requests[1]))]], 128 if len(requests[1]) <= 128 else 256, positions=POSITIONS), expected[1:])
+    assert same_bits(
+        prefill_logits(model, requests[1:], [[(0, 0, len(requests[1]))]], 128 if len(requests[1]) <= 128 else 256, positions=POSITIONS), expected[1:]
+    )
 
 
 @pytest.mark.parametrize("name", FIRST)

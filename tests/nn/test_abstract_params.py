@@ -75,7 +75,8 @@ def test_the_rest(spec):
     held = np.dtype(np.float32 if spec.precision.params == "float32" else np.uint16)
     assert shapes(written["embed"]) == {"table": ((spec.vocab, spec.width), held)}
     if not spec.tied:
-        assert shapes(written["lm_head"]) == {"kernel": ((spec.width, spec.vocab), held)}
+        bias = {"bias": ((spec.vocab,), held)} if spec.head_bias else {}
+        assert shapes(written["lm_head"]) == {"kernel": ((spec.width, spec.vocab), held)} | bias
 
 
 def test_random_parameters_have_the_written_shapes(spec):

@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "phimoe": phimoe.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
     "qwen3_5_moe": qwen3_next.V3_5,
+    "qwen3_5_moe_text": qwen3_next.V3_5_TEXT,
     "qwen3_moe": qwen3_moe.FAMILY,
     "qwen3_next": qwen3_next.NEXT,
 }

@@ -18,13 +18,15 @@ def _sparse_layers(config: dict) -> list[bool]:
         raise SpecError(f"config.json: moe_layer_end_index = {last!r} must be a layer's index, or -1 for the last one's")
     sparse = [first <= i <= last and (i + 1) % every == 0 for i in range(layers)]
     if not any(sparse):
-        raise SpecError(f"config.json: moe_layer_start_index = {first}, moe_layer_end_index = {last} and moe_layer_interval = {every} leave no layer with experts")
+        raise SpecError(
+            f"config.json: moe_layer_start_index = {first}, moe_layer_end_index = {last} and moe_layer_interval = {every} leave no layer with experts"
+        )
     return sparse
 
 
 def _layers(config: dict) -> list[LayerSpec]:
     for field, value in _ONLY.items():
-        only(config, field, value)
+        only(config, field, value, None)
     bias = bool(config.get("use_bias", False))
     attend = attention(config, 500000.0, "interleaved", qkv_bias=bias, out_bias=bias)
     least = config.get("moe_norm_min")
@@ -48,7 +50,16 @@ def _model(config: dict) -> dict:
     return {"tied": tied, "head_bias": bias}
 
 
-_ONLY = {"moe_gate": "topk", "moe_gate_act": "softmax", "moe_use_aux_free": True, "moe_norm_gate_logits": True, "compression_ratio": 1.0, "fuse_rope": False}
+_ONLY = {
+    "moe_gate": "topk",
+    "moe_gate_act": "softmax",
+    "scoring_func": "softmax",
+    "moe_use_aux_free": True,
+    "moe_norm_gate_logits": True,
+    "moe_group_experts": False,
+    "use_rmsnorm": True,
+    "compression_ratio": 1.0,
+}
 """Fields of the publisher's own code, and the only value that transformers' model is right for."""
 
 FAMILY = Family(
@@ -61,6 +72,7 @@ FAMILY = Family(
     _model,
     no_effect=(
         "num_nextn_predict_layers", "moe_capacity", "moe_aux_loss_lambda", "moe_z_loss_lambda", "moe_orthogonal_loss_lambda", "moe_dropout_prob",
-        "hidden_dropout_prob", "attention_probs_dropout_prob",
+        "moe_all_to_all_dropout", "moe_group", "hidden_dropout_prob", "attention_probs_dropout_prob",
     ),
+    models="ERNIE-4.5-21B-A3B, 300B-A47B",
 )  # fmt: skip

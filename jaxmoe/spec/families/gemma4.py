@@ -1,5 +1,5 @@
-"""Gemma 4's mixture of experts: a dense network beside the experts, norms before and after everything, windows with wider heads in between whose values
-are their keys (transformers, models/gemma4)."""
+"""Gemma 4's mixture of experts: a dense network beside the experts, norms before and after everything, windows, and in between wider heads whose
+values are their keys (transformers, models/gemma4)."""
 
 from __future__ import annotations
 
@@ -110,8 +110,8 @@ aren't. Parts of an image see each other ('vision'); text never does."""
 TEXT = Family(
     (
         *(field for field in SHAPE if field != "num_experts_per_tok"),
-        "num_key_value_heads", "head_dim", "sliding_window", "layer_types", "rope_parameters", "hidden_activation", "attention_k_eq_v", "enable_moe_block",
-        "num_experts", "top_k_experts", "moe_intermediate_size", "hidden_size_per_layer_input",
+        "num_key_value_heads", "head_dim", "sliding_window", "layer_types", "rope_parameters", "hidden_activation", "attention_k_eq_v",
+        "enable_moe_block", "num_experts", "top_k_experts", "moe_intermediate_size", "hidden_size_per_layer_input",
     ),
     (
         "global_head_dim", "num_global_key_value_heads", "per_layer_config", "attention_bias", "final_logit_softcapping", "tie_word_embeddings",

@@ -36,6 +36,6 @@ def _model(config: dict) -> dict:
 _REQUIRED = (*SHAPE, *_SCALES, "num_local_experts")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "attention_bias", "tie_word_embeddings")
 
-MOE = Family(_REQUIRED, _OPTIONAL, _layers, _model)
+MOE = Family(_REQUIRED, _OPTIONAL, _layers, _model, models="Granite-3.1-1B-A400M, 3B-A800M, PowerMoE-3B")
 
-SHARED = Family((*_REQUIRED, "shared_intermediate_size"), _OPTIONAL, _layers, _model)
+SHARED = Family((*_REQUIRED, "shared_intermediate_size"), _OPTIONAL, _layers, _model, models="Granite-MoE with a shared expert")

@@ -3,7 +3,7 @@ models/minimax_m2). Its heads of multi-token prediction are not released."""
 
 from __future__ import annotations
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, heads, layer_kinds, only, positive, rope, router
+from jaxmoe.spec.families.common import SHAPE, Family, attention, heads, only, positive, rope, router
 from jaxmoe.spec.types import ExpertSpec, LayerSpec, RopeSpec, SpecError
 
 
@@ -25,16 +25,19 @@ def _rope(config: dict) -> RopeSpec:
 def _layers(config: dict) -> list[LayerSpec]:
     for field, values in _ONLY.items():
         only(config, field, *values)
-    layer_kinds(config, "attn_type_list", (1,), lambda layer: 1)  # type: ignore[arg-type, return-value]
+    kinds, layers = config.get("attn_type_list"), positive(config, "num_hidden_layers")
+    if kinds is not None and kinds != [1] * layers:
+        raise SpecError(f"config.json: attn_type_list = {kinds!r} is not supported (1, full attention, for each of {layers} layers is)")
     attend = attention(config, 5e6, qk_norm="full", rope=_rope(config))
     experts = positive(config, "num_local_experts")
     route = router(config, experts, score="sigmoid", select_bias=True, normalize=True, weights_dtype="float32")
-    return [LayerSpec(attend, route, ExpertSpec(positive(config, "intermediate_size")))] * positive(config, "num_hidden_layers")
+    return [LayerSpec(attend, route, ExpertSpec(positive(config, "intermediate_size")))] * layers
 
 
 _ONLY: dict[str, tuple] = {
     "qk_norm_type": ("per_layer",),
     "use_qk_norm": (True,),
+    "attention_bias": (False,),
     "use_routing_bias": (True,),
     "scoring_func": ("sigmoid",),
     "shared_intermediate_size": (0, None),
@@ -50,4 +53,5 @@ FAMILY = Family(
     ("rotary_dim", "partial_rotary_factor", "attn_type_list", "tie_word_embeddings", *_ONLY),
     _layers,
     no_effect=("mlp_intermediate_size", "mtp_transformer_layers", "num_mtp_modules", "use_mtp", "shared_moe_mode", "swa_rope_theta"),
+    models="MiniMax-M2",
 )

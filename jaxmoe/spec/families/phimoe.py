@@ -35,9 +35,7 @@ def _layers(config: dict) -> list[LayerSpec]:
     if type(jitter) not in (int, float) or jitter < 0:
         raise SpecError(f"config.json: router_jitter_noise = {jitter!r} must be a number of at least 0")
     # Noise by its name, but inference takes it too: as the distance from the largest logit within which another one takes part.
-    route = router(
-        config, positive(config, "num_local_experts"), score="none", select="sparsemixer", weight_from="sparsemixer", jitter=float(jitter)
-    )
+    route = router(config, positive(config, "num_local_experts"), score="none", select="sparsemixer", weight_from="sparsemixer", jitter=float(jitter))
     return [LayerSpec(attend, route, ExpertSpec(positive(config, "intermediate_size")))] * positive(config, "num_hidden_layers")
 
 
@@ -54,4 +52,5 @@ FAMILY = Family(
     _layers,
     _model,
     no_effect=("input_jitter_noise", "hidden_dropout"),
+    models="Phi-3.5-MoE, Phi-mini-MoE, Phi-tiny-MoE",
 )

@@ -3,6 +3,7 @@ behind a gate (transformers, models/qwen3_next and models/qwen3_5_moe)."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jaxmoe.spec.families.common import SHAPE, Family, heads, layer_kinds, only, positive, rope
@@ -40,7 +41,7 @@ def _kinds(config: dict) -> list[str]:
     """As named, or attention in every `full_attention_interval`-th layer; both must agree."""
     if config.get("full_attention_interval") is None:
         if config.get("layer_types") is None:
-            raise SpecError(f"config.json: {config['model_type']} needs the field 'layer_types' or 'full_attention_interval'; both are missing or null")
+            raise SpecError(f"config.json: {config['model_type']} needs the field 'layer_types' or 'full_attention_interval'")
         return layer_kinds(config, "layer_types", (_FULL, _LINEAR), lambda i: _FULL)
     every = positive(config, "full_attention_interval")
     by_interval = [_LINEAR if (i + 1) % every else _FULL for i in range(positive(config, "num_hidden_layers"))]
@@ -84,7 +85,8 @@ _REQUIRED = (
     "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim",
 )  # fmt: skip
 _OPTIONAL = (
-    "attention_bias", "tie_word_embeddings", "partial_rotary_factor", "full_attention_interval", "layer_types", "decoder_sparse_step", "mlp_only_layers",
+    "attention_bias", "tie_word_embeddings", "partial_rotary_factor", "full_attention_interval", "layer_types", "decoder_sparse_step",
+    "mlp_only_layers",
 )  # fmt: skip
 
 NEXT = Family(
@@ -95,12 +97,13 @@ NEXT = Family(
     models="Qwen3-Next-80B-A3B",
 )
 
-V3_5 = Family(
+V3_5_TEXT = Family(
     (*(field for field in SHAPE if field != "intermediate_size"), *_REQUIRED),
     (*_OPTIONAL, "attn_output_gate", "output_gate_type", "mamba_ssm_dtype", "norm_topk_prob"),
     _v3_5_layers,
     _norms,
     models="Qwen3.5-35B-A3B, 122B-A10B, 397B-A17B",
-    nested="text_config",
     no_effect=("intermediate_size", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
 )
+
+V3_5 = dataclasses.replace(V3_5_TEXT, nested="text_config")
