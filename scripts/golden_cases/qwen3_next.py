@@ -88,6 +88,8 @@ V3_5_TEXT = {
             "num_attention_heads": 3,
             "num_key_value_heads": 1,
             "linear_num_value_heads": 2,
+            "linear_key_head_dim": 24,
+            "rms_norm_eps": 1e-2,
         },
     ),
 }

@@ -88,6 +88,7 @@ TEXT = Family(
     ),
     _layers,
     no_effect=("_attn_implementation_autoset", "cache_implementation", "for_llm_compressor"),
+    models="Llama-4-Scout-17B-16E, its text model alone",
     formats=(),
 )  # fmt: skip
 
