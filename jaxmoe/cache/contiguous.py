@@ -6,6 +6,8 @@ no bit, so a token's result does not depend on how long the cache is, how the pr
 
 from __future__ import annotations
 
+import functools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -146,6 +148,24 @@ def widened(values: Float[Array, "K S C"], rows: int) -> Float[Array, "K S W"]:
     return values if as_it_is else jnp.pad(values, ((0, 0), (0, 0), (0, -width % 64)))
 
 
+def scores(rows: Float[Array, "K m C"], keys: Float[Array, "K C S"]) -> Float[Array, "K m S"]:
+    """Rows times keys, some channels at a time: how XLA's CPU backend adds up more of them can depend on the number of rows."""
+    parts = [(rows[..., at : at + _CHANNELS], keys[:, at : at + _CHANNELS]) for at in range(0, rows.shape[-1], _CHANNELS)]
+    return functools.reduce(jnp.add, [jnp.einsum("kmc,kcs->kms", r, k) for r, k in parts])
+
+
+def weighted(p: Float[Array, "K m S"], values: Float[Array, "K S V"]) -> Float[Array, "K m V"]:
+    """Values weighted with `p`, likewise some channels at a time."""
+    width = values.shape[-1]
+    step = _CHANNELS if width <= _CHANNELS else _CHANNELS // 2
+    parts = [widened(values[..., at : at + step], p.shape[1]) for at in range(0, width, step)]
+    return jnp.concatenate([jnp.einsum("kms,ksc->kmc", p, part) for part in parts], -1)[..., :width]
+
+
+_CHANNELS = 256
+"""Channels that are multiplied with at a time. Part of what fixes the bits of a result."""
+
+
 def _blocks(rows, at_row, keys, values, where, end, first, spec: AttentionSpec, row_invariant, sinks):
     """Attention of query rows [K, m, C] at positions `at_row` [m] over the blocks of one cache row, `where` = (layer, row); float32 [K, m, V]."""
     kv_heads, m, c = rows.shape
@@ -160,13 +180,14 @@ def _blocks(rows, at_row, keys, values, where, end, first, spec: AttentionSpec, 
             v_block = jax.lax.optimization_barrier(k_block[:, :width].swapaxes(1, 2))
         else:
             v_block = jax.lax.dynamic_slice(values, (*where, 0, at, 0), (1, 1, kv_heads, KEY_BLOCK, width))[0, 0]
-        s = jnp.einsum("kmc,kcs->kms", rows, formats.load(k_block, jnp.float32))
+        s = scores(rows, formats.load(k_block, jnp.float32))
         s = jnp.where(seen(spec, at_row[:, None], at + jnp.arange(KEY_BLOCK)), s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(-1))
         p = jnp.exp(s - new_top[..., None])
         keep = jnp.exp(top - new_top)
         v_block = formats.load(v_block, jnp.float32)
-        o = o * keep[..., None] + jnp.einsum("kms,ksc->kmc", p, widened(v_block, m) if row_invariant else v_block)[..., :width]
+        v = weighted(p, v_block) if row_invariant else jnp.einsum("kms,ksc->kmc", p, v_block)
+        o = o * keep[..., None] + v
         return new_top, total * keep + jnp.einsum("kms,sn->kmn", p, ones)[..., 0], o
 
     start = first_seen(spec, first) // KEY_BLOCK

@@ -2,14 +2,15 @@
 
 XLA's CPU backend picks a matmul kernel by the sizes. On the machines measured, a product of few rows (2 to 48) adds up K in two or more blocks
 when the weights are large, one of many rows adds it up in one, and a product of one row is another emitter still. So dots of few rows here have 4,
-8, 16 or 32, a class within which each row's bits are the same. Many rows are one dot where a split of K into equal parts, added in order, gives
-the bits of that class (`same_order` finds out, on the machine it runs on), else a loop over tiles of 32 rows. A test holds every dot shape of
-several models to it: `tests/pallas_kernels/test_row_invariance.py`.
+8, 16 or 32, a class within which each row's bits are the same; for some sizes of K that takes a split of K into equal parts, added in order
+(`few_rows` finds out, on the machine it runs on). Many rows are one dot where a split of K gives the bits of that class (`same_order` finds out),
+else a loop over tiles of 32 rows. A test holds every dot shape of several models to it: `tests/pallas_kernels/test_row_invariance.py`.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,12 @@ from jaxtyping import Array, Float, Num
 from jaxmoe import formats
 
 ROW_TILES = (4, 8, 16, 32)
-"""Row counts whose results agree bit for bit."""
+"""Row counts whose results agree bit for bit, in as many parts as `few_rows` says."""
 
 
-def row_tile(rows: int) -> int:
+def row_tile(rows: int, tiles: tuple[int, ...] = ROW_TILES) -> int:
     """The smallest allowed tile that covers `rows`, else the largest."""
-    return next((t for t in ROW_TILES if rows <= t), ROW_TILES[-1])
+    return next((t for t in tiles if rows <= t), tiles[-1])
 
 
 def pad_rows(x: jax.Array, multiple: int) -> jax.Array:
@@ -50,11 +51,12 @@ def dense(
         parts, wide = found
         more = ((0, wide - n), (0, 0))
         return _dot_in_parts(x, jnp.pad(w, more if transposed else more[::-1]), transposed, parts)[:, :n]
-    tile = row_tile(rows)
+    few = few_rows(x.shape[1], n, transposed)
+    tile = row_tile(rows, few.tiles)
     tiles = pad_rows(x, tile).reshape(-1, tile, x.shape[1])
     if tiles.shape[0] == 1:
-        return _dot(tiles[0], w, transposed)[:rows]
-    return jax.lax.map(lambda t: _dot(t, w, transposed), tiles).reshape(-1, n)[:rows]
+        return _dot_in_parts(tiles[0], w, transposed, few.parts)[:rows]
+    return jax.lax.map(lambda t: _dot_in_parts(t, w, transposed, few.parts), tiles).reshape(-1, n)[:rows]
 
 
 _ONES = 8
@@ -72,6 +74,8 @@ def _dot(x: jax.Array, w: jax.Array, transposed: bool) -> jax.Array:
 
 def _dot_in_parts(x: jax.Array, w: jax.Array, transposed: bool, parts: int) -> jax.Array:
     """The sum, in order, of the products of equal parts of K."""
+    if parts == 1:
+        return _dot(x, w, transposed)
     xs, ws = jnp.split(x, parts, axis=1), jnp.split(w, parts, axis=int(transposed))
     return functools.reduce(jnp.add, [_dot(a, b, transposed) for a, b in zip(xs, ws, strict=True)])
 
@@ -80,7 +84,49 @@ _WIDE = 64
 """Columns to which narrow weights are widened with zeros where that finds a kernel that adds up in the same order."""
 
 _PROBED_WEIGHTS = 2**24
-"""Elements of the largest weights for which `same_order` runs a probe; larger ones go by tiles."""
+"""Elements of the largest weights for which a probe is run. Larger ones go by tiles, in one part: with so many columns no size was seen to differ."""
+
+_UNSPLIT = 384
+"""Length of K below which no machine was seen to add up few rows in an order that depends on their number."""
+
+
+class FewRows(NamedTuple):
+    """How few rows are multiplied: into how many parts K is split, and which of `ROW_TILES` then have the same bits."""
+
+    parts: int
+    tiles: tuple[int, ...]
+
+
+@functools.cache
+def few_rows(k: int, n: int, transposed: bool = False) -> FewRows:
+    """The fewest parts of K with which all tiles have the same bits; the largest tile alone where there are none.
+
+    Runs the dots in question once on random values: which kernel runs depends on sizes alone.
+
+    Args:
+        k, n: sizes of the weights.
+        transposed: whether they are [N, K].
+    """
+    if k < _UNSPLIT or k * n > _PROBED_WEIGHTS:
+        return FewRows(1, ROW_TILES)
+    x, w = _random(ROW_TILES[-1], k, n, transposed)
+    with jax.ensure_compile_time_eval():
+        for parts in (p for p in _PARTS if k % p == 0):
+            dot = jax.jit(functools.partial(_dot_in_parts, transposed=transposed, parts=parts))
+            found = [np.concatenate([dot(rows, w) for rows in x.reshape(-1, tile, k)]).view(np.uint32) for tile in ROW_TILES]
+            if all((bits == found[-1]).all() for bits in found):
+                return FewRows(parts, ROW_TILES)
+    return FewRows(1, ROW_TILES[-1:])
+
+
+_PARTS = (1, 2, 4)
+"""Into how many parts K may be split."""
+
+
+def _random(rows: int, k: int, n: int, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, k), dtype=np.float32)
+    return x, rng.standard_normal((n, k) if transposed else (k, n), dtype=np.float32)
 
 
 @functools.cache
@@ -98,16 +144,15 @@ def same_order(rows: int, k: int, n: int, transposed: bool = False) -> tuple[int
     """
     if k * n > _PROBED_WEIGHTS:
         return None
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((-(-rows // ROW_TILES[-1]) * ROW_TILES[-1], k), dtype=np.float32)
-    w = rng.standard_normal((n, k) if transposed else (k, n), dtype=np.float32)
+    x, w = _random(-(-rows // ROW_TILES[-1]) * ROW_TILES[-1], k, n, transposed)
+    parts = few_rows(k, n, transposed).parts
     with jax.ensure_compile_time_eval():
-        few = jax.jit(lambda x, w: _dot(x, w, transposed))
+        few = jax.jit(functools.partial(_dot_in_parts, transposed=transposed, parts=parts))
         expected = np.concatenate([few(t, w) for t in x.reshape(-1, ROW_TILES[-1], k)])[:rows]
         for wide in (n,) if n >= _WIDE else (n, _WIDE):
             more = ((0, wide - n), (0, 0))
             padded = np.pad(w, more if transposed else more[::-1])
-            for parts in (1, 2, 4):
+            for parts in _PARTS:
                 if k % parts == 0:
                     many = jax.jit(functools.partial(_dot_in_parts, transposed=transposed, parts=parts))
                     if (np.asarray(many(x[:rows], padded))[:, :n].view(np.uint32) == expected.view(np.uint32)).all():

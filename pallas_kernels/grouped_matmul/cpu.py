@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.formats import Quantized
-from pallas_kernels.dense.cpu import ROW_TILES, row_tile, same_order
+from pallas_kernels.dense.cpu import ROW_TILES, few_rows, row_tile, same_order
 from pallas_kernels.dispatch import ROW_SLACK
 from pallas_kernels.grouped_matmul.biases import Biases, of_group
 from pallas_kernels.grouped_matmul.glu import Glu
@@ -53,7 +53,14 @@ def tiling(rows: int, groups: int, shapes: Sequence[tuple[int, ...]]) -> Tiling:
         tile = next((t for t in _LARGE_TILES if t >= average + average // 4), _LARGE_TILES[-1])
         if (parts := _same_parts(tile, shapes)) is not None:
             return Tiling(tile, parts)
-    return Tiling(row_tile(min(max(average, ROW_TILES[0]), ROW_TILES[-1])), (1,) * len(shapes))
+    few, tiles = _few(shapes)
+    return Tiling(row_tile(min(max(average, tiles[0]), tiles[-1]), tiles), few)
+
+
+def _few(shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The parts of K of each matrix for tiles of few rows, and the tiles that have the same bits with all of them."""
+    found = [few_rows(k, n) for k, n in shapes]
+    return tuple(f.parts for f in found), min((f.tiles for f in found), key=len)
 
 
 def _same_parts(rows: int, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -66,7 +73,10 @@ def _same_parts(rows: int, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]
 def _one_row(shapes: Sequence[tuple[int, ...]]) -> Tiling:
     """The tiling of a single row: itself, where that has the bits of small tiles."""
     parts = _same_parts(1, shapes)
-    return Tiling(ROW_TILES[0], (1,) * len(shapes)) if parts is None else Tiling(1, parts)
+    if parts is not None:
+        return Tiling(1, parts)
+    few, tiles = _few(shapes)
+    return Tiling(tiles[0], few)
 
 
 def _over_groups(

@@ -4,6 +4,7 @@ XLA's CPU backend picks a matmul's emitter by its sizes, so this is a property o
 in the shipped model and in two others. What a model makes of it is tested in `tests/engine/test_invariance.py`.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.cache.contiguous import KEY_BLOCK, widened
+from jaxmoe.cache.contiguous import KEY_BLOCK, scores, weighted
 from jaxmoe.formats import store_numpy
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dense.api import dense, row_sum, softmax
@@ -53,7 +54,18 @@ SMALL_MIXTRAL = {
     "max_position_embeddings": 4096,
 }
 SHIPPED = json.loads((Path(__file__).resolve().parents[2] / "checkpoints" / "default" / "config.json").read_text())
-SPECS = [ModelSpec.from_hf(config) for config in (SHIPPED, OLMOE_1B_7B, SMALL_MIXTRAL)]
+NARROW_EXPERTS = {
+    **OLMOE_1B_7B,
+    "hidden_size": 640,
+    "intermediate_size": 768,
+    "num_experts": 8,
+    "vocab_size": 4000,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 7,
+    "head_dim": 128,
+}
+"""Widths of 640, 768 and 896, of which few rows are added up in orders that depend on how many they are."""
+SPECS = [ModelSpec.from_hf(config) for config in (SHIPPED, OLMOE_1B_7B, SMALL_MIXTRAL, NARROW_EXPERTS)]
 
 
 def dense_shapes(spec: ModelSpec) -> set[tuple[int, int, bool]]:
@@ -170,14 +182,15 @@ def test_softmax(experts):
         np.testing.assert_array_equal(bits(step(x[:rows])), whole[:rows], f"{rows} rows")
 
 
-NARROW_HEADS = [(2, 16), (2, 80)]
-"""(KV heads, head width) that no model here has: XLA adds up widths below 32 in another way, and others that are no multiple of 64."""
+OTHER_HEADS = [(2, 16), (2, 80), (2, 256), (1, 512), (1, 576)]
+"""(KV heads, head width) that no model here has: XLA adds up widths below 32 in another way, others that are no multiple of 64, and wide ones, as
+those of latents are."""
 
 SCORES, VALUES, SUMS = "kmc,kcs->kms", "kms,ksw->kmw", "kms,sn->kmn"
 
 
 @pytest.mark.parametrize("einsum", [SCORES, VALUES, SUMS])
-@pytest.mark.parametrize("shape", [*union(attention_shapes), *NARROW_HEADS], ids=name)
+@pytest.mark.parametrize("shape", [*union(attention_shapes), *OTHER_HEADS], ids=name)
 def test_attention(shape, einsum):
     """The rows of one KV head, up to those of a long run of a wide group, over one block of keys, of values, or of ones."""
     heads, c = shape
@@ -186,7 +199,7 @@ def test_attention(shape, einsum):
 
     @jax.jit
     def step(rows, block):
-        return jnp.einsum(einsum, rows, widened(block, rows.shape[1]) if einsum == VALUES else block)[..., : sizes[-1]]
+        return {SCORES: scores, VALUES: weighted, SUMS: functools.partial(jnp.einsum, SUMS)}[einsum](rows, block)
 
     x = np.random.default_rng(3).standard_normal((heads, DISTINCT, c if einsum == SCORES else KEY_BLOCK), dtype=np.float32)
     alone = []
