@@ -33,6 +33,7 @@ from checkpoints.families import LAYOUTS, Piece, hf_tensors
 from jaxmoe.report.command import run_command
 from jaxmoe.spec import ModelSpec
 from scripts.golden_cases import CASES
+from scripts.golden_cases.case import Case
 
 GOLDENS = ROOT / "tests" / "goldens"
 
@@ -43,6 +44,9 @@ ROUNDING = 1e-6
 
 STEADY = 2e-3
 """By how much logits may change at most when weights do by `ROUNDING`: another expert changes them by far more. Seeds are tried until one keeps it."""
+
+MATTERS = 1e-3
+"""By how much logits have to change at least for a change of the config that is said to matter."""
 
 SMALLEST_GAP = 1e-4
 """Between the last chosen expert's logit and the first one left out: less, and rounding may choose another."""
@@ -202,23 +206,43 @@ def unsteady(model, ids: list[np.ndarray], logits: list[np.ndarray]) -> float:
     return worst
 
 
-def run_case(name: str, seed: int) -> tuple[dict[str, np.ndarray], float]:
-    """`{ids_0, logits_0, ids_1, logits_1}` of one case, and how unsteady they are."""
+def run_case(name: str, seed: int) -> tuple[dict[str, np.ndarray], float, list[dict]]:
+    """`{ids_0, logits_0, ids_1, logits_1}` of one case, how unsteady they are, and what each change that matters does; no more than the second where
+    that is too much."""
     case = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         model = load_transformers(write_folder(Path(folder), case.config, seed, case.theirs))
         ids = [sequence(case.config, length, i) for i, length in enumerate(case.lengths)]
         logits = [logits_in_transformers(model, i) for i in ids]
         change = unsteady(model, ids, logits)
+        if change > STEADY:
+            return {}, change, []
+        matters = [change_by(case, other, seed, ids[0], logits[0]) for other in case.matters]
     arrays = {f"ids_{i}": one for i, one in enumerate(ids)} | {f"logits_{i}": one for i, one in enumerate(logits)}
-    return arrays, change
+    return arrays, change, matters
+
+
+def change_by(case: Case, other: dict, seed: int, ids: np.ndarray, logits: np.ndarray) -> dict:
+    """By how much the logits of a sequence change when the same weights are run with another config.
+
+    Raises:
+        ValueError: by less than `MATTERS`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(Path(folder), case.config, seed, case.theirs)
+        config = case.config | case.theirs | other
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        change = float(np.abs(logits_in_transformers(load_transformers(Path(folder)), ids) - logits).max())
+    if change < MATTERS:
+        raise ValueError(f"{other} changes the logits by {change:.3g} only: it does not matter in this case")
+    return {"change": other, "logits": float(f"{change:.3g}")}
 
 
 def make(name: str, out: Path) -> int:
     """Writes NAME.npz (ids and logits) and NAME.json (config, seed and provenance); returns their bytes."""
     config = CASES[name].config
     for seed in range(20):
-        arrays, change = run_case(name, seed)
+        arrays, change, matters = run_case(name, seed)
         if change <= STEADY:
             break
     else:
@@ -229,6 +253,7 @@ def make(name: str, out: Path) -> int:
         "weights_sha256": digest(config, seed),
         "versions": versions(),
         "unsteady": float(f"{change:.3g}"),
+        "matters": matters,
     }
     return write(name, out, made, arrays)
 

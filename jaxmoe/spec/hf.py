@@ -63,7 +63,7 @@ def _text_config(config: dict, field: str) -> dict:
     if not isinstance(inner, dict):
         raise SpecError(f"config.json: {field} = {inner!r} must be an object")
     outer = {key: config[key] for key in ("quantization_config", "tie_word_embeddings") if key in config}
-    return inner | outer
+    return {"model_type": config["model_type"]} | inner | outer
 
 
 _COUNTS = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim

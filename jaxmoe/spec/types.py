@@ -69,8 +69,8 @@ class RopeScaling:
 class RopeSpec:
     """Rotary positions: `theta` is the base, `width` how many of a head's channels turn, `style` how pairs are formed.
 
-    `pairs`: only the first so many of the `width / 2` pairs turn, the others have frequency zero (None: all turn). `wide`: they turn in float32, and are
-    rounded afterwards.
+    `pairs`: only the first so many of the `width / 2` pairs turn, the others have frequency zero (None: all turn). `wide`: they turn in float32, and
+    are rounded afterwards.
     """
 
     theta: float = 10000.0
@@ -308,7 +308,8 @@ class ModelSpec:
         max_positions: the longest sequence.
         tied: the output matrix is the embedding.
         head_bias: logits have a learned bias.
-        embed_scale, residual_scale, logit_divisor: embeddings and what a layer's halves add are multiplied by the first two, logits divided by the last.
+        embed_scale, residual_scale, logit_divisor: embeddings and what a layer's halves add are multiplied by the first two, logits divided by the
+            last.
         logit_cap: logits are bounded by `cap * tanh(logits / cap)`.
         extra_heads: layers of multi-token prediction, kept for drafting.
         precision: see `Precision`.
@@ -418,8 +419,8 @@ class ModelSpec:
         return dataclasses.replace(self, segments=segments)
 
     def to_json(self) -> dict:
-        """A plain-data form that `from_json` reads back to an equal spec. Fields at their defaults are left out, so that a spec keeps its form, and its
-        hash, when specs learn to say more."""
+        """A plain-data form that `from_json` reads back to an equal spec. Fields at their defaults are left out, so that a spec keeps its form,
+        and its hash, when specs learn to say more."""
         return _plain(self)
 
     @staticmethod
@@ -494,7 +495,8 @@ def segments_of(layers: list[LayerSpec]) -> tuple[Segment, ...]:
     """Groups a list of layers into repeated patterns, from the first on: each time the pattern that repeats over the most layers, the shortest among
     equals; a layer that begins none stands alone.
 
-    So a model of three dense layers followed by fifty sparse ones becomes two segments, and one that alternates windows and full attention becomes one.
+    So a model of three dense layers followed by fifty sparse ones becomes two segments, and one that alternates windows and full attention becomes
+    one.
     """
     out: list[Segment] = []
     at, n = 0, len(layers)

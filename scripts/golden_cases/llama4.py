@@ -38,7 +38,7 @@ WHOLE = {
             "text_config": _WHOLE,
             "vision_config": {"model_type": "llama4_vision_model", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
         },
-        ({"text_config": {**_WHOLE, "attn_temperature_tuning": 0}},),
+        ({"text_config": {**_WHOLE, "attn_temperature_tuning": False}},),
         theirs={"text_config": {**_WHOLE, "attn_temperature_tuning": True}},
     ),
 }

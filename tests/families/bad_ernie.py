@@ -22,6 +22,7 @@ BAD = {
         ({"use_rmsnorm": False}, "use_rmsnorm = False"),
         ({"compression_ratio": 2.0}, "compression_ratio = 2.0"),
         ({"num_key_value_heads": 4}, "num_attention_heads = 6 is not a multiple of num_key_value_heads = 4"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor leaves . of"),
         ({"num_experts_per_tok": 3}, "'num_experts_per_tok' = 3"),
     ],
 }

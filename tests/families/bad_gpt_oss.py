@@ -14,7 +14,7 @@ BAD = {
         ({"layer_types": ["chunked_attention"] * 2}, "layer_types holds 'chunked_attention'"),
         ({"rope_scaling": ...}, "gpt_oss needs rope_scaling or rope_parameters"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "mystery": 1}}, "rope_parameters.mystery = 1"),
-        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor leaves 8 of head_dim = 16"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor leaves 8 of 16 channels"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "quant_method = 'fp8'"),
     ],

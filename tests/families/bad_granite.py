@@ -9,6 +9,7 @@ _COMMON = [
     ({"num_attention_heads": 5}, "num_attention_heads = 5 is not a multiple of num_key_value_heads = 2"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"layer_types": ["mamba"]}, "layer_types holds 'mamba'"),
+    ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}, "rope_scaling": None}, "leaves . of .* channels"),
     ({"sliding_window": 16}, "'sliding_window' = 16"),
 ]
 

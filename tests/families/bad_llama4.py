@@ -18,7 +18,7 @@ _BAD = [
     ({"attn_temperature_tuning": None}, "attn_temperature_tuning = None"),
     ({"floor_scale": 0}, "floor_scale = 0"),
     ({"attn_scale": None}, "attn_scale = None"),
-    ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor leaves 8 of head_dim = 16"),
+    ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor leaves 8 of 16 channels"),
     ({"rope_scaling": {"rope_type": "su"}}, "rope type 'su'"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quant_method = 'compressed-tensors'"),

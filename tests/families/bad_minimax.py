@@ -14,6 +14,7 @@ BAD = {
         ({"use_routing_bias": False}, "use_routing_bias = False"),
         ({"attention_bias": True}, "attention_bias = True"),
         ({"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = False"),
         ({"shared_intermediate_size": 24}, "shared_intermediate_size = 24"),
         ({"sliding_window": 128}, "sliding_window = 128"),
         ({"layernorm_mlp_beta": 0.5}, "layernorm_mlp_beta = 0.5"),

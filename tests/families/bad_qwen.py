@@ -29,6 +29,7 @@ _V3_5 = [
 BAD = {
     "qwen2_moe": [
         *_COMMON,
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor leaves . of"),
         ({"qkv_bias": "yes"}, "qkv_bias = 'yes' is not supported"),
         ({"layer_types": ["full_attention"]}, "layer_types = .* must name the kinds of 3 layers"),
         ({"layer_types": ["full_attention", "full_attention", "linear_attention"]}, "layer_types holds 'linear_attention'"),
@@ -54,6 +55,7 @@ BAD = {
     "qwen3_5_moe_text": [*_V3_5, ({"full_attention_interval": None}, "needs the field 'layer_types' or 'full_attention_interval'")],
     "qwen3_5_moe": [
         ({"text_config": 3}, "text_config = 3 must be an object"),
+        ({"text_config": {"model_type": ..., "layer_types": None, "full_attention_interval": None}}, "qwen3_5_moe needs the field 'layer_types'"),
         *(
             ({"text_config": change}, message)
             for change, message in [

@@ -13,10 +13,7 @@ REAL = {
 }
 
 UNSURE = {
-    "deepseek_v2": ("transformers_version",),
     "deepseek_v2_lite": ("transformers_version",),
-    "deepseek_v3": ("aux_loss_alpha", "pretraining_tp", "seq_aux"),
     "glm_4_7_flash": ("transformers_version",),
-    "kimi_k2_instruct": ("transformers_version",),
 }
 """Fields of the files whose presence or value was written from memory and not checked; none of them changes the graph."""

@@ -3,6 +3,8 @@ weights are 21.8B without the head of multi-token prediction, of which a token u
 
 REAL = {"ernie_4_5_21b_a3b": (21.8e9, None), "ernie_4_5_300b_a47b": (300e9, 47e9)}
 
-_FIELDS = ("moe_capacity", "moe_gate", "moe_use_aux_free", "moe_layer_end_index", "num_nextn_predict_layers", "use_cache")
-UNSURE = {"ernie_4_5_21b_a3b": _FIELDS, "ernie_4_5_300b_a47b": (*_FIELDS, "moe_num_shared_experts")}
+UNSURE = {
+    "ernie_4_5_21b_a3b": ("moe_capacity", "moe_gate", "moe_use_aux_free", "num_nextn_predict_layers", "use_cache"),
+    "ernie_4_5_300b_a47b": ("moe_layer_end_index", "moe_num_shared_experts"),
+}
 """Fields of the files whose presence was written from memory and not checked; where they change the graph, their values follow from the counts."""

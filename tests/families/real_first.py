@@ -10,7 +10,6 @@ REAL = {
 }
 
 UNSURE = {
-    "mixtral_8x7b": ("attention_dropout", "transformers_version"),
     "olmoe_1b_7b": ("attention_bias", "rope_scaling", "transformers_version"),
 }
 """Fields of the files whose presence or value was written from memory and not checked; none of them changes the graph."""

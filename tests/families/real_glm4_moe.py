@@ -11,5 +11,5 @@ REAL = {
     "glm_4_5_air": (106e9, None),
 }
 
-UNSURE = {"dots_llm1": ("eos_token_id", "scoring_func", "sliding_window", "transformers_version")}
+UNSURE = {"dots_llm1": ("scoring_func", "sliding_window", "transformers_version")}
 """Fields of the files whose presence or value was written from memory and not checked; of scoring_func, 'noaux_tc' and 'sigmoid' mean the same."""

@@ -3,5 +3,5 @@ that a token uses and the embedding not, as here, and of the experts' biases tho
 
 REAL = {"gpt_oss_120b": (116.83e9, 5.13e9), "gpt_oss_20b": (20.91e9, 3.61e9)}
 
-UNSURE: dict[str, tuple[str, ...]] = {"gpt_oss_120b": ("transformers_version",), "gpt_oss_20b": ("transformers_version",)}
+UNSURE: dict[str, tuple[str, ...]] = {}
 """Fields of the files whose presence or value was written from memory and not checked; none of them changes the graph."""

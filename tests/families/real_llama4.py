@@ -15,6 +15,5 @@ REAL = {
     "llama_4_maverick_17b_128e_instruct": (400e9 - IMAGES, None),
 }
 
-_FIELDS = ("_attn_implementation_autoset", "for_llm_compressor", "no_rope_layers", "transformers_version")
-UNSURE = dict.fromkeys(REAL, _FIELDS)
+UNSURE = {"llama_4_maverick_17b_128e_instruct": ("no_rope_layers",)}
 """Fields of the files whose presence or value was written from memory and not checked; a list in `no_rope_layers` says what an empty one does."""

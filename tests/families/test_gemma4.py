@@ -28,6 +28,8 @@ def test_both_spellings_of_the_wider_heads():
     by_layer = {**config, "global_head_dim": None, "num_global_key_value_heads": None}
     own = {"head_dim": 24, "num_key_value_heads": 1}
     assert ModelSpec.from_hf({**by_layer, "per_layer_config": {"1": own, "3": own}}) == ModelSpec.from_hf(config)
+    padded = {"01": own, "03": own}  # as transformers writes them where there are more than nine layers
+    assert ModelSpec.from_hf({**by_layer, "per_layer_config": padded}) == ModelSpec.from_hf(config)
     same = {**config, "global_head_dim": config["head_dim"], "num_global_key_value_heads": None}
     assert ModelSpec.from_hf({**by_layer, "per_layer_config": {}}) == ModelSpec.from_hf(same)
     assert [a.kv_heads for a in attentions({**config, "attention_k_eq_v": False})] == [2, 2, 2, 2]

@@ -10,7 +10,8 @@ from jaxmoe.spec import ModelSpec, abstract_experts, abstract_params
 from jaxmoe.spec.params import parameter_counts
 
 HERE = Path(__file__).parent
-REAL = {name: counts for file in sorted(HERE.glob("real_*.py")) for name, counts in importlib.import_module(f"tests.families.{file.stem}").REAL.items()}
+FILES = [importlib.import_module(f"tests.families.{file.stem}") for file in sorted(HERE.glob("real_*.py"))]
+REAL = {name: counts for file in FILES for name, counts in file.REAL.items()}
 """By file in `real_configs`: published parameters, all and those that a token uses (None where the publisher names none)."""
 
 

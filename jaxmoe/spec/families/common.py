@@ -20,6 +20,9 @@ SHAPE = tuple(
 ROPE = ("rope_parameters", "rope_theta", "rope_scaling")
 """Where rotary positions are described: in one dict, or in two fields."""
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as `layer_types` names them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -101,23 +104,48 @@ def layer_kinds(config: dict, field: str, known: Collection[str], default: Calla
     return list(kinds)
 
 
-def rope(config: dict, head_dim: int, theta: float, style: str = "half", parameters: dict | None = None) -> RopeSpec:
-    """Rotary positions of heads with `head_dim` channels.
+def rope_fields(config: dict) -> dict[str, Any]:
+    """What the config says of rotary positions, in either spelling: `rope_parameters`, or `rope_scaling` beside `rope_theta`.
+
+    Raises:
+        SpecError: one is no object, or both are there and differ.
+    """
+    for field in ("rope_parameters", "rope_scaling"):
+        if not isinstance(config.get(field) or {}, dict):
+            raise SpecError(f"config.json: {field} = {config[field]!r} must be an object")
+    new, old = config.get("rope_parameters") or {}, config.get("rope_scaling") or {}
+    if new and old and new != old:
+        raise SpecError(f"config.json: rope_parameters = {new!r} and rope_scaling = {old!r} are to be the same")
+    return dict(new or old)
+
+
+def rotary_part(config: dict, needed: bool = False) -> Any:
+    """`partial_rotary_factor`, wherever it stands; None if it is missing or null.
+
+    Raises:
+        SpecError: it is `needed` and not there.
+    """
+    part = rope_fields(config).get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if needed and part is None:
+        raise SpecError(f"config.json: {config.get('model_type')} needs the field 'partial_rotary_factor', which is missing or null")
+    return part
+
+
+def rope(config: dict, head_dim: int, theta: float, style: str = "half") -> RopeSpec:
+    """Rotary positions of heads with `head_dim` channels, of which `partial_rotary_factor` turn.
 
     Args:
-        config: both spellings occur: `rope_parameters` (one dict), or `rope_theta` with `rope_scaling`.
-        head_dim: channels of which `partial_rotary_factor` turn.
+        config: see `rope_fields`.
+        head_dim: channels of a head.
         theta: the base, if the config names none.
         style: see `RopeSpec`.
-        parameters: takes the place of `rope_parameters`, for families that have several.
     """
-    given: dict[str, Any] = dict(config.get("rope_scaling") or {})
-    given |= dict((config.get("rope_parameters") if parameters is None else parameters) or {})
+    given = rope_fields(config)
     kind = given.pop("rope_type", given.pop("type", "default"))
     given.pop("type", None)
-    base = given.pop("rope_theta", config.get("rope_theta"))
-    part = given.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
-    part = 1.0 if part is None else float(part)
+    base = _number({"rope_theta": given.pop("rope_theta", config.get("rope_theta"))}, "rope_theta", theta)
+    part = _number({"partial_rotary_factor": rotary_part(config)}, "partial_rotary_factor", 1.0)
+    given.pop("partial_rotary_factor", None)
     if not 0.0 < part <= 1.0:
         raise SpecError(f"config.json: partial_rotary_factor = {part!r} must be above 0 and at most 1")
     width, pairs = int(head_dim * part), None
@@ -134,7 +162,15 @@ def rope(config: dict, head_dim: int, theta: float, style: str = "half", paramet
         raise SpecError(f"config.json: rope_parameters.{field} = {given[field]!r} is not known for the rope type {kind!r}")
     if width <= 0 or width % 2:
         raise SpecError(f"config.json: {width} of a head's {head_dim} channels would turn: an even number, above 0, is needed")
-    return RopeSpec(float(theta if base is None else base), width, style, pairs, scaling)  # type: ignore[arg-type]
+    return RopeSpec(base, width, style, pairs, scaling)  # type: ignore[arg-type]
+
+
+def whole_rope(config: dict, head_dim: int, theta: float, style: str = "half", wide: bool = False) -> RopeSpec:
+    """`rope` of heads all of whose channels turn, whatever the config says; it must not say otherwise. `wide`: see `RopeSpec`."""
+    turning = rope(config, head_dim, theta, style)
+    if turning.width != head_dim:
+        raise SpecError(f"config.json: partial_rotary_factor leaves {turning.width} of {head_dim} channels to turn: all do")
+    return dataclasses.replace(turning, wide=wide)
 
 
 def _number(given: dict, field: str, default: float | None = None) -> float:
@@ -167,7 +203,7 @@ def _llama3(config: dict, given: dict) -> RopeScaling:
 def _yarn(config: dict, given: dict) -> RopeScaling:
     original = _original(config, given)
     factor = _number(given, "factor", config["max_position_embeddings"] / original)
-    slow, fast = _number(given, "beta_slow", 1.0), _number(given, "beta_fast", 32.0)
+    slow, fast = _number(given, "beta_slow", 1.0) or 1.0, _number(given, "beta_fast", 32.0) or 32.0  # zero is as good as missing
     scale, all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)
     magnitude = given.pop("attention_factor", None)
     if magnitude is None:
@@ -204,10 +240,19 @@ def heads(config: dict) -> tuple[int, int, int]:
     return count, kv_heads, config.get("head_dim") or config["hidden_size"] // count
 
 
-def attention(config: dict, theta: float, style: str = "half", **kwargs: Any) -> AttentionSpec:
-    """Grouped-query attention with rotary positions; `kwargs` are further fields of `AttentionSpec`."""
+def biases(config: dict, field: str = "attention_bias") -> dict[str, Any]:
+    """`qkv_bias` and `out_bias` of `AttentionSpec`, which one field gives to all projections; none if it is missing."""
+    only(config, field, True, False, None)
+    return {"qkv_bias": bool(config.get(field)), "out_bias": bool(config.get(field))}
+
+
+def attention(config: dict, theta: float = 10000.0, **kwargs: Any) -> AttentionSpec:
+    """Grouped-query attention whose heads turn as a whole, with the base `theta` if the config names none; `kwargs` are further fields of
+    `AttentionSpec`, perhaps another `rope`."""
     count, kv_heads, head_dim = heads(config)
-    return AttentionSpec(count, kv_heads, head_dim, **({"rope": rope(config, head_dim, theta, style)} | kwargs))
+    if "rope" not in kwargs:
+        kwargs["rope"] = whole_rope(config, head_dim, theta)
+    return AttentionSpec(count, kv_heads, head_dim, **kwargs)
 
 
 def router(config: dict, experts: int, active: str = "num_experts_per_tok", **kwargs: Any) -> RouterSpec:

@@ -5,12 +5,25 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from jaxmoe.spec.families.common import SHAPE, Family, count, dense_first, layer_kinds, only, positive, rope, router, yarn_magnitude
+from jaxmoe.spec.families.common import (
+    SHAPE,
+    Family,
+    biases,
+    count,
+    dense_first,
+    layer_kinds,
+    only,
+    positive,
+    rope_fields,
+    router,
+    whole_rope,
+    yarn_magnitude,
+)
 from jaxmoe.spec.types import AttentionSpec, ExpertSpec, GroupLimit, LatentSpec, LayerSpec, RouterSpec, SpecError
 
 
-def latent(config: dict) -> AttentionSpec:
-    """Multi-head latent attention, cached as one head."""
+def latent(config: dict, wide: bool = False) -> AttentionSpec:
+    """Multi-head latent attention, cached as one head; `wide`: see `RopeSpec`."""
     heads = positive(config, "num_attention_heads")
     only(config, "num_key_value_heads", heads, None)
     turned, plain = positive(config, "qk_rope_head_dim"), positive(config, "qk_nope_head_dim")
@@ -18,15 +31,11 @@ def latent(config: dict) -> AttentionSpec:
     q_rank = None if q_rank is None else positive(config, "q_lora_rank")
     ranks = LatentSpec(positive(config, "kv_lora_rank"), q_rank, plain, positive(config, "v_head_dim"))
     style = "interleaved" if config.get("rope_interleave", True) else "half"
-    turning = rope(config, turned, 10000.0, style)
-    if turning.width != turned:
-        raise SpecError(f"config.json: partial_rotary_factor leaves {turning.width} of the {turned} channels of qk_rope_head_dim to turn")
-    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    scale = (plain + turned) ** -0.5
-    if turning.scaling is not None and given.get("mscale_all_dim"):
-        scale *= yarn_magnitude(turning.scaling.factor, float(given["mscale_all_dim"])) ** 2
-    bias = bool(config.get("attention_bias", False))
-    return AttentionSpec(heads, 1, plain + turned, ranks, turning, qkv_bias=bias, out_bias=bias, scale=scale)
+    turning = whole_rope(config, turned, 10000.0, style, wide)
+    scale, all_dim = (plain + turned) ** -0.5, rope_fields(config).get("mscale_all_dim")
+    if turning.scaling is not None and all_dim:
+        scale *= yarn_magnitude(turning.scaling.factor, float(all_dim)) ** 2
+    return AttentionSpec(heads, 1, plain + turned, ranks, turning, scale=scale, **biases(config))
 
 
 def group_limit(config: dict, experts: int, score: Literal["max", "top2sum"], mask_value: float | None) -> GroupLimit | None:
@@ -106,8 +115,9 @@ def _v2_router(config: dict) -> RouterSpec:
 
 
 def _v2_layers(config: dict) -> list[LayerSpec]:
+    """Positions turn as complex numbers, which there are none of in bfloat16."""
     only(config, "mlp_bias", False, None)
-    sparse = LayerSpec(latent(config), _v2_router(config), ExpertSpec(positive(config, "moe_intermediate_size")), shared=shared(config))
+    sparse = LayerSpec(latent(config, wide=True), _v2_router(config), ExpertSpec(positive(config, "moe_intermediate_size")), shared=shared(config))
     return dense_first(config, "first_k_dense_replace", sparse)
 
 

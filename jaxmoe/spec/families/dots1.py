@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, count, dense_first, layer_kinds, positive
+from jaxmoe.spec.families.common import FULL, SHAPE, SLIDING, Family, attention, biases, count, dense_first, layer_kinds, positive
 from jaxmoe.spec.families.deepseek import shared, v3_router
 from jaxmoe.spec.types import ExpertSpec, LayerSpec, SpecError
 
@@ -15,20 +15,18 @@ def _kinds(config: dict) -> list[str]:
     if window is not None and first is None and config.get("layer_types") is None:
         raise SpecError(f"config.json: sliding_window = {window} needs layer_types or max_window_layers, which are missing or null")
     full = layers if first is None or (window is None and "sliding_window" in config) else count(config, "max_window_layers")
-    known = ("full_attention", "sliding_attention")
-    kinds = layer_kinds(config, "layer_types", known, lambda i: known[i >= full])
-    if window is None and "sliding_attention" in kinds:
+    kinds = layer_kinds(config, "layer_types", (FULL, SLIDING), lambda i: SLIDING if i >= full else FULL)
+    if window is None and SLIDING in kinds:
         raise SpecError("config.json: sliding_window is missing or null, but layer_types or max_window_layers give some layers a window")
     return kinds
 
 
 def _layers(config: dict) -> list[LayerSpec]:
-    bias = bool(config.get("attention_bias", False))
-    attend = attention(config, 10000.0, qk_norm="head", qkv_bias=bias, out_bias=bias)
+    attend = attention(config, qk_norm="head", **biases(config))
     windowed = dataclasses.replace(attend, window=config.get("sliding_window"))
     sparse = LayerSpec(attend, v3_router(config), ExpertSpec(positive(config, "moe_intermediate_size")), shared=shared(config))
     layers = zip(dense_first(config, "first_k_dense_replace", sparse), _kinds(config), strict=True)
-    return [dataclasses.replace(layer, attention=windowed) if kind == "sliding_attention" else layer for layer, kind in layers]
+    return [dataclasses.replace(layer, attention=windowed) if kind == SLIDING else layer for layer, kind in layers]
 
 
 FAMILY = Family(

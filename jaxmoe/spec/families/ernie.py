@@ -5,7 +5,7 @@ Its heads of multi-token prediction are not read, as in transformers.
 
 from __future__ import annotations
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, count, only, positive, router
+from jaxmoe.spec.families.common import SHAPE, Family, attention, biases, count, heads, only, positive, router, whole_rope
 from jaxmoe.spec.types import ExpertSpec, LayerSpec, SpecError
 
 
@@ -27,8 +27,8 @@ def _sparse_layers(config: dict) -> list[bool]:
 def _layers(config: dict) -> list[LayerSpec]:
     for field, value in _ONLY.items():
         only(config, field, value, None)
-    bias = bool(config.get("use_bias", False))
-    attend = attention(config, 500000.0, "interleaved", qkv_bias=bias, out_bias=bias)
+    turning = whole_rope(config, heads(config)[2], 500000.0, "interleaved", wide=True)
+    attend = attention(config, rope=turning, **biases(config, "use_bias"))
     least = config.get("moe_norm_min")
     least = 1e-12 if least is None else least
     if type(least) not in (int, float) or least < 0:
@@ -37,8 +37,8 @@ def _layers(config: dict) -> list[LayerSpec]:
         config, positive(config, "moe_num_experts"), "moe_k", matmul_dtype="float32", select_bias=True, normalize=True, norm_min=float(least)
     )
     width, shared = positive(config, "moe_intermediate_size"), count(config, "moe_num_shared_experts")
-    sparse = LayerSpec(attend, route, ExpertSpec(width), shared=ExpertSpec(shared * width, bias=bias) if shared else None)
-    dense = LayerSpec(attend, dense=ExpertSpec(positive(config, "intermediate_size"), bias=bias))
+    sparse = LayerSpec(attend, route, ExpertSpec(width), shared=ExpertSpec(shared * width, bias=attend.out_bias) if shared else None)
+    dense = LayerSpec(attend, dense=ExpertSpec(positive(config, "intermediate_size"), bias=attend.out_bias))
     return [sparse if own else dense for own in _sparse_layers(config)]
 
 

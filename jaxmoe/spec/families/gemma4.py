@@ -6,16 +6,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, layer_kinds, only, positive, router
+from jaxmoe.spec.families.common import FULL, SHAPE, SLIDING, Family, attention, biases, layer_kinds, only, positive, router
 from jaxmoe.spec.types import AttentionSpec, ExpertSpec, LayerSpec, SpecError
-
-_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def _kinds(config: dict) -> list[str]:
-    kinds = layer_kinds(config, "layer_types", (_FULL, _SLIDING), lambda i: _FULL)
-    if kinds[-1] != _FULL:
-        raise SpecError(f"config.json: layer_types ends with {kinds[-1]!r}, but the last layer is always of {_FULL!r}")
+    kinds = layer_kinds(config, "layer_types", (FULL, SLIDING), lambda i: FULL)
+    if kinds[-1] != FULL:
+        raise SpecError(f"config.json: layer_types ends with {kinds[-1]!r}, but the last layer is always of {FULL!r}")
     return kinds
 
 
@@ -32,18 +30,20 @@ def _full_sizes(config: dict, kinds: list[str]) -> dict[str, int]:
             raise SpecError(f"config.json: {field} = {config[field]!r} and per_layer_config = {given!r} can't both be given")
     if not isinstance(given, dict) or not all(isinstance(own, dict) for own in given.values()):
         raise SpecError(f"config.json: per_layer_config = {given!r} must be an object of objects")
-    full = {str(i) for i, kind in enumerate(kinds) if kind == _FULL}
+    full = [str(i) for i, kind in enumerate(kinds) if kind == FULL]
     sizes = next(iter(given.values()), {})
-    if given and (set(given) != full or any(own != sizes for own in given.values()) or not set(sizes) <= {"head_dim", "num_key_value_heads"}):
-        raise SpecError(f"config.json: per_layer_config = {given!r} must give head_dim or num_key_value_heads, the same for each layer of {_FULL!r}")
+    layers = sorted(key.lstrip("0") or "0" for key in given)  # transformers pads them: '05'
+    same = all(own == sizes for own in given.values()) and set(sizes) <= {"head_dim", "num_key_value_heads"}
+    if given and (layers != sorted(full) or not same):
+        raise SpecError(f"config.json: per_layer_config = {given!r} must give head_dim or num_key_value_heads, the same for each layer of {FULL!r}")
     return {field: positive(sizes, field) for field in sizes}
 
 
 def _rope(config: dict, kind: str) -> dict:
     """The rope's fields for a kind of layer."""
     all_given = config["rope_parameters"]
-    if not isinstance(all_given, dict) or not set(all_given) <= {_FULL, _SLIDING}:
-        raise SpecError(f"config.json: rope_parameters = {all_given!r} must have an object for {_FULL!r} and one for {_SLIDING!r}")
+    if not isinstance(all_given, dict) or not set(all_given) <= {FULL, SLIDING}:
+        raise SpecError(f"config.json: rope_parameters = {all_given!r} must have an object for {FULL!r} and one for {SLIDING!r}")
     given = all_given.get(kind)
     if not isinstance(given, dict) or type(given.get("rope_theta")) not in (int, float):
         raise SpecError(f"config.json: rope_parameters.{kind} = {given!r} must be an object with a number rope_theta")
@@ -57,15 +57,15 @@ def _rope(config: dict, kind: str) -> dict:
 
 def _attentions(config: dict) -> dict[str, AttentionSpec]:
     """By kind of layer."""
-    kinds, bias = _kinds(config), bool(config.get("attention_bias", False))
-    sizes, out = {_FULL: _full_sizes(config, kinds)}, {}
+    kinds = _kinds(config)
+    sizes, out = {FULL: _full_sizes(config, kinds)}, {}
     for kind in set(kinds):
         own = {**config, **sizes.get(kind, {}), "rope_parameters": _rope(config, kind)}
-        out[kind] = attention(own, 1e4, qk_norm="head", v_norm=True, qkv_bias=bias, out_bias=bias, scale=1.0)
-    if _SLIDING in out:
-        out[_SLIDING] = dataclasses.replace(out[_SLIDING], window=positive(config, "sliding_window"))
+        out[kind] = attention(own, qk_norm="head", v_norm=True, scale=1.0, **biases(config))
+    if SLIDING in out:
+        out[SLIDING] = dataclasses.replace(out[SLIDING], window=positive(config, "sliding_window"))
     if config["attention_k_eq_v"]:
-        out[_FULL] = dataclasses.replace(out[_FULL], values="keys")
+        out[FULL] = dataclasses.replace(out[FULL], values="keys")
     return out
 
 

@@ -3,17 +3,16 @@ prediction (transformers, models/glm4_moe)."""
 
 from __future__ import annotations
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, dense_first, positive
+from jaxmoe.spec.families.common import SHAPE, Family, attention, dense_first, heads, positive, rope, rotary_part
 from jaxmoe.spec.families.deepseek import extra_heads, shared, v3_router
-from jaxmoe.spec.types import ExpertSpec, LayerSpec, SpecError
+from jaxmoe.spec.types import ExpertSpec, LayerSpec
 
 
 def _sparse(config: dict) -> LayerSpec:
-    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) is None:
-        raise SpecError("config.json: glm4_moe needs the field 'partial_rotary_factor', which is missing or null")
+    rotary_part(config, needed=True)
+    turning = rope(config, heads(config)[2], 10000.0)
     qk_norm = "head" if config["use_qk_norm"] else None
-    attend = attention(config, 10000.0, qk_norm=qk_norm, qkv_bias=bool(config["attention_bias"]))
+    attend = attention(config, rope=turning, qk_norm=qk_norm, qkv_bias=bool(config["attention_bias"]))
     return LayerSpec(attend, v3_router(config), ExpertSpec(positive(config, "moe_intermediate_size")), shared=shared(config))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, layer_kinds, only, positive, rope, router
+from jaxmoe.spec.families.common import FULL, SHAPE, SLIDING, Family, attention, biases, layer_kinds, only, positive, rope_fields, router, whole_rope
 from jaxmoe.spec.types import AttentionSpec, ExpertSpec, LayerSpec, SpecError
 
 LIMIT, ALPHA = 7.0, 1.702
@@ -13,15 +13,12 @@ LIMIT, ALPHA = 7.0, 1.702
 
 def _attention(config: dict) -> AttentionSpec:
     """A layer's attention without its window."""
-    if not (config.get("rope_scaling") or config.get("rope_parameters")):
+    if not rope_fields(config):
         raise SpecError("config.json: gpt_oss needs rope_scaling or rope_parameters: without either, transformers has its own idea of them")
-    turning = rope(config, positive(config, "head_dim"), 150000.0)
-    if turning.width != config["head_dim"]:
-        raise SpecError(f"config.json: partial_rotary_factor leaves {turning.width} of head_dim = {config['head_dim']} channels to turn: all do")
+    turning = whole_rope(config, positive(config, "head_dim"), 150000.0)
     if turning.scaling is not None and turning.scaling.original:
         only(config, "initial_context_length", turning.scaling.original, None)
-    bias = bool(config["attention_bias"])
-    return attention(config, 150000.0, rope=turning, qkv_bias=bias, out_bias=bias, sinks=True)
+    return attention(config, rope=turning, sinks=True, **biases(config))
 
 
 def _layers(config: dict) -> list[LayerSpec]:
@@ -33,9 +30,9 @@ def _layers(config: dict) -> list[LayerSpec]:
     only(config, "swiglu_alpha", ALPHA, None)
     experts_of = ExpertSpec(positive(config, "intermediate_size"), "clamped_swiglu", bias=True)
     full = _attention(config)
-    kinds = layer_kinds(config, "layer_types", ("sliding_attention", "full_attention"), lambda i: "full_attention")
-    window = positive(config, "sliding_window") if "sliding_attention" in kinds else None
-    return [LayerSpec(replace(full, window=window) if kind == "sliding_attention" else full, chosen, experts_of) for kind in kinds]
+    kinds = layer_kinds(config, "layer_types", (FULL, SLIDING), lambda i: FULL)
+    window = positive(config, "sliding_window") if SLIDING in kinds else None
+    return [LayerSpec(replace(full, window=window) if kind == SLIDING else full, chosen, experts_of) for kind in kinds]
 
 
 FAMILY = Family(

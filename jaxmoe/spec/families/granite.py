@@ -3,7 +3,7 @@ models/granitemoe and models/granitemoeshared)."""
 
 from __future__ import annotations
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, count, positive, router
+from jaxmoe.spec.families.common import SHAPE, Family, attention, biases, count, positive, router
 from jaxmoe.spec.types import ExpertSpec, LayerSpec, SpecError
 
 _SCALES = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
@@ -17,8 +17,7 @@ def _scale(config: dict, field: str) -> float:
 
 
 def _layers(config: dict) -> list[LayerSpec]:
-    bias = bool(config.get("attention_bias", False))
-    attend = attention(config, 10000.0, qkv_bias=bias, out_bias=bias, scale=_scale(config, "attention_multiplier"))
+    attend = attention(config, scale=_scale(config, "attention_multiplier"), **biases(config))
     route = router(config, positive(config, "num_local_experts"), score="none", weight_from="softmax_selected_logits")
     shared = count(config, "shared_intermediate_size")
     layer = LayerSpec(attend, route, ExpertSpec(positive(config, "intermediate_size")), shared=ExpertSpec(shared) if shared else None)

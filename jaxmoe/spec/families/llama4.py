@@ -5,8 +5,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, layer_indices, layer_kinds, only, positive, rope, router
-from jaxmoe.spec.types import AttentionSpec, ExpertSpec, LayerSpec, RopeSpec, SpecError, Temperature
+from jaxmoe.spec.families.common import FULL, SHAPE, Family, attention, biases, layer_indices, layer_kinds, only, positive, router, whole_rope
+from jaxmoe.spec.types import AttentionSpec, ExpertSpec, LayerSpec, SpecError, Temperature
+
+_CHUNKED = "chunked_attention"
 
 
 def _turning(config: dict) -> list[bool]:
@@ -45,25 +47,15 @@ def _temperature(config: dict) -> Temperature | None:
     return Temperature(float(every), float(scale)) if tuned else None
 
 
-def _rope(config: dict) -> RopeSpec:
-    width = positive(config, "head_dim")
-    turning = rope(config, width, 500000.0, "interleaved")
-    if turning.width != width:
-        raise SpecError(f"config.json: partial_rotary_factor leaves {turning.width} of head_dim = {width} channels to turn: all do")
-    return replace(turning, wide=True)
-
-
 def _attentions(config: dict) -> list[AttentionSpec]:
-    bias = bool(config.get("attention_bias", False))
-    plain = attention(config, 500000.0, rope=None, qkv_bias=bias, out_bias=bias, temperature=_temperature(config))
-    turned = replace(plain, rope=_rope(config), qk_norm="after_rope" if config["use_qk_norm"] else None, temperature=None)
+    plain = attention(config, rope=None, temperature=_temperature(config), **biases(config))
+    turning_by = whole_rope(config, positive(config, "head_dim"), 500000.0, "interleaved", wide=True)
+    turned = replace(plain, rope=turning_by, qk_norm="after_rope" if config["use_qk_norm"] else None, temperature=None)
     turning = _turning(config)
-    kinds = layer_kinds(
-        config, "layer_types", ("chunked_attention", "full_attention"), lambda i: "chunked_attention" if turning[i] else "full_attention"
-    )
-    chunk = positive(config, "attention_chunk_size") if "chunked_attention" in kinds else None
+    kinds = layer_kinds(config, "layer_types", (_CHUNKED, FULL), lambda i: _CHUNKED if turning[i] else FULL)
+    chunk = positive(config, "attention_chunk_size") if _CHUNKED in kinds else None
     own = [turned if turns else plain for turns in turning]
-    return [replace(a, chunk=chunk) if kind == "chunked_attention" else a for a, kind in zip(own, kinds, strict=True)]
+    return [replace(a, chunk=chunk) if kind == _CHUNKED else a for a, kind in zip(own, kinds, strict=True)]
 
 
 def _layers(config: dict) -> list[LayerSpec]:

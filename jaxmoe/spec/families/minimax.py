@@ -3,7 +3,7 @@ models/minimax_m2). Its heads of multi-token prediction are not released."""
 
 from __future__ import annotations
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, heads, only, positive, rope, router
+from jaxmoe.spec.families.common import SHAPE, Family, attention, heads, only, positive, rope, rotary_part, router
 from jaxmoe.spec.types import ExpertSpec, LayerSpec, RopeSpec, SpecError
 
 
@@ -16,7 +16,7 @@ def _rope(config: dict) -> RopeSpec:
     turned = positive(config, "rotary_dim")
     if turned > head_dim:
         raise SpecError(f"config.json: rotary_dim = {turned} is more than head_dim = {head_dim}")
-    part = {**config, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}.get("partial_rotary_factor")
+    part = rotary_part(config)
     if part is not None and given.width != turned:
         raise SpecError(f"config.json: rotary_dim = {turned}, but partial_rotary_factor = {part!r} of head_dim = {head_dim}")
     return rope({**config, "partial_rotary_factor": turned / head_dim}, head_dim, 5e6)
@@ -28,7 +28,7 @@ def _layers(config: dict) -> list[LayerSpec]:
     kinds, layers = config.get("attn_type_list"), positive(config, "num_hidden_layers")
     if kinds is not None and kinds != [1] * layers:
         raise SpecError(f"config.json: attn_type_list = {kinds!r} is not supported (1, full attention, for each of {layers} layers is)")
-    attend = attention(config, 5e6, qk_norm="full", rope=_rope(config))
+    attend = attention(config, qk_norm="full", rope=_rope(config))
     experts = positive(config, "num_local_experts")
     route = router(config, experts, score="sigmoid", select_bias=True, normalize=True, weights_dtype="float32")
     return [LayerSpec(attend, route, ExpertSpec(positive(config, "intermediate_size")))] * layers
@@ -40,6 +40,7 @@ _ONLY: dict[str, tuple] = {
     "attention_bias": (False,),
     "use_routing_bias": (True,),
     "scoring_func": ("sigmoid",),
+    "norm_topk_prob": (True,),
     "shared_intermediate_size": (0, None),
     "sliding_window": (None,),
     "layernorm_full_attention_beta": (1.0,),

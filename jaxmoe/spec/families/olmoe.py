@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, positive, router
+from jaxmoe.spec.families.common import SHAPE, Family, attention, biases, positive, router
 from jaxmoe.spec.types import ExpertSpec, LayerSpec
 
 
 def _layers(config: dict) -> list[LayerSpec]:
-    bias = bool(config.get("attention_bias", False))
-    attend = attention(config, 10000.0, qk_norm="full", qkv_bias=bias, out_bias=bias, clip=config.get("clip_qkv"))
+    attend = attention(config, qk_norm="full", clip=config.get("clip_qkv"), **biases(config))
     route = router(config, positive(config, "num_experts"), normalize=bool(config["norm_topk_prob"]))
     return [LayerSpec(attend, route, ExpertSpec(config["intermediate_size"]))] * config["num_hidden_layers"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, only, positive, router
+from jaxmoe.spec.families.common import SHAPE, Family, attention, biases, only, positive, rope_fields, router
 from jaxmoe.spec.types import ExpertSpec, LayerSpec, SpecError
 
 
 def _check_rope(config: dict) -> None:
-    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given = rope_fields(config)
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "longrope"):
         raise SpecError(f"config.json: rope type {kind!r} of phimoe is not supported (default or longrope is)")
@@ -24,8 +24,7 @@ def _check_rope(config: dict) -> None:
 def _layers(config: dict) -> list[LayerSpec]:
     _check_rope(config)
     only(config, "num_experts_per_tok", 2)
-    bias = bool(config["attention_bias"])
-    attend = attention(config, 1e6, qkv_bias=bias, out_bias=bias, window=config.get("sliding_window"))
+    attend = attention(config, 1e6, window=config.get("sliding_window"), **biases(config))
     scaling = attend.rope.scaling if attend.rope else None
     for name in ("short", "long"):
         if scaling is not None and attend.rope is not None and len(getattr(scaling, name)) != attend.rope.width // 2:

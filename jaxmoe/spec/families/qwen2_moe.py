@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxmoe.spec.families.common import SHAPE, Family, attention, count, layer_kinds, only, positive, router
+from jaxmoe.spec.families.common import FULL, SHAPE, SLIDING, Family, attention, count, layer_kinds, only, positive, router
 from jaxmoe.spec.families.qwen3_moe import sparse_steps
 from jaxmoe.spec.types import AttentionSpec, ExpertSpec, LayerSpec, SpecError
-
-_FULL, _WINDOWED = "full_attention", "sliding_attention"
 
 
 def sparse(config: dict, normalize: bool, **kwargs: Any) -> LayerSpec:
@@ -29,15 +27,15 @@ def _kinds(config: dict) -> list[str]:
     if windows and config.get("max_window_layers") is None and config.get("layer_types") is None:
         raise SpecError("config.json: use_sliding_window = True needs the field 'max_window_layers' or 'layer_types'")
     first = count(config, "max_window_layers")
-    kinds = layer_kinds(config, "layer_types", (_FULL, _WINDOWED), lambda i: _WINDOWED if windows and i < first and i % 2 == 0 else _FULL)
-    if not windows and _WINDOWED in kinds:
-        raise SpecError(f"config.json: layer_types holds {_WINDOWED!r}, but use_sliding_window = {config.get('use_sliding_window')!r}")
+    kinds = layer_kinds(config, "layer_types", (FULL, SLIDING), lambda i: SLIDING if windows and i < first and i % 2 == 0 else FULL)
+    if not windows and SLIDING in kinds:
+        raise SpecError(f"config.json: layer_types holds {SLIDING!r}, but use_sliding_window = {config.get('use_sliding_window')!r}")
     return kinds
 
 
 def _attention(config: dict, kind: str) -> AttentionSpec:
-    window = positive(config, "sliding_window") if kind == _WINDOWED else None
-    return attention(config, 10000.0, qkv_bias=config.get("qkv_bias", True), window=window)
+    window = positive(config, "sliding_window") if kind == SLIDING else None
+    return attention(config, qkv_bias=config.get("qkv_bias", True), window=window)
 
 
 def _layers(config: dict) -> list[LayerSpec]:

@@ -4,29 +4,25 @@ behind a gate (transformers, models/qwen3_next and models/qwen3_5_moe)."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from jaxmoe.spec.families.common import SHAPE, Family, heads, layer_kinds, only, positive, rope
+from jaxmoe.spec.families.common import FULL, SHAPE, Family, attention, biases, layer_kinds, only, positive, rope, rope_fields, rotary_part
 from jaxmoe.spec.families.qwen2_moe import sparse
 from jaxmoe.spec.families.qwen3_moe import sparse_steps
 from jaxmoe.spec.types import AttentionSpec, DeltaSpec, LayerSpec, RopeSpec, SpecError
 
-_FULL, _LINEAR = "full_attention", "linear_attention"
+_LINEAR = "linear_attention"
 _AXES = ("mrope_section", "mrope_interleaved")
 """How frequencies are dealt out to the axes of pictures; a text's positions are the same along all of them."""
 
 
 def _rope(config: dict) -> RopeSpec:
-    given: dict[str, Any] = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) is None:
-        raise SpecError(f"config.json: {config['model_type']} needs the field 'partial_rotary_factor', which is missing or null")
-    given = {field: value for field, value in given.items() if field not in _AXES}
-    return rope({**config, "rope_scaling": None}, positive(config, "head_dim"), 10000.0, parameters=given)
+    rotary_part(config, needed=True)
+    given = {field: value for field, value in rope_fields(config).items() if field not in _AXES}
+    return rope({**config, "rope_scaling": None, "rope_parameters": given}, positive(config, "head_dim"), 10000.0)
 
 
 def _attention(config: dict) -> AttentionSpec:
-    bias = bool(config.get("attention_bias", False))
-    return AttentionSpec(*heads(config), rope=_rope(config), qk_norm="head", gate=True, qkv_bias=bias, out_bias=bias)
+    return attention(config, rope=_rope(config), qk_norm="head", gate=True, **biases(config))
 
 
 def _delta(config: dict) -> DeltaSpec:
@@ -42,10 +38,10 @@ def _kinds(config: dict) -> list[str]:
     if config.get("full_attention_interval") is None:
         if config.get("layer_types") is None:
             raise SpecError(f"config.json: {config['model_type']} needs the field 'layer_types' or 'full_attention_interval'")
-        return layer_kinds(config, "layer_types", (_FULL, _LINEAR), lambda i: _FULL)
+        return layer_kinds(config, "layer_types", (FULL, _LINEAR), lambda i: FULL)
     every = positive(config, "full_attention_interval")
-    by_interval = [_LINEAR if (i + 1) % every else _FULL for i in range(positive(config, "num_hidden_layers"))]
-    kinds = layer_kinds(config, "layer_types", (_FULL, _LINEAR), by_interval.__getitem__)
+    by_interval = [_LINEAR if (i + 1) % every else FULL for i in range(positive(config, "num_hidden_layers"))]
+    kinds = layer_kinds(config, "layer_types", (FULL, _LINEAR), by_interval.__getitem__)
     if kinds != by_interval:
         raise SpecError(f"config.json: full_attention_interval = {every} is not what layer_types says: {kinds!r}")
     return kinds
@@ -54,7 +50,7 @@ def _kinds(config: dict) -> list[str]:
 def _layers(config: dict, normalize: bool) -> dict[str, LayerSpec]:
     """A sparse layer of each kind."""
     return {
-        _FULL: sparse(config, normalize, attention=_attention(config)),
+        FULL: sparse(config, normalize, attention=_attention(config)),
         _LINEAR: sparse(config, normalize, delta=_delta(config)),
     }
 
