@@ -18,7 +18,6 @@ import sys
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tyro
@@ -43,7 +42,8 @@ ROUNDING = 1e-6
 """Weights are changed by up to so much, relatively, to see whether rounding can choose other experts."""
 
 STEADY = 2e-3
-"""By how much logits may change at most when weights do by `ROUNDING`: another expert changes them by far more. Seeds are tried until one keeps it."""
+"""By how much logits may change at most when weights do by `ROUNDING`: another expert changes them by far more. Seeds are tried until one
+keeps it."""
 
 MATTERS = 1e-3
 """By how much logits have to change at least for a change of the config that is said to matter."""

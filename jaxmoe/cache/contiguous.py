@@ -33,8 +33,8 @@ class KVState:
     """Attributes: `k` [L, B, K, C, S] and `v` [L, B, K, S, C], float32 or bfloat16 held as uint16; `v` is None where values are the keys' first
     channels, as in latent attention.
 
-    L counts the layers that share the state, and S leaves room for one whole run past the last position. Keys lie transposed: on XLA's CPU backend few
-    queries times [C, S] take a third of the time of few queries times the transpose of [S, C].
+    L counts the layers that share the state, and S leaves room for one whole run past the last position. Keys lie transposed: on XLA's CPU backend
+    few queries times [C, S] take a third of the time of few queries times the transpose of [S, C].
     """
 
     k: Num[Array, "L B K C S"]

@@ -11,8 +11,8 @@ COLUMNS = ("family", "models", "routing", "attention", "feed-forward", "quantize
 
 NOTE = (
     "Each family runs with its experts on the device or streamed (fused, layer-grouped, host-driven), with the same bits. Weights come as "
-    "float32, float16 or bfloat16, one tensor an expert or a layer's experts in one; those that are quantized on disk are read as transformers reads them, and "
-    "held in bfloat16 or float32."
+    "float32, float16 or bfloat16, one tensor an expert or a layer's experts in one; those that are quantized on disk are read as transformers "
+    "reads them, and held in bfloat16 or float32."
 )
 """What holds for all of them."""
 
@@ -55,8 +55,8 @@ def routing(r: RouterSpec) -> list[str]:
     if r.group_limit is not None:
         out.append("groups by their best" if r.group_limit.score == "max" else "groups by their two best")
     flags = {
-        "selection bias": r.select_bias, "bias": r.logits_bias, "normalised": r.normalize, "scaled": r.scale != 1.0, "scale per expert": r.expert_scale,
-        "own norm": r.input_norm, "scales the input": r.apply == "input",
+        "selection bias": r.select_bias, "bias": r.logits_bias, "normalised": r.normalize, "scaled": r.scale != 1.0,
+        "scale per expert": r.expert_scale, "own norm": r.input_norm, "scales the input": r.apply == "input",
     }  # fmt: skip
     return out + [words for words, there in flags.items() if there]
 
@@ -83,7 +83,8 @@ def experts(layer: LayerSpec) -> list[str]:
         "shared expert, gated": layer.shared is not None and layer.shared_gate, "shared experts": layer.shared is not None and not layer.shared_gate,
         "dense network beside": layer.dense is not None, "biases": layer.experts.bias,
     }  # fmt: skip
-    return [{"silu": "SwiGLU", "gelu": "GeGLU", "clamped_swiglu": "clamped SwiGLU"}[layer.experts.activation], *(w for w, there in flags.items() if there)]
+    glu = {"silu": "SwiGLU", "gelu": "GeGLU", "clamped_swiglu": "clamped SwiGLU"}[layer.experts.activation]
+    return [glu, *(words for words, there in flags.items() if there)]
 
 
 def _joined(words: Iterable[str]) -> str:

@@ -205,7 +205,8 @@ def run_programs(engine: Engine, requests: list[Request], bucket: int) -> tuple[
     first = np.asarray(first)[:n]
     given = [steps.pad_to(x, rows) for x in (range(n), first, lengths, [steps.CHUNK] * n)]
     out, state, _ = decode(params, fixed, state, *given, steps.pad_to((), steps.EOS_SLOTS, -2), sampling(rows))
-    return np.concatenate([first[None], np.asarray(out)[:, :n]]), [np.asarray(state.layers.states[0].k).swapaxes(-1, -2), np.asarray(state.layers.states[0].v)]
+    (kv,) = state.layers.states
+    return np.concatenate([first[None], np.asarray(out)[:, :n]]), [np.asarray(kv.k).swapaxes(-1, -2), np.asarray(kv.v)]
 
 
 def test_generation_alone_and_in_a_batch(engine):
