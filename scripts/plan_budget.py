@@ -31,7 +31,6 @@ from jaxmoe.offload import bounds, budget, published, replay, trace
 from jaxmoe.report import record
 from jaxmoe.report.command import run_command
 from jaxmoe.residency import find_policy
-from jaxmoe.spec.hf import FAMILIES
 
 DEFAULT_MODEL = ROOT / "checkpoints" / "default"
 BUDGETS = ("minimum", "25%", "50%")
@@ -117,7 +116,7 @@ def table_rows(curve: list[tuple[float, float]], traced: str, context: int) -> I
                     plan = budget.solve(shapes, amount)
                 except budget.BudgetError:
                     continue  # a share below the minimum: the row of the minimum stands for it
-                supported = model.family in FAMILIES and dtype in formats.DTYPES
+                supported = dtype in formats.DTYPES
                 settings = {"model": name, "experts_dtype": dtype, "budget": given, "context": context, "supported": supported}
                 # Routing differs from model to model: a curve of another one's is a guess, and those who print it have to be able to say so.
                 settings |= {"trace": traced, "own_trace": traced.startswith(name)}

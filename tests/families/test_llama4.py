@@ -1,7 +1,6 @@
 """Llama 4 beyond its goldens: what a checkpoint of images and text also holds, and the two spellings of one model."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.load import open_checkpoint
 from jaxmoe.spec import ModelSpec, Temperature
 from jaxmoe.spec.params import parameter_counts
+from jaxmoe.spec.published import published
 from scripts import golden_cases, make_goldens
 from tests.families.real_llama4 import REAL
 
@@ -66,5 +66,5 @@ def test_temperatures_of_the_first_released_configs():
 @pytest.mark.parametrize("name", REAL)
 def test_activated_parameters_round_to_those_published(name):
     """17B, for both: the publisher counts the embedding's table too."""
-    spec = ModelSpec.from_hf(json.loads((Path(__file__).parent / "real_configs" / f"{name}.json").read_text()))
+    spec = published(name)
     assert round((parameter_counts(spec)[1] + spec.vocab * spec.width) / 1e9) == 17

@@ -8,19 +8,20 @@ import pytest
 
 from jaxmoe.spec import ModelSpec, abstract_experts, abstract_params
 from jaxmoe.spec.params import parameter_counts
+from jaxmoe.spec.published import names, published
 
 HERE = Path(__file__).parent
 FILES = [importlib.import_module(f"tests.families.{file.stem}") for file in sorted(HERE.glob("real_*.py"))]
 REAL = {name: counts for file in FILES for name, counts in file.REAL.items()}
-"""By file in `real_configs`: published parameters, all and those that a token uses (None where the publisher names none)."""
+"""By name in `jaxmoe.spec.published`: published parameters, all and those that a token uses (None where the publisher names none)."""
 
 
 def spec_of(name: str) -> ModelSpec:
-    return ModelSpec.from_hf(json.loads((HERE / "real_configs" / f"{name}.json").read_text()))
+    return published(name)
 
 
 def test_every_file_is_counted():
-    assert sorted(p.stem for p in (HERE / "real_configs").glob("*.json")) == sorted(REAL)
+    assert list(names()) == sorted(REAL)
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from fractions import Fraction
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,7 +22,8 @@ from jaxmoe.offload.budget import (
 )
 from jaxmoe.offload.published import DEVICES_GB, PUBLISHED, fits_in, interpolate_hits
 from jaxmoe.report import record
-from jaxmoe.spec import ModelSpec
+from jaxmoe.spec import ModelSpec, abstract_experts, abstract_params
+from jaxmoe.spec.params import parameter_counts
 from tests.scripts.commands import call, load
 
 SMALL = ExpertShapes("small", layers=3, experts=8, active=2, expert_bytes=(1000,) * 3, dense_bytes=5000, kv_bytes_per_token=10, lookup_bytes=2000)
@@ -111,15 +113,19 @@ def test_shapes_that_do_not_belong_together_are_refused(change):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes_add_up_to_the_published_total(name):
     model = PUBLISHED[name]
-    assert sum(model.parameters().values()) == pytest.approx(model.total * 1e9, rel=0.005)
-    shapes = model.shapes(name, "4-bit")
-    assert shapes.all_bytes == pytest.approx(model.parameters()["experts"] * 4.25 / 8, rel=0.003)
+    own = {path: leaf for path, leaf in abstract_experts(model.spec).items() if int(path) < model.spec.n_layers}
+    experts = sum(math.prod(leaf.shape) for layer in own.values() for leaf in layer.values())
+    assert model.shapes(name, "4-bit").all_bytes == pytest.approx(experts * 4.25 / 8, rel=1e-6)
+    assert model.shapes(name).all_bytes == 2 * experts
+    total, _ = parameter_counts(model.spec)
+    assert model.shapes(name).dense_bytes == pytest.approx(2 * (total - experts), rel=0.01)  # some leaves are float32
 
 
 def test_latent_attention_by_hand():
     query, compressed, expanded, out = 2048 * 16 * 192, 2048 * (512 + 64) + 512, 512 * 16 * (128 + 128), 16 * 128 * 2048
     model = PUBLISHED["DeepSeek-V2-Lite"]
-    assert model.parameters()["attention"] == 27 * (query + compressed + expanded + out)
+    leaves = [leaf for layer in abstract_params(model.spec)["layers"].values() for leaf in jax.tree.leaves(layer["attn"])]
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == 27 * (query + compressed + expanded + out)
     assert model.shapes("V2").kv_bytes_per_token == 27 * (512 + 64) * 2
 
 
@@ -265,7 +271,7 @@ def test_a_prediction_is_the_hand_calculation():
 def test_the_published_ceiling_of_a_full_miss():
     shapes = PUBLISHED["gpt-oss-120b"].shapes("gpt-oss-120b", "4-bit")
     plan = solve(shapes, of_bytes(minimum_bytes(shapes)))
-    assert predict(plan, shapes, 0.0, 25.0).overlapped == pytest.approx(25e9 / (36 * 4 * (3 * 2880 * 2880 * 4.25 / 8 + 2 * 3 * 2880)))
+    assert predict(plan, shapes, 0.0, 25.0).overlapped == pytest.approx(25e9 / (36 * 4 * 3 * 2880 * 2880 * 4.25 / 8))
     assert predict(plan, shapes, 0.0, 25.0).overlapped == pytest.approx(13.1, abs=0.1)
 
 
@@ -346,7 +352,7 @@ def test_the_table_has_a_record_a_row(tmp_path):
     rows = list(script.table_rows([(1.0, 0.4), (8.0, 0.9)], "Qwen3-30B-A3B-Q4", context=4096))
     script.write_rows(rows, tmp_path)
     records = record.load_records(tmp_path)
-    assert len(records) == len(rows) == 25
+    assert len(records) == len(rows) == 31
     found = {(r["settings"]["model"], r["settings"]["experts_dtype"], r["settings"]["budget"]): r for r in records}
     assert ("Mixtral-8x7B", "4-bit", "25%") not in found
     one = found["Qwen3-30B-A3B", "bfloat16", "25%"]

@@ -30,7 +30,10 @@ def _layers(config: dict) -> list[LayerSpec]:
         raise SpecError(f"config.json: attn_type_list = {kinds!r} is not supported (1, full attention, for each of {layers} layers is)")
     attend = attention(config, qk_norm="full", rope=_rope(config))
     experts = positive(config, "num_local_experts")
-    route = router(config, experts, score="sigmoid", select_bias=True, normalize=True, weights_dtype="float32")
+    # The gate is released in float32, and transformers computes its logits in the dtype of its weights.
+    route = router(
+        config, experts, matmul_dtype="float32", score="sigmoid", select_bias=True, normalize=True, weights_dtype="float32"
+    )
     return [LayerSpec(attend, route, ExpertSpec(positive(config, "intermediate_size")))] * layers
 
 
