@@ -35,6 +35,7 @@ def changed(config: dict, change: dict) -> dict:
 
 def test_every_family_is_here():
     assert sorted(BAD) == sorted(FAMILIES)
+    assert all(family.models for family in FAMILIES.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

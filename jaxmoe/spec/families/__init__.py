@@ -33,7 +33,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": gpt_oss.FAMILY,
     "granitemoe": granite.MOE,
     "granitemoeshared": granite.SHARED,
-    "kimi_k2": deepseek.V3,
+    "kimi_k2": deepseek.KIMI_K2,
     "llama4": llama4.WHOLE,
     "llama4_text": llama4.TEXT,
     "minimax_m2": minimax.FAMILY,

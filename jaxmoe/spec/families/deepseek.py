@@ -3,6 +3,7 @@ models/deepseek_v2, models/deepseek_v3 and models/glm4_moe_lite)."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 from jaxmoe.spec.families.common import (
@@ -149,13 +150,17 @@ V3 = Family(
     (*_MAY, *_HEADS, "rope_interleave"),
     lambda config: dense_first(config, "first_k_dense_replace", _v3_sparse(config)),
     lambda config: extra_heads(config, _v3_sparse(config)),
+    models="DeepSeek-V3, V3.1, R1",
     no_effect=(*_TRAINING, *_WIDTHS),
 )
+
+KIMI_K2 = dataclasses.replace(V3, models="Kimi-K2-Base, Kimi-K2-Instruct")
 
 V2 = Family(
     (*SHAPE, *_LATENT, *_ROUTED, "topk_method", "first_k_dense_replace"),
     (*_MAY, "norm_topk_prob", "n_group", "topk_group", "mlp_bias"),
     _v2_layers,
+    models="DeepSeek-V2, V2-Lite, Coder-V2",
     no_effect=(*_TRAINING, *_WIDTHS),
 )
 
@@ -164,5 +169,6 @@ GLM_LITE = Family(
     (*_MAY, *_HEADS, "rope_interleave", "mlp_layer_types", "first_k_dense_replace", "head_dim", "partial_rotary_factor"),
     _glm_lite_layers,
     lambda config: extra_heads(config, _v3_sparse(config)),
+    models="GLM-4.7-Flash",
     no_effect=("qk_head_dim",),
 )

@@ -36,4 +36,5 @@ FAMILY = Family(
         "topk_group", "num_local_experts", "scoring_func", "topk_method", "moe_layer_freq",
     ),
     _layers,
+    models="dots.llm1",
 )  # fmt: skip

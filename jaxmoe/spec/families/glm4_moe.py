@@ -27,4 +27,5 @@ FAMILY = Family(
     ),
     lambda config: dense_first(config, "first_k_dense_replace", _sparse(config)),
     lambda config: extra_heads(config, _sparse(config)),
+    models="GLM-4.5, GLM-4.5-Air, GLM-4.6",
 )  # fmt: skip
