@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,6 +11,7 @@ from checkpoints.convert import convert
 from checkpoints.errors import CheckpointError
 from checkpoints.export import export_hf
 from checkpoints.load import open_checkpoint
+from jaxmoe.spec import Leaf, abstract_experts, abstract_params
 from scripts import make_goldens
 from scripts.golden_cases import CASES
 
@@ -95,3 +97,22 @@ def test_a_head_that_the_config_does_not_have_is_refused(tmp_path, name):
     (tmp_path / "hf" / "config.json").write_text(json.dumps(CASES[name].config))
     with pytest.raises(CheckpointError, match=r"unexpected.*eh_proj\.weight"):
         convert(tmp_path / "hf", tmp_path / "out")
+
+
+def test_a_head_is_loaded_apart_from_the_model(tmp_path):
+    config = config_of("deepseek_v3_yarn")
+    make_goldens.write_folder(tmp_path / "hf", config)
+    convert(tmp_path / "hf", tmp_path / "out")
+    checkpoint = open_checkpoint(tmp_path / "out")
+    spec = checkpoint.spec.with_precision("bfloat16")
+    params, experts = checkpoint.restore_params(spec), checkpoint.restore_experts(spec)
+    assert "extra" not in params and sorted(map(int, experts)) == list(spec.moe_layers)
+    (head,) = checkpoint.restore_extra_heads(spec).values()
+    own = head.pop("experts")
+    written = {"params": abstract_params(spec)["extra"]["0"], "experts": abstract_experts(spec)[str(spec.n_layers)]}
+
+    def shapes(tree):
+        return jax.tree.map(lambda leaf: (tuple(leaf.shape), leaf.dtype), tree, is_leaf=lambda x: isinstance(x, Leaf))
+
+    assert shapes({"params": head, "experts": own}) == shapes(written)
+    np.testing.assert_array_equal(own["gate"], checkpoint.read(f"experts.{spec.n_layers}.gate", dtype="bfloat16"))
