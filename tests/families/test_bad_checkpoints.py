@@ -1,4 +1,4 @@
-"""A folder with a tensor missing, one too many and one of another shape: one line that names all three, before anything is written, for every family."""
+"""A folder with a tensor missing, one too many and one of another shape: one line names all three, before anything is written; for every family."""
 
 import numpy as np
 import pytest
