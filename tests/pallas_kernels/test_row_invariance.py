@@ -56,15 +56,15 @@ SMALL_MIXTRAL = {
 SHIPPED = json.loads((Path(__file__).resolve().parents[2] / "checkpoints" / "default" / "config.json").read_text())
 NARROW_EXPERTS = {
     **OLMOE_1B_7B,
-    "hidden_size": 640,
+    "hidden_size": 256,
     "intermediate_size": 768,
     "num_experts": 8,
-    "vocab_size": 4000,
+    "vocab_size": 512,
     "num_attention_heads": 7,
     "num_key_value_heads": 7,
     "head_dim": 128,
 }
-"""Widths of 640, 768 and 896, of which few rows are added up in orders that depend on how many they are."""
+"""Widths of 768 and 896, of which few rows are added up in orders that depend on how many they are."""
 SPECS = [ModelSpec.from_hf(config) for config in (SHIPPED, OLMOE_1B_7B, SMALL_MIXTRAL, NARROW_EXPERTS)]
 
 
