@@ -1,7 +1,7 @@
 """Turns a Hugging Face folder into a converted one, a chunk at a time, and goes on where an earlier run stopped.
 
 Everything about the input is checked, by `plan`, before the first byte is written. The work goes on in `OUT.partial`,
-with a line in its progress file for each finished unit (a leaf, or one expert of one); the finished folder gets its
+with a line in its journal for each finished unit (a leaf, or one expert of one); the finished folder gets its
 name by one rename. This file judges neither configs nor tensors; it writes what a plan says.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -18,20 +17,20 @@ import shutil
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 import tensorstore as ts
 
-from checkpoints import store
+from checkpoints import commit, journal, store
+from checkpoints.commit import partial_of, writing
 from checkpoints.errors import CheckpointError
-from checkpoints.families import Piece
+from checkpoints.journal import PROGRESS, Done
 from checkpoints.manifest import SPEC, LeafRecord, Manifest, read_manifest, write_manifest, write_text
-from checkpoints.plan import Plan, Unit, make_plan
+from checkpoints.plan import Plan, make_plan
 from checkpoints.quantized import Unpacked, open_source
-from jaxmoe import formats
+from checkpoints.quantizer import Quantizer
+from checkpoints.units import Output, Part, Unit, chunk_data
 
 KEPT_FILES = (
     "config.json",
@@ -43,11 +42,8 @@ KEPT_FILES = (
 )
 """Small files that are copied where the source has them."""
 
-PROGRESS = "_progress.jsonl"
-
 _PENDING = 4  # chunks being written while the next is read
-_BLOCK_BYTES = 8 << 20  # of the source that are decoded and picked from at once
-_SYNCING = 16
+_DISK_BLOCK = 4096
 
 
 def convert(
@@ -55,17 +51,20 @@ def convert(
     out_folder: str | os.PathLike,
     dtype: str | None = None,
     progress: store.Progress | None = None,
+    quantizer: Quantizer | None = None,
 ) -> Manifest:
     """Converts a Hugging Face folder (config.json, safetensors) into `out_folder`.
 
     Memory holds one tensor of the source at a time at most, and a few chunks. A run that was stopped leaves
-    `OUT.partial`, which the next one continues; a finished folder of the same source and dtype is left as it is.
+    `OUT.partial`, which the next one continues, after it has read again what is there; a finished folder of the same
+    source, dtype and quantization is left as it is.
 
     Args:
         hf_folder: the source.
         out_folder: made here; it may be there empty, or hold the same conversion.
         dtype: 'float32', 'bfloat16', or None for the source's own (float16 becomes float32, which holds it exactly).
         progress: called with (bytes done, bytes in all, leaf path).
+        quantizer: how routed experts are quantized; None leaves them as they are.
 
     Returns:
         The manifest of the finished folder.
@@ -76,30 +75,31 @@ def convert(
             written can be resumed).
     """
     hf, out = Path(hf_folder), Path(out_folder)
+    _check_apart(hf, out)
     with open_source(hf) as source:
-        plan = make_plan(hf, source, dtype)
+        plan = make_plan(hf, source, dtype, quantizer)
         finished = _finished(hf, out, plan)
         if finished is not None:
             return finished
         partial = partial_of(out)
-        _check_room(partial, plan, _read_progress(partial, plan))
-        with _open_progress(partial, plan) as log:
+        check_room(partial, plan, journal.read_journal(partial, plan))
+        with journal.open_journal(partial, plan) as log:
             finished = _finished(hf, out, plan)
             if finished is not None:  # by another process, between our first look and the lock
                 shutil.rmtree(partial, ignore_errors=True)
                 return finished
-            done = _read_progress(partial, plan)
-            checksums = _write_units(source, plan, partial, done, log, progress)
-            manifest = _finish(hf, plan, partial, checksums)
-            _sync(partial)
-            os.replace(partial, out)
-        (out / PROGRESS).unlink()
+            claimed = journal.read_journal(partial, plan)
+            checksums = _write_units(source, plan, partial, claimed, log, progress)
+            with writing(partial):
+                manifest = _finish(hf, plan, partial, checksums)
+            commit.publish(partial, out, (PROGRESS,))
     return manifest
 
 
-def partial_of(out: Path) -> Path:
-    """The folder in which `out` is being made."""
-    return out.with_name(out.name + ".partial")
+def _check_apart(hf: Path, out: Path) -> None:
+    for folder in (out, partial_of(out)):
+        if folder.exists() and hf.exists() and os.path.samefile(folder, hf):
+            raise CheckpointError(f"{hf}: is both the source and the output folder: choose another output folder")
 
 
 # --- an output folder that is there -----------------------------------------------------------------------------------
@@ -121,157 +121,94 @@ def _finished(hf: Path, out: Path, plan: Plan) -> Manifest | None:
                 f"{out}: holds another model or dtype ({key} {getattr(manifest, key)}, wanted {value}): "
                 "choose another output folder"
             )
-    (out / PROGRESS).unlink(missing_ok=True)
-    return _refresh_files(hf, out, manifest)
+    with writing(out):
+        commit.tidy(out, (PROGRESS,))
+        return _refresh_files(hf, out, manifest)
 
 
 def _refresh_files(hf: Path, out: Path, manifest: Manifest) -> Manifest:
     """Copies the small files that changed since, so that an edited tokenizer or chat template isn't missed."""
-    files = {name: _sha256(hf / name) for name in KEPT_FILES if (hf / name).is_file()}
+    files = {name: sha256_of(hf / name) for name in KEPT_FILES if (hf / name).is_file()}
     if files == manifest.files:
         return manifest
-    _copy_files(hf, out)
+    copy_files(hf, out)
     manifest = dataclasses.replace(manifest, files=files)
     write_manifest(out, manifest)
     return manifest
 
 
-# --- progress ---------------------------------------------------------------------------------------------------------
-
-
-def _read_progress(partial: Path, plan: Plan) -> dict[tuple[str, int | None], str]:
-    """Checksums of the units that an earlier run finished; only those whose chunks are all there and whole.
+def check_room(partial: Path, plan: Plan, done: Done) -> None:
+    """Compares what is to be written, in whole blocks of the disk, with what it has free.
 
     Raises:
-        CheckpointError: the folder is something else, or belongs to another source or dtype.
+        CheckpointError: it's too little; the message says by how much.
     """
-    if not partial.exists() or (partial.is_dir() and not any(partial.iterdir())):
-        return {}
-    try:
-        lines = (partial / PROGRESS).read_text(encoding="utf-8").splitlines()
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(
-            f"{partial}: exists and is not an unfinished conversion: remove it or choose another output folder"
-        ) from error
-    entries = [entry for entry in map(_parse_line, lines) if entry is not None]
-    header = entries[0] if entries else None
-    if header is None and {p.name for p in partial.iterdir()} == {PROGRESS}:
-        return {}  # stopped before the first line was whole
-    for key, value in plan.identity().items():
-        if header is None or header.get(key) != value:
-            raise CheckpointError(
-                f"{partial}: an unfinished conversion of another model or dtype ({key} differs): "
-                "remove it or choose another output folder"
-            )
-    claimed = {(e["leaf"], e["expert"]): e["crc32"] for e in entries[1:] if e.keys() == {"leaf", "expert", "crc32"}}
-    units = {unit.key: unit for unit in plan.units}
-    return {key: crc for key, crc in claimed.items() if key in units and _unit_intact(partial, units[key])}
-
-
-def _parse_line(line: str) -> dict | None:
-    """One line; None for one that was cut off."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
-
-
-def _unit_intact(partial: Path, unit: Unit) -> bool:
-    for axis, start, _ in store.unit_chunks(unit.piece.shape, unit.chunk):
-        index = [0] * len(unit.chunk)
-        index[axis] = start // unit.chunk[axis]
-        full = tuple(index) if unit.piece.expert is None else (unit.piece.expert, *index)
-        if not store.chunk_intact(partial, unit.path, unit.array_chunk, unit.leaf.dtype.itemsize, full):
-            return False
-    return True
-
-
-def _check_room(partial: Path, plan: Plan, done: dict) -> None:
-    needed = sum(unit.nbytes for unit in plan.units if unit.key not in done)
-    place = next(p for p in (partial.absolute(), *partial.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    arrays = {output.path: output for unit in plan.units for output in unit.outputs}
+    needed = sum(store.bytes_on_disk(output.leaf, output.chunk, _DISK_BLOCK) for output in arrays.values())
+    needed -= sum(unit.nbytes for unit in plan.units if unit.key in done)
+    free = commit.free_bytes(partial)
     if needed > free:
         raise CheckpointError(
             f"{partial}: {needed} bytes are to be written, the disk has {free} free: free {needed - free} bytes more"
         )
 
 
-def _open_progress(partial: Path, plan: Plan) -> IO[str]:
-    """The progress file, locked and ready for another line."""
-    partial.mkdir(parents=True, exist_ok=True)
-    log = open(partial / PROGRESS, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.close()
-        raise CheckpointError(f"{partial}: another process is converting into it") from None
-    log.seek(0)
-    text = log.read()
-    if _parse_line(text.split("\n", 1)[0]) is None:
-        log.truncate(0)
-        log.write(json.dumps(plan.identity()) + "\n")
-    elif not text.endswith("\n"):
-        log.write("\n")  # ends a line that was cut off
-    log.flush()
-    return log
-
-
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write_units(source: Unpacked, plan: Plan, partial: Path, done: dict, log: IO[str], progress) -> dict:
+class _Report:
+    """Counts bytes for a `Progress`."""
+
+    def __init__(self, total: int, progress: store.Progress | None):
+        self.written, self.total, self._progress = 0, total, progress
+
+    def __call__(self, nbytes: int, path: str = "") -> None:
+        self.written += nbytes
+        if self._progress is not None:
+            self._progress(self.written, self.total, path)
+
+
+def _write_units(source: Unpacked, plan: Plan, partial: Path, claimed: Done, log: IO[str], progress) -> Done:
     """Writes every unit that isn't done; gives the checksums of all."""
-    total = plan.nbytes
-    written = sum(unit.nbytes for unit in plan.units if unit.key in done)
-    checksums = dict(done)
+    report = _Report(plan.nbytes, progress)
+    done = journal.reread(partial, plan, claimed)
+    report(sum(unit.nbytes for unit in plan.units if unit.key in done))
     arrays: dict[str, ts.TensorStore] = {}
-
-    def report(nbytes: int, path: str) -> None:
-        nonlocal written
-        written += nbytes
-        if progress is not None:
-            progress(written, total, path)
-
-    report(0, "")
     try:
         for unit in plan.units:
             if unit.key in done:
                 continue
-            if unit.path not in arrays:
-                arrays = {unit.path: store.create_array(partial, unit.path, unit.leaf, unit.array_chunk)}
-            reported = functools.partial(report, path=unit.path)
-            crc = _write_unit(arrays[unit.path], _chunks(source, unit), reported)
-            checksums[unit.key] = f"{crc:08x}"
-            log.write(json.dumps({"leaf": unit.path, "expert": unit.piece.expert, "crc32": checksums[unit.key]}) + "\n")
-            log.flush()
+            if unit.outputs[0].path not in arrays:
+                arrays = {o.path: store.create_array(partial, o.path, o.leaf, o.chunk) for o in unit.outputs}
+            crcs = _write_unit([arrays[o.path] for o in unit.outputs], chunk_data(source, unit), functools.partial(report, path=unit.path))
+            done[unit.key] = tuple(f"{crc:08x}" for crc in crcs)
+            journal.add(log, unit, done[unit.key])
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise _writing_failed(error, partial, written, total) from error
-    return checksums
+        raise _writing_failed(error, partial, report.written, plan.nbytes) from error
+    return done
 
 
-def _write_unit(
-    array: ts.TensorStore, chunks: Iterator[tuple[tuple[slice, ...], np.ndarray]], report: Callable[[int], None]
-) -> int:
-    """Writes chunks, a few at a time, and gives their CRC-32. However it ends, nothing is being written any more when
-    it returns."""
-    crc = 0
+def _write_unit(arrays: list[ts.TensorStore], chunks: Iterator[tuple[Part, ...]], report: Callable[[int], None]) -> list[int]:
+    """Writes chunks, a few at a time, and gives the CRC-32 of what each array got. However it ends, nothing is being written any more when it
+    returns."""
+    crcs = [0] * len(arrays)
     pending: deque[ts.Future] = deque()
     try:
-        for region, data in chunks:
-            crc = zlib.crc32(data.data, crc)
-            if len(pending) == _PENDING:
-                pending.popleft().result()
-            pending.append(store.write_chunk(array, region, data))
-            report(data.nbytes)
+        for parts in chunks:
+            for i, (array, (region, data)) in enumerate(zip(arrays, parts, strict=True)):
+                if len(pending) == _PENDING:
+                    pending.popleft().result()
+                pending.append(store.write_chunk(array, region, data))
+                crcs[i] = zlib.crc32(data.data, crcs[i])
+                report(data.nbytes)
         while pending:
             pending.popleft().result()
     finally:
         for future in pending:
             future.exception()  # waits; what went wrong first is already on its way
-    return crc
+    return crcs
 
 
 def _writing_failed(error: Exception, partial: Path, written: int, total: int) -> CheckpointError:
@@ -283,47 +220,14 @@ def _writing_failed(error: Exception, partial: Path, written: int, total: int) -
     return CheckpointError(f"{partial}: writing failed, a second run will go on from there: {store.one_line(error)}")
 
 
-def _chunks(source: Unpacked, unit: Unit) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
-    """The unit's chunks in order: where each goes in the array, and its numbers `[(1,) *chunk]`.
-
-    Where chunks are cut along the tensor's rows, only a chunk's rows are in memory; otherwise the whole tensor is (an
-    expert's `down`).
-    """
-    piece = unit.piece
-    whole = None
-    for axis, start, stop in store.unit_chunks(piece.shape, unit.chunk):
-        if axis == piece.row_axis:
-            step = piece.rows_per_step
-            block = piece.to_leaf(read_rows(source, piece, start * step, stop * step, unit.dtype))
-        else:
-            if whole is None:
-                whole = piece.to_leaf(read_rows(source, piece, 0, piece.rows, unit.dtype))
-            block = whole[tuple(slice(start, stop) if i == axis else slice(None) for i in range(whole.ndim))]
-        data = np.ascontiguousarray(block)
-        yield unit.region(axis, start, stop), data if piece.expert is None else data[None]
-
-
-def read_rows(source: Unpacked, piece: Piece, start: int, stop: int, dtype: str) -> np.ndarray:
-    """Rows `start` to `stop` of a piece, as `dtype` is held; the source is read in blocks, so that what lies between them is never in memory whole.
-
-    Returns:
-        `[stop - start, cols]`.
-    """
-    out = np.empty((stop - start, piece.cols), formats.leaf_dtype(dtype))
-    for block in piece.blocks(start, stop, max(1, _BLOCK_BYTES // (4 * piece.width))):
-        rows = source.read_matrix(piece.hf, piece.width, block.first, block.stop, block.at)
-        out[block.rows.start - start : block.rows.stop - start] = formats.store_numpy(piece.take_columns(rows), dtype)
-    return out
-
-
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def _finish(hf: Path, plan: Plan, partial: Path, checksums: dict) -> Manifest:
+def _finish(hf: Path, plan: Plan, partial: Path, checksums: Done) -> Manifest:
     """Everything beside the arrays; the manifest last."""
     write_text(partial / SPEC, json.dumps(plan.spec.to_json(), indent=1) + "\n")
-    store.write_orbax_metadata(partial, {unit.path: unit.leaf for unit in plan.units})
-    files = _copy_files(hf, partial)
+    store.write_orbax_metadata(partial, {output.path: output.leaf for unit in plan.units for output in unit.outputs})
+    files = copy_files(hf, partial)
     manifest = Manifest(
         spec_hash=plan.spec.hash(),
         dtype=plan.dtype,
@@ -336,32 +240,41 @@ def _finish(hf: Path, plan: Plan, partial: Path, checksums: dict) -> Manifest:
         absent_heads=plan.absent_heads,
         nbytes=plan.nbytes,
         leaves=_records(plan, checksums),
+        quantization=plan.quantizer.describe() if plan.quantizer else None,
+        revision=plan.revision,
     )
     write_manifest(partial, manifest)
     return manifest
 
 
-def _records(plan: Plan, checksums: dict) -> dict[str, LeafRecord]:
+def _records(plan: Plan, checksums: Done) -> dict[str, LeafRecord]:
     by_path: dict[str, list[Unit]] = {}
     for unit in plan.units:
         by_path.setdefault(unit.path, []).append(unit)
-    return {
-        path: LeafRecord(
-            shape=units[0].leaf.shape,
-            dtype=units[0].dtype,
-            stored=units[0].leaf.dtype.name,
-            axes=units[0].leaf.axes,
-            chunk=units[0].array_chunk,
-            op=units[0].piece.op,
-            sources=tuple(unit.piece.hf for unit in units),
-            crc32=tuple(checksums[unit.key] for unit in units),
-            nbytes=units[0].leaf.nbytes,
-        )
-        for path, units in by_path.items()
-    }
+    records = {}
+    for units in by_path.values():
+        for i, output in enumerate(units[0].outputs):
+            records[output.path] = _record(plan, units, output, tuple(checksums[unit.key][i] for unit in units))
+    return records
 
 
-def _copy_files(hf: Path, folder: Path) -> dict[str, str]:
+def _record(plan: Plan, units: list[Unit], output: Output, crc32: tuple[str, ...]) -> LeafRecord:
+    dtypes = tuple(plan.source_dtypes[unit.piece.hf] for unit in units)
+    return LeafRecord(
+        shape=output.leaf.shape,
+        dtype=output.dtype,
+        stored=output.leaf.dtype.name,
+        axes=output.leaf.axes,
+        chunk=output.chunk,
+        op=units[0].piece.op,
+        sources=tuple(unit.piece.hf for unit in units),
+        crc32=crc32,
+        nbytes=output.leaf.nbytes,
+        source_dtypes=dtypes[:1] if len(set(dtypes)) == 1 else dtypes,
+    )
+
+
+def copy_files(hf: Path, folder: Path) -> dict[str, str]:
     """Copies the small files; gives their SHA-256."""
     out = {}
     for name in KEPT_FILES:
@@ -372,28 +285,10 @@ def _copy_files(hf: Path, folder: Path) -> dict[str, str]:
                 os.replace(temporary, folder / name)
             finally:
                 temporary.unlink(missing_ok=True)
-            out[name] = _sha256(folder / name)
+            out[name] = sha256_of(folder / name)
     return out
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a small file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Waits until every file is on the disk, so that the rename never names a folder whose data a power cut could take.
-
-    Many at once: the disk then joins what would be thousands of small waits.
-    """
-    with ThreadPoolExecutor(_SYNCING) as pool:
-        for root, _, names in os.walk(folder):
-            list(pool.map(_sync_file, [os.path.join(root, name) for name in names]))  # raises what a thread raised
-            _sync_file(root)
-
-
-def _sync_file(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -21,7 +22,6 @@ from checkpoints.families import (
     hf_tensors,
     ignorable,
     is_weight,
-    leaf_dtype_name,
     leaf_paths,
     pieces_of,
     pinned_paths,
@@ -29,46 +29,13 @@ from checkpoints.families import (
 )
 from checkpoints.manifest import LEAF_LAYOUT, VERSION
 from checkpoints.quantized import Unpacked
+from checkpoints.quantizer import Quantizer
 from checkpoints.safetensors_reader import DTYPES
-from jaxmoe.spec import Leaf, ModelSpec, SpecError
+from checkpoints.units import Unit
+from jaxmoe.spec import ModelSpec, SpecError
 
 _LISTED = 20  # tensors that an error lists
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """What is written, checksummed and resumed as one: a leaf, or one expert of it. `chunk` has the unit's axes."""
-
-    path: str
-    leaf: Leaf
-    piece: Piece
-    chunk: tuple[int, ...]
-
-    @property
-    def key(self) -> tuple[str, int | None]:
-        """What names the unit: leaf and expert."""
-        return self.path, self.piece.expert
-
-    @property
-    def array_chunk(self) -> tuple[int, ...]:
-        """The chunk with the array's axes."""
-        return self.chunk if self.piece.expert is None else (1, *self.chunk)
-
-    @property
-    def dtype(self) -> str:
-        """Of the numbers: 'float32' or 'bfloat16'."""
-        return leaf_dtype_name(self.leaf)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the unit as stored."""
-        return self.piece.rows * self.piece.cols * self.leaf.dtype.itemsize
-
-    def region(self, axis: int, start: int, stop: int) -> tuple[slice, ...]:
-        """Where a chunk of the unit lies in its array."""
-        expert = self.piece.expert
-        inner = tuple(slice(start, stop) if i == axis else slice(None) for i in range(len(self.piece.shape)))
-        return inner if expert is None else (slice(expert, expert + 1), *inner)
+_QUANTIZED = ("gate", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +50,9 @@ class Plan:
     dropped: tuple[int, int]
     absent_heads: int
     units: tuple[Unit, ...]
+    quantizer: Quantizer | None
+    revision: str
+    source_dtypes: dict[str, str]
 
     @property
     def dtype(self) -> str:
@@ -102,14 +72,36 @@ class Plan:
             "fingerprint": self.fingerprint,
             "spec_hash": self.spec.hash(),
             "dtype": self.dtype,
+            "quantization": self.quantizer.describe() if self.quantizer else None,
         }
 
 
-def make_plan(hf: Path, source: Unpacked, dtype: str | None) -> Plan:
-    """Checks config and tensors, and lists what is to be written.
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """A Hugging Face folder held against its config, before anything is decided.
+
+    Attributes:
+        spec: the model; without its extra heads where their tensors aren't there.
+        layout: how its weights lie on disk.
+        expected: for each tensor that the model needs, its shape and what it is made into.
+        left: tensors that fill no leaf.
+        absent_heads: extra heads of the config that the tensors lack.
+        wrong: all that is wrong, a phrase for each kind.
+    """
+
+    spec: ModelSpec
+    layout: Layout
+    expected: dict[str, tuple[tuple[int, ...], tuple[tuple[str, Piece], ...]]]
+    left: tuple[str, ...]
+    absent_heads: int
+    wrong: tuple[str, ...]
+
+
+def examine(hf: Path, source: Unpacked) -> Findings:
+    """Compares names, shapes and dtypes of a folder's tensors with what its config needs.
 
     Raises:
-        CheckpointError: see `convert`.
+        CheckpointError: a config that can't be used at all.
     """
     spec = read_config(hf)
     layout = choose_layout(spec, source.tensors, source.form)
@@ -117,19 +109,46 @@ def make_plan(hf: Path, source: Unpacked, dtype: str | None) -> Plan:
     spec = _without_absent_heads(spec, layout, source)
     expected = hf_tensors(spec, layout)
     left = tuple(name for name in source.tensors if name not in expected)
-    wrong = [
+    wrong = (
         *([_list(source.problems)] if source.problems else []),
         *_check_names(source, spec, layout, expected, left),
         *_check_tensors(source, {name: shape for name, (shape, _) in expected.items() if name in source.tensors}),
-    ]
-    if wrong:
-        raise CheckpointError(f"{hf}: {'; '.join(wrong)}")
-    spec = _with_dtype(hf, source, spec, layout, dtype)
+    )
+    return Findings(spec, layout, expected, left, heads - len(spec.extra_heads), wrong)
+
+
+def make_plan(hf: Path, source: Unpacked, dtype: str | None, quantizer: Quantizer | None = None) -> Plan:
+    """Checks config and tensors, and lists what is to be written.
+
+    Raises:
+        CheckpointError: see `convert`.
+    """
+    found = examine(hf, source)
+    if found.wrong:
+        raise CheckpointError(f"{hf}: {'; '.join(found.wrong)}")
+    layout, left = found.layout, found.left
+    spec = _with_dtype(hf, source, found.spec, layout, dtype)
     _check_tied(source, spec, layout, left)
     files = tuple((f.name, f.nbytes, f.header_sha256, f.sample_sha256) for f in source.files)
     fingerprint = hashlib.sha256(json.dumps([*files, *source.identity]).encode()).hexdigest()
     lost = [source[name].nbytes for name in left if is_weight(spec, layout, name)]
-    return Plan(spec, layout, fingerprint, files, left, (len(lost), sum(lost)), heads - len(spec.extra_heads), _units(spec, layout))
+    units = _units(spec, layout, quantizer)
+    dtypes = {name: source[name].dtype for name in found.expected}
+    return Plan(
+        spec, layout, fingerprint, files, left, (len(lost), sum(lost)), found.absent_heads, units, quantizer, source_revision(hf), dtypes
+    )
+
+
+def source_revision(hf: Path) -> str:
+    """The commit that a folder was downloaded at, as huggingface_hub's cache and its local folders tell it; '' where they don't."""
+    names = hf.resolve().parts
+    if len(names) > 1 and names[-2] == "snapshots" and re.fullmatch("[0-9a-f]{40}", names[-1]):
+        return names[-1]
+    try:
+        first = (hf / ".cache/huggingface/download/config.json.metadata").read_text(encoding="utf-8").split("\n")[0].strip()
+    except (OSError, ValueError):
+        return ""
+    return first if re.fullmatch("[0-9a-f]{40}", first) else ""
 
 
 def read_config(hf: Path) -> ModelSpec:
@@ -237,11 +256,20 @@ def _check_tied(source: Unpacked, spec: ModelSpec, layout: Layout, ignored: tupl
     raise CheckpointError(f"{source.folder}: tie_word_embeddings is true, but {head} differs from {embed}")
 
 
-def _units(spec: ModelSpec, layout: Layout) -> tuple[Unit, ...]:
+def _units(spec: ModelSpec, layout: Layout, quantizer: Quantizer | None) -> tuple[Unit, ...]:
     leaves = leaf_paths(spec)
-    out = []
+    out, wrong = [], []
     for path, pieces in pieces_of(spec, layout).items():
-        chunk = store.chunk_shape(leaves[path], pieces[0])
-        for piece in pieces:
-            out.append(Unit(path, leaves[path], piece, chunk if piece.expert is None else chunk[1:]))
+        leaf = leaves[path]
+        chosen = quantizer if quantizer and path.startswith("experts.") and path.split(".")[-1] in _QUANTIZED else None
+        problem = chosen.check(path, leaf) if chosen else None
+        if problem:
+            wrong.append(problem)
+            continue
+        step = chosen.step(leaf.shape[1]) if chosen and leaf.axes[1] == "hidden" else 1
+        chunk = store.chunk_shape(leaf, pieces[0], step)
+        out.extend(Unit(path, leaf, piece, chunk if piece.expert is None else chunk[1:], chosen) for piece in pieces)
+    if wrong:
+        more = f" (and {len(wrong) - 1} more leaves)" if len(wrong) > 1 else ""
+        raise CheckpointError(f"{wrong[0]}{more}")
     return tuple(out)

@@ -20,7 +20,7 @@ import tensorstore as ts
 
 from checkpoints.errors import CheckpointError
 from checkpoints.families import Piece
-from checkpoints.manifest import LeafRecord, write_text
+from checkpoints.manifest import LeafRecord, parse_json, write_text
 from jaxmoe.spec import Leaf
 
 ORBAX_METADATA = "_METADATA"
@@ -28,26 +28,40 @@ CHUNK_BYTES = 16 << 20
 """Aimed-at size of the chunks of leaves that aren't experts."""
 
 _CRC_BYTES = 4
-_EXPERT_PARTS = 8
+_PARTS = 8
+_PART_BYTES = 64 << 10  # smaller parts of a leaf aren't worth a file of their own
+_SPLIT_AXES = ("vocab", "heads", "kv_heads", "hidden", "shared_hidden")  # what tensor parallelism splits
 
 
-def chunk_shape(leaf: Leaf, piece: Piece) -> tuple[int, ...]:
-    """How a leaf is cut.
+def chunk_shape(leaf: Leaf, piece: Piece, step: int = 1) -> tuple[int, ...]:
+    """How a leaf is cut, so that what splits it later reads no more than its share.
 
-    Experts `[E, D, F]` go by one expert and an eighth of F (`[E, F, D]` as well); where 8 doesn't divide F, the
-    largest smaller count that does. Any other leaf is cut along the axis that its source's rows run along, into at
-    most about `CHUNK_BYTES`.
+    Experts `[E, D, F]` go by one expert and an eighth of F (`[E, F, D]` as well); where 8 doesn't divide F, the largest smaller count that does.
+    Any other leaf is cut along the axis that tensor parallelism splits, or along the one that its source's rows run along if it has none: into a
+    multiple of 8 chunks (4, 2, 1 where 8 doesn't divide, or where they would be small), of about `CHUNK_BYTES` at most.
+
+    Args:
+        leaf: the whole array.
+        piece: the part of the source that fills it, or one expert of it.
+        step: numbers along an expert's hidden axis that chunks may not part.
     """
     if piece.expert is not None:
         axis = leaf.axes.index("hidden")
-        parts = max(n for n in range(1, _EXPERT_PARTS + 1) if leaf.shape[axis] % n == 0)
+        parts = max(n for n in range(1, _PARTS + 1) if leaf.shape[axis] % (n * step) == 0)
         return (1, *(n // parts if i == axis else n for i, n in enumerate(leaf.shape) if i))
-    axis = piece.row_axis
-    step = math.prod(leaf.shape) // leaf.shape[axis] * leaf.dtype.itemsize
-    limit = max(1, min(leaf.shape[axis], CHUNK_BYTES // step))
-    even = max(n for n in range(1, limit + 1) if leaf.shape[axis] % n == 0)
-    steps = even if 4 * even >= limit else limit  # an uneven last chunk takes a whole one's bytes on disk
+    axis = next((leaf.axes.index(name) for name in _SPLIT_AXES if name in leaf.axes), piece.row_axis)
+    steps = _steps(leaf.shape[axis], leaf.nbytes)
     return tuple(steps if i == axis else n for i, n in enumerate(leaf.shape))
+
+
+def _steps(length: int, nbytes: int) -> int:
+    """How many of an axis's steps a chunk takes."""
+    base = next(n for n in (_PARTS, 4, 2, 1) if length % n == 0 and (n == 1 or nbytes // n >= _PART_BYTES))
+    limit = max(1, min(length, CHUNK_BYTES * length // max(1, nbytes)))
+    even = [length // n for n in range(base, length + 1, base) if length % n == 0 and length // n <= limit]
+    if even and 4 * even[0] >= min(limit, length // base):
+        return even[0]
+    return limit  # an uneven last chunk takes a whole one's bytes on disk
 
 
 def _spec(folder: Path, path: str) -> dict[str, Any]:
@@ -60,24 +74,27 @@ def _spec(folder: Path, path: str) -> dict[str, Any]:
 
 
 _WRITING = ts.Context({"file_io_sync": False})  # one sync at the end costs less than one per chunk
+_ZARR_JSON = "zarr.json"
+
+
+def _metadata(shape: tuple[int, ...], stored: str, chunk: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "shape": list(shape),
+        "data_type": stored,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+        "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "fill_value": 0,
+    }
 
 
 def create_array(folder: Path, path: str, leaf: Leaf, chunk: tuple[int, ...]) -> ts.TensorStore:
     """Opens a leaf's array for writing, and makes it where it isn't there.
 
     Raises:
-        CheckpointError: an array of another shape, dtype or chunk is there.
-        OSError, ValueError: it cannot be written.
+        OSError, ValueError: it cannot be written, or an array of another shape, dtype or chunk is there.
     """
-    metadata = {
-        "shape": list(leaf.shape),
-        "data_type": leaf.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
-        "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
-        "fill_value": 0,
-    }
-    spec = {**_spec(folder, path), "metadata": metadata}
+    spec = {**_spec(folder, path), "metadata": _metadata(leaf.shape, leaf.dtype.name, chunk)}
     return ts.open(spec, create=True, open=True, read=True, write=True, context=_WRITING).result()
 
 
@@ -95,22 +112,51 @@ def chunk_intact(folder: Path, path: str, chunk: tuple[int, ...], itemsize: int,
     return size == math.prod(chunk) * itemsize + _CRC_BYTES
 
 
+def bytes_on_disk(leaf: Leaf, chunk: tuple[int, ...], block: int) -> int:
+    """What a leaf's files take on a disk that is shared out in blocks of so many bytes."""
+    count = math.prod(-(-n // c) for n, c in zip(leaf.shape, chunk, strict=True))
+    size = math.prod(chunk) * leaf.dtype.itemsize + _CRC_BYTES
+    return count * (-(-size // block) * block) + block
+
+
 def open_array(folder: Path, path: str, record: LeafRecord) -> ts.TensorStore:
-    """Opens a leaf's array for reading, and compares it with its record.
+    """Opens a leaf's array for reading; it must be exactly what was written, for numbers could be read otherwise.
 
     Raises:
-        CheckpointError: it's missing, damaged, or of another shape or dtype.
+        CheckpointError: it's missing, damaged, or of another shape, dtype, chunk or encoding.
     """
+    array = _open(folder, path)
+    got, wanted = _on_disk(folder / path / _ZARR_JSON), _metadata(record.shape, record.stored, record.chunk)
+    for key in wanted:
+        if _explicit(got.get(key)) != _explicit(wanted[key]):
+            raise CheckpointError(f"{folder}: leaf {path} is damaged: {_ZARR_JSON} has {key} {got.get(key)}, {wanted[key]} was written")
+    return array
+
+
+def _open(folder: Path, path: str) -> ts.TensorStore:
     try:
-        array = ts.open(_spec(folder, path), open=True, read=True).result()
+        return ts.open(_spec(folder, path), open=True, read=True).result()
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{folder}: leaf {path} is missing or damaged: {one_line(error)}") from error
-    if tuple(array.shape) != record.shape or array.dtype.name != record.stored:
-        raise CheckpointError(
-            f"{folder}: leaf {path} is damaged: {array.dtype.name}{list(array.shape)} on disk, "
-            f"{record.stored}{list(record.shape)} in the manifest"
-        )
-    return array
+
+
+def _on_disk(path: Path) -> dict[str, Any]:
+    try:
+        data = parse_json(path, path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: missing or unreadable: {error.strerror}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: damaged: not a JSON object")
+    return data
+
+
+def _explicit(value: Any) -> Any:
+    """A part of an array's metadata without the configurations that mean the same whether they are written out or not."""
+    if isinstance(value, list):
+        return [_explicit(v) for v in value]
+    if isinstance(value, dict):
+        return {k: v for k, v in value.items() if v not in ({"separator": "."}, {"endian": "little"})}
+    return value
 
 
 def read_array(folder: Path, path: str, array: ts.TensorStore, index: tuple) -> np.ndarray:

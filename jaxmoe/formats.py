@@ -209,20 +209,21 @@ def entry(pool: jax.Array | Quantized, i: jax.Array) -> jax.Array:
     return load(one, jnp.bfloat16 if one.dtype == jnp.uint16 else one.dtype)[0]
 
 
-def pack_int4(numbers: jax.Array, axis: int) -> jax.Array:
-    """int8 in -8..7 to bytes of two, along `axis`."""
+def pack_int4(numbers: jax.Array | np.ndarray, axis: int) -> jax.Array | np.ndarray:
+    """int8 in -8..7 to bytes of two, along `axis`; of numpy arrays, numpy arrays."""
     block = pack_block(numbers.shape[axis])
     shape = numbers.shape
     numbers = numbers.reshape(*shape[:axis], shape[axis] // block, 2, block // 2, *shape[axis + 1 :])
-    low, high = jnp.split(numbers, 2, axis + 1)
-    return ((low & 15) | (high << 4)).astype(jnp.int8).reshape(*shape[:axis], shape[axis] // 2, *shape[axis + 1 :])
+    halves = [numbers[(slice(None),) * (axis + 1) + (slice(half, half + 1),)] for half in (0, 1)]
+    return ((halves[0] & 15) | (halves[1] << 4)).astype(np.int8).reshape(*shape[:axis], shape[axis] // 2, *shape[axis + 1 :])
 
 
-def unpack_int4(packed: jax.Array, axis: int) -> jax.Array:
+def unpack_int4(packed: jax.Array | np.ndarray, axis: int) -> jax.Array | np.ndarray:
     """The inverse of `pack_int4`."""
     shape = packed.shape
     k = shape[axis] * 2
     half = pack_block(k) // 2
     packed = packed.reshape(*shape[:axis], shape[axis] // half, 1, half, *shape[axis + 1 :])
-    both = jnp.concatenate([jnp.right_shift(packed << 4, 4), jnp.right_shift(packed, 4)], axis + 1)
+    module = np if isinstance(packed, np.ndarray) else jnp
+    both = module.concatenate([(packed << 4) >> 4, packed >> 4], axis + 1)
     return both.reshape(*shape[:axis], k, *shape[axis + 1 :])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from checkpoints import convert as converting
+from checkpoints import units
 from checkpoints import families, plan
 from checkpoints.convert import convert
 from checkpoints.errors import CheckpointError
@@ -150,7 +150,7 @@ def fp8_tensors(seed=0, block=(16, 16)):
 
 @pytest.mark.parametrize("dtype", [None, "float32"])
 def test_fp8_through_conversion_and_back(tmp_path, monkeypatch, dtype, assert_trees_equal):
-    monkeypatch.setattr(converting, "_BLOCK_BYTES", 500)
+    monkeypatch.setattr(units, "BLOCK_BYTES", 500)
     tensors, values = fp8_tensors()
     manifest = convert(folder(tmp_path / "hf", FP8, tensors, CONFIG), tmp_path / "out", dtype)
     assert manifest.dtype == (dtype or "bfloat16")
@@ -201,7 +201,7 @@ def mxfp4_tensors():
 
 
 def test_mxfp4_through_conversion_and_back(tmp_path, odd, monkeypatch):
-    monkeypatch.setattr(converting, "_BLOCK_BYTES", 700)
+    monkeypatch.setattr(units, "BLOCK_BYTES", 700)
     tensors, leaves = mxfp4_tensors()
     manifest = convert(folder(tmp_path / "hf", MXFP4, tensors), tmp_path / "out")
     assert (manifest.dtype, manifest.names) == ("bfloat16", "odd-interleaved")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from checkpoints import convert as converting
+from checkpoints import units
 from checkpoints import families, plan, store
 from checkpoints.convert import convert
 from checkpoints.errors import CheckpointError
@@ -57,7 +57,7 @@ def test_there_and_back(tmp_path, monkeypatch, use, form, prefixes, dtype, small
     use(odd_model.layout(form, PREFIXES[prefixes]))
     if small:
         monkeypatch.setattr(store, "CHUNK_BYTES", 300)
-        monkeypatch.setattr(converting, "_BLOCK_BYTES", 700)
+        monkeypatch.setattr(units, "BLOCK_BYTES", 700)
     leaves = odd_model.random_leaves(dtype)
     tensors = renamed(odd_model.tensors(leaves, form), prefixes)
     manifest = convert(hf_folders.write_folder(tmp_path / "hf", {}, tensors, shards=2), tmp_path / "out")
@@ -74,7 +74,7 @@ def test_there_and_back(tmp_path, monkeypatch, use, form, prefixes, dtype, small
 def test_blocks_bound_what_is_read_at_once(tmp_path, monkeypatch, use, form):
     use(odd_model.layout(form))
     most, read = 1000, []
-    monkeypatch.setattr(converting, "_BLOCK_BYTES", most)
+    monkeypatch.setattr(units, "BLOCK_BYTES", most)
     real = Unpacked.read_matrix
 
     def read_matrix(self, name, width, start, stop, at=slice(None)):

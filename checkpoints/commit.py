@@ -1,0 +1,116 @@
+"""How a folder gets its name: it is made as `OUT.partial` under a lock, brought to the disk whole, and renamed.
+
+A folder of that name is therefore always complete, whenever the process was killed or the power went. This file knows nothing of what is inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from checkpoints.errors import CheckpointError
+
+LOCK = "_lock"
+"""An empty file in an unfinished folder that is locked by the process which works on it."""
+
+_SYNCING = 16
+
+
+def partial_of(out: Path) -> Path:
+    """The folder in which `out` is being made."""
+    return out.with_name(out.name + ".partial")
+
+
+@contextlib.contextmanager
+def locked(partial: Path) -> Iterator[None]:
+    """Makes an unfinished folder where there is none, and keeps other processes out of it.
+
+    Raises:
+        CheckpointError: another process works on it, or it can't be made or written.
+    """
+    with writing(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        fd = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{partial}: another process is writing into it") from None
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turns the errors of a folder that can't be written into one that a user can do something about.
+
+    Raises:
+        CheckpointError: instead of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f" ({error.filename}: {error.strerror})" if error.filename else f" ({error.strerror or error})"
+        if isinstance(error, PermissionError):
+            raise CheckpointError(f"{place}: no permission to write there{what}") from error
+        if error.errno == errno.EROFS:
+            raise CheckpointError(f"{place}: is on a read-only disk{what}") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise CheckpointError(f"{place}: the disk is full{what}: free some room and run again") from error
+        raise CheckpointError(f"{place}: writing failed{what}") from error
+
+
+def free_bytes(place: Path) -> int:
+    """Bytes that the disk has free on which `place` is, or will be."""
+    return shutil.disk_usage(next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())).free
+
+
+def publish(partial: Path, out: Path, leave: tuple[str, ...] = (LOCK,)) -> None:
+    """Gives an unfinished folder its name: afterwards `out` is complete, even if the power goes at once.
+
+    Args:
+        partial: the folder; everything in it is written.
+        out: not there, or an empty folder.
+        leave: files that only the unfinished folder needs; they keep other processes out until the rename, and go after it.
+
+    Raises:
+        CheckpointError: it can't be done; `partial` is as it was.
+    """
+    with writing(partial):
+        sync_tree(partial)
+        os.replace(partial, out)
+        sync(out.absolute().parent)
+        tidy(out, leave)
+
+
+def tidy(out: Path, leave: tuple[str, ...] = (LOCK,)) -> None:
+    """Removes from a finished folder what a process that was killed right after the rename has left."""
+    for name in leave:
+        (out / name).unlink(missing_ok=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until every file and folder below is on the disk.
+
+    Many at once: the disk then joins what would be thousands of small waits.
+    """
+    with ThreadPoolExecutor(_SYNCING) as pool:
+        for root, _, names in os.walk(folder):
+            list(pool.map(sync, [os.path.join(root, name) for name in names]))  # raises what a thread raised
+            sync(root)
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""Smaller models from larger ones: quantizers so far."""
