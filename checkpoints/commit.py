@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ LOCK = "_lock"
 """An empty file in an unfinished folder that is locked by the process which works on it."""
 
 _SYNCING = 16
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def partial_of(out: Path) -> Path:
@@ -57,19 +60,37 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f" ({error.filename}: {error.strerror})" if error.filename else f" ({error.strerror or error})"
-        if isinstance(error, PermissionError):
-            raise CheckpointError(f"{place}: no permission to write there{what}") from error
-        if error.errno == errno.EROFS:
-            raise CheckpointError(f"{place}: is on a read-only disk{what}") from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CheckpointError(f"{place}: the disk is full{what}: free some room and run again") from error
-        raise CheckpointError(f"{place}: writing failed{what}") from error
+        raise failure(place, error) from error
+
+
+def failure(place: Path, error: Exception, then: str = "") -> CheckpointError:
+    """What to say of an error of the disk, Python's or tensorstore's, while `place` was written; `then` says how to go on."""
+    number, name = errno_of(error), getattr(error, "filename", None)
+    text = os.strerror(number) if number else " ".join(str(error).split(" [")[0].split())
+    what = f" ({name}: {text})" if name else f" ({text})"
+    if number in (errno.EACCES, errno.EPERM):
+        return CheckpointError(f"{place}: no permission to write there{what}{then}")
+    if number == errno.EROFS:
+        return CheckpointError(f"{place}: is on a read-only disk{what}{then}")
+    if number in DISK_FULL:
+        return CheckpointError(f"{place}: the disk is full{what}{then or ': free some room and run again'}")
+    return CheckpointError(f"{place}: writing failed{what}{then}")
+
+
+def errno_of(error: Exception) -> int | None:
+    """The system's number of an error of Python's or tensorstore's, where it has one."""
+    found = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's
+    return int(found[1]) if found else getattr(error, "errno", None)
 
 
 def free_bytes(place: Path) -> int:
     """Bytes that the disk has free on which `place` is, or will be."""
-    return shutil.disk_usage(next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())).free
+    return shutil.disk_usage(existing(place)).free
+
+
+def existing(place: Path) -> Path:
+    """A path, or the nearest folder above it that is there."""
+    return next(p for p in (place.absolute(), *place.absolute().parents) if p.exists())
 
 
 def publish(partial: Path, out: Path, leave: tuple[str, ...] = (LOCK,)) -> None:

@@ -7,15 +7,16 @@ name by one rename. This file judges neither configs nor tensors; it writes what
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -23,6 +24,7 @@ from typing import IO
 import tensorstore as ts
 
 from checkpoints import commit, journal, store
+from checkpoints.ahead import ahead
 from checkpoints.commit import partial_of, writing
 from checkpoints.errors import CheckpointError
 from checkpoints.journal import PROGRESS, Done
@@ -42,7 +44,8 @@ KEPT_FILES = (
 )
 """Small files that are copied where the source has them."""
 
-_PENDING = 4  # chunks being written while the next is read
+_PENDING_BYTES = 24 << 20  # of chunks that are being written, if a single one isn't larger
+_AHEAD_BYTES = 24 << 20  # of chunks that are read and arranged before they can be written
 _DISK_BLOCK = 4096
 
 
@@ -75,14 +78,14 @@ def convert(
             written can be resumed).
     """
     hf, out = Path(hf_folder), Path(out_folder)
-    _check_apart(hf, out)
+    check_apart(hf, out)
     with open_source(hf) as source:
         plan = make_plan(hf, source, dtype, quantizer)
         finished = _finished(hf, out, plan)
         if finished is not None:
             return finished
         partial = partial_of(out)
-        check_room(partial, plan, journal.read_journal(partial, plan))
+        _check_room(partial, plan, journal.read_journal(partial, plan))
         with journal.open_journal(partial, plan) as log:
             finished = _finished(hf, out, plan)
             if finished is not None:  # by another process, between our first look and the lock
@@ -96,7 +99,12 @@ def convert(
     return manifest
 
 
-def _check_apart(hf: Path, out: Path) -> None:
+def check_apart(hf: Path, out: Path) -> None:
+    """Makes sure that the output isn't the source.
+
+    Raises:
+        CheckpointError: it is.
+    """
     for folder in (out, partial_of(out)):
         if folder.exists() and hf.exists() and os.path.samefile(folder, hf):
             raise CheckpointError(f"{hf}: is both the source and the output folder: choose another output folder")
@@ -137,16 +145,15 @@ def _refresh_files(hf: Path, out: Path, manifest: Manifest) -> Manifest:
     return manifest
 
 
-def check_room(partial: Path, plan: Plan, done: Done) -> None:
-    """Compares what is to be written, in whole blocks of the disk, with what it has free.
-
-    Raises:
-        CheckpointError: it's too little; the message says by how much.
-    """
+def room_needed(plan: Plan, done: Done) -> int:
+    """Bytes that are still to be written, in whole blocks of the disk."""
     arrays = {output.path: output for unit in plan.units for output in unit.outputs}
     needed = sum(store.bytes_on_disk(output.leaf, output.chunk, _DISK_BLOCK) for output in arrays.values())
-    needed -= sum(unit.nbytes for unit in plan.units if unit.key in done)
-    free = commit.free_bytes(partial)
+    return needed - sum(unit.nbytes for unit in plan.units if unit.key in done)
+
+
+def _check_room(partial: Path, plan: Plan, done: Done) -> None:
+    needed, free = room_needed(plan, done), commit.free_bytes(partial)
     if needed > free:
         raise CheckpointError(
             f"{partial}: {needed} bytes are to be written, the disk has {free} free: free {needed - free} bytes more"
@@ -174,15 +181,18 @@ def _write_units(source: Unpacked, plan: Plan, partial: Path, claimed: Done, log
     done = journal.reread(partial, plan, claimed)
     report(sum(unit.nbytes for unit in plan.units if unit.key in done))
     arrays: dict[str, ts.TensorStore] = {}
+    left = {unit.key: unit for unit in plan.units if unit.key not in done}
+    stream = ((key, parts) for key, unit in left.items() for parts in chunk_data(source, unit))
     try:
-        for unit in plan.units:
-            if unit.key in done:
-                continue
-            if unit.outputs[0].path not in arrays:
-                arrays = {o.path: store.create_array(partial, o.path, o.leaf, o.chunk) for o in unit.outputs}
-            crcs = _write_unit([arrays[o.path] for o in unit.outputs], chunk_data(source, unit), functools.partial(report, path=unit.path))
-            done[unit.key] = tuple(f"{crc:08x}" for crc in crcs)
-            journal.add(log, unit, done[unit.key])
+        with contextlib.closing(ahead(stream, _AHEAD_BYTES, lambda item: sum(data.nbytes for _, data in item[1]))) as chunks:
+            for key, group in itertools.groupby(chunks, key=lambda item: item[0]):
+                unit = left[key]
+                if unit.outputs[0].path not in arrays:
+                    arrays = {o.path: store.create_array(partial, o.path, o.leaf, o.chunk) for o in unit.outputs}
+                parts = (parts for _, parts in group)
+                crcs = _write_unit([arrays[o.path] for o in unit.outputs], parts, functools.partial(report, path=unit.path))
+                done[key] = tuple(f"{crc:08x}" for crc in crcs)
+                journal.add(log, unit, done[key])
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -194,30 +204,22 @@ def _write_unit(arrays: list[ts.TensorStore], chunks: Iterator[tuple[Part, ...]]
     """Writes chunks, a few at a time, and gives the CRC-32 of what each array got. However it ends, nothing is being written any more when it
     returns."""
     crcs = [0] * len(arrays)
-    pending: deque[ts.Future] = deque()
-    try:
+    with store.Writes(_PENDING_BYTES) as writes:
         for parts in chunks:
             for i, (array, (region, data)) in enumerate(zip(arrays, parts, strict=True)):
-                if len(pending) == _PENDING:
-                    pending.popleft().result()
-                pending.append(store.write_chunk(array, region, data))
+                writes.begin(array, region, data)
                 crcs[i] = zlib.crc32(data.data, crcs[i])
                 report(data.nbytes)
-        while pending:
-            pending.popleft().result()
-    finally:
-        for future in pending:
-            future.exception()  # waits; what went wrong first is already on its way
     return crcs
 
 
 def _writing_failed(error: Exception, partial: Path, written: int, total: int) -> CheckpointError:
-    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+    if commit.errno_of(error) in commit.DISK_FULL or os.strerror(errno.ENOSPC) in str(error):
         return CheckpointError(
             f"{partial}: the disk is full after about {written} of {total} bytes: "
             f"free {total - written} more and run again, it will go on from there"
         )
-    return CheckpointError(f"{partial}: writing failed, a second run will go on from there: {store.one_line(error)}")
+    return commit.failure(partial, error, ", a second run will go on from there")
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -239,7 +241,7 @@ def _finish(hf: Path, plan: Plan, partial: Path, checksums: Done) -> Manifest:
         dropped=plan.dropped,
         absent_heads=plan.absent_heads,
         nbytes=plan.nbytes,
-        leaves=_records(plan, checksums),
+        leaves=_records(plan, checksums, partial),
         quantization=plan.quantizer.describe() if plan.quantizer else None,
         revision=plan.revision,
     )
@@ -247,18 +249,19 @@ def _finish(hf: Path, plan: Plan, partial: Path, checksums: Done) -> Manifest:
     return manifest
 
 
-def _records(plan: Plan, checksums: Done) -> dict[str, LeafRecord]:
+def _records(plan: Plan, checksums: Done, partial: Path) -> dict[str, LeafRecord]:
     by_path: dict[str, list[Unit]] = {}
     for unit in plan.units:
         by_path.setdefault(unit.path, []).append(unit)
     records = {}
     for units in by_path.values():
         for i, output in enumerate(units[0].outputs):
-            records[output.path] = _record(plan, units, output, tuple(checksums[unit.key][i] for unit in units))
+            ends = store.chunk_crcs(partial, output.path, output.leaf.shape, output.chunk)
+            records[output.path] = _record(plan, units, output, tuple(checksums[unit.key][i] for unit in units), ends)
     return records
 
 
-def _record(plan: Plan, units: list[Unit], output: Output, crc32: tuple[str, ...]) -> LeafRecord:
+def _record(plan: Plan, units: list[Unit], output: Output, crc32: tuple[str, ...], ends: str) -> LeafRecord:
     dtypes = tuple(plan.source_dtypes[unit.piece.hf] for unit in units)
     return LeafRecord(
         shape=output.leaf.shape,
@@ -271,6 +274,7 @@ def _record(plan: Plan, units: list[Unit], output: Output, crc32: tuple[str, ...
         crc32=crc32,
         nbytes=output.leaf.nbytes,
         source_dtypes=dtypes[:1] if len(set(dtypes)) == 1 else dtypes,
+        chunk_crc32c=ends,
     )
 
 

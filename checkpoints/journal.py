@@ -6,10 +6,12 @@ file is locked by the process that writes it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -54,7 +56,8 @@ def read_journal(partial: Path, plan: Plan) -> Done:
     return {key: crc for key, crc in claimed.items() if counts.get(key) == len(crc)}
 
 
-def open_journal(partial: Path, plan: Plan) -> IO[str]:
+@contextlib.contextmanager
+def open_journal(partial: Path, plan: Plan) -> Iterator[IO[str]]:
     """The file, locked and ready for another line.
 
     Raises:
@@ -64,20 +67,25 @@ def open_journal(partial: Path, plan: Plan) -> IO[str]:
         partial.mkdir(parents=True, exist_ok=True)
         log = open(partial / PROGRESS, "a+", encoding="utf-8", errors="replace")
     try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        log.close()
-        raise CheckpointError(f"{partial}: another process is converting into it") from None
-    with writing(partial):
-        log.seek(0)
-        text = log.read()
-        if _parse(text.split("\n", 1)[0]) is None:
-            log.truncate(0)
-            log.write(json.dumps(plan.identity()) + "\n")
-        elif not text.endswith("\n"):
-            log.write("\n")  # ends a line that was cut off
-        log.flush()
-    return log
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{partial}: another process is converting into it") from None
+        with writing(partial):
+            log.seek(0)
+            text = log.read()
+            if _parse(text.split("\n", 1)[0]) is None:
+                log.truncate(0)
+                log.write(json.dumps(plan.identity()) + "\n")
+                log.flush()
+                os.fsync(log.fileno())  # without this line, a power cut would leave a folder that nobody knows
+            elif not text.endswith("\n"):
+                log.write("\n")  # ends a line that was cut off
+            log.flush()
+        yield log
+    finally:
+        with contextlib.suppress(OSError):  # a line that couldn't be flushed has said so; closing tries it again
+            log.close()
 
 
 def add(log: IO[str], unit: Unit, checksums: tuple[str, ...]) -> None:

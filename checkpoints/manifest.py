@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.errors import CheckpointError
+from jaxmoe.spec import ModelSpec, SpecError
 
 FORMAT = "jaxmoe-checkpoint"
 VERSION = 3
@@ -31,7 +32,8 @@ class LeafRecord:
     `dtype` is that of the numbers, `stored` that of the array which holds them (bfloat16 is held as uint16, int8 and int4 as int8).
     `sources` are the Hugging Face tensors it was made of and `op` how (see `checkpoints.families.rules`); one source, or one per expert. `crc32` has
     a checksum per source: over the stored bytes of its chunks, chunk after chunk, each in C order. `source_dtypes` has what the source's files call
-    their dtypes ('BF16'): one for each source, or one for all.
+    their dtypes ('BF16'): one for each source, or one for all. `chunk_crc32c` is what the files of its chunks end with, 8 hexadecimal digits each,
+    in C order: it tells a chunk that is whole, but another one.
     """
 
     shape: tuple[int, ...]
@@ -44,6 +46,7 @@ class LeafRecord:
     crc32: tuple[str, ...]
     nbytes: int
     source_dtypes: tuple[str, ...] = ()
+    chunk_crc32c: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Manifest:
     """A converted model. `source_files` are (name, bytes, SHA-256 of the header, SHA-256 of a sample of the data);
     `files` maps the small files kept beside the arrays to their SHA-256; `ignored` lists source tensors that were passed over, and `dropped` says how
     many of those are weights (neither buffers nor copies), and how many bytes; `absent_heads` counts the extra heads that the config has and the
-    source's tensors lack; `nbytes` is the size of all leaves; `dtype` is that of those leaves which aren't float32 in any model, and of the weights that
-    quantized ones stand for; `quantization` says how the experts were quantized, `{"method", "bits", "group"}`, if they were; `revision` is the
+    source's tensors lack; `nbytes` is the size of all leaves; `dtype` is that of those leaves which aren't float32 in any model, and of what
+    quantized weights stand for; `quantization` says how the experts were quantized, `{"method", "bits", "group"}`, if they were; `revision` is the
     source's commit, where it is known."""
 
     spec_hash: str
@@ -147,6 +150,24 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{path}: damaged: {error}") from error
 
 
+def read_spec_json(folder: Path, manifest: Manifest) -> ModelSpec:
+    """The model of a folder, from its `spec.json`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of another model than the manifest.
+    """
+    path = folder / SPEC
+    try:
+        spec = ModelSpec.from_json(json.loads(path.read_bytes()))
+    except OSError as error:
+        raise CheckpointError(f"{path}: missing or unreadable: {error.strerror}") from None
+    except (SpecError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged: {' '.join(str(error).split())}") from error
+    if spec.hash() != manifest.spec_hash:
+        raise CheckpointError(f"{path}: damaged: it is spec {spec.hash()}, the manifest is of {manifest.spec_hash}")
+    return spec
+
+
 def _check_version(path: Path, data: dict) -> None:
     version, layout = data.get("version"), data.get("layout")
     if version == VERSION and layout == LEAF_LAYOUT:
@@ -154,7 +175,7 @@ def _check_version(path: Path, data: dict) -> None:
     if isinstance(version, int) and version > VERSION:
         raise CheckpointError(f"{path}: version {version} was written by a newer jaxmoe, this one reads up to {VERSION}: update jaxmoe")
     raise CheckpointError(
-        f"{path}: version {version!r} with leaf layout {layout!r} cannot be read here (version {VERSION} with {LEAF_LAYOUT!r} can): convert the model again"
+        f"{path}: version {version!r} with leaf layout {layout!r} cannot be read here ({VERSION} with {LEAF_LAYOUT!r} can): convert the model again"
     )
 
 

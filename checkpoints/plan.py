@@ -85,6 +85,7 @@ class Findings:
         layout: how its weights lie on disk.
         expected: for each tensor that the model needs, its shape and what it is made into.
         left: tensors that fill no leaf.
+        unexpected: those of them that may not be there.
         absent_heads: extra heads of the config that the tensors lack.
         wrong: all that is wrong, a phrase for each kind.
     """
@@ -93,6 +94,7 @@ class Findings:
     layout: Layout
     expected: dict[str, tuple[tuple[int, ...], tuple[tuple[str, Piece], ...]]]
     left: tuple[str, ...]
+    unexpected: tuple[str, ...]
     absent_heads: int
     wrong: tuple[str, ...]
 
@@ -109,12 +111,13 @@ def examine(hf: Path, source: Unpacked) -> Findings:
     spec = _without_absent_heads(spec, layout, source)
     expected = hf_tensors(spec, layout)
     left = tuple(name for name in source.tensors if name not in expected)
+    unexpected = tuple(name for name in left if not ignorable(spec, layout, name))
     wrong = (
         *([_list(source.problems)] if source.problems else []),
-        *_check_names(source, spec, layout, expected, left),
+        *_check_names(source, expected, unexpected),
         *_check_tensors(source, {name: shape for name, (shape, _) in expected.items() if name in source.tensors}),
     )
-    return Findings(spec, layout, expected, left, heads - len(spec.extra_heads), wrong)
+    return Findings(spec, layout, expected, left, unexpected, heads - len(spec.extra_heads), wrong)
 
 
 def make_plan(hf: Path, source: Unpacked, dtype: str | None, quantizer: Quantizer | None = None) -> Plan:
@@ -157,21 +160,31 @@ def read_config(hf: Path) -> ModelSpec:
     Raises:
         CheckpointError: no folder, no config.json, not JSON, or a config that isn't supported.
     """
-    path = hf / "config.json"
     if not hf.is_dir():
         raise CheckpointError(f"{hf}: no such folder")
+    return read_config_file(hf / "config.json")
+
+
+def read_config_file(path: Path) -> ModelSpec:
+    """The spec of a config.json.
+
+    Raises:
+        CheckpointError: it's missing, not JSON, or not supported.
+    """
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: not a JSON object") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: damaged: not a JSON object")
     try:
         return ModelSpec.from_hf(config)
     except SpecError as error:
-        raise CheckpointError(f"{hf}: {error}") from error
+        raise CheckpointError(f"{path.parent}: {error}") from error
     except (TypeError, ValueError) as error:  # a value of a type that no field of its kind has
         raise CheckpointError(f"{path}: damaged: {store.one_line(error)}") from error
 
@@ -186,13 +199,12 @@ def _without_absent_heads(spec: ModelSpec, layout: Layout, source: Unpacked) -> 
     return spec if any(name in source.tensors for name in own) else without
 
 
-def _check_names(source: Unpacked, spec: ModelSpec, layout: Layout, expected: Collection[str], left: Collection[str]) -> Iterator[str]:
+def _check_names(source: Unpacked, expected: Collection[str], unexpected: Collection[str]) -> Iterator[str]:
     missing = [name for name in expected if name not in source.tensors]
     if missing:
         yield f"{_count(missing, 'tensor')} missing that the config needs: {_list(sorted(missing))}"
-    unexpected = [name for name in left if not ignorable(spec, layout, name)]
     if unexpected:
-        yield f"{_count(unexpected, 'tensor')} unexpected, which the config has no place for: {_list(sorted(unexpected))}"
+        yield f"{_count(unexpected, 'tensor')} unexpected, which the config has no place for: {_list(list(unexpected))}"
 
 
 def _check_tensors(source: Unpacked, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -209,7 +221,7 @@ def _check_tensors(source: Unpacked, shapes: Mapping[str, tuple[int, ...]]) -> I
         yield f"{_list(unsupported)}, which is not supported ({', '.join(DTYPES)} are)"
 
 
-def _count(names: list[str], noun: str) -> str:
+def _count(names: Collection[str], noun: str) -> str:
     return f"{len(names)} {noun}{'s are' if len(names) > 1 else ' is'}"
 
 
@@ -258,7 +270,8 @@ def _check_tied(source: Unpacked, spec: ModelSpec, layout: Layout, ignored: tupl
 
 def _units(spec: ModelSpec, layout: Layout, quantizer: Quantizer | None) -> tuple[Unit, ...]:
     leaves = leaf_paths(spec)
-    out, wrong = [], []
+    out: list[Unit] = []
+    wrong = []
     for path, pieces in pieces_of(spec, layout).items():
         leaf = leaves[path]
         chosen = quantizer if quantizer and path.startswith("experts.") and path.split(".")[-1] in _QUANTIZED else None

@@ -20,7 +20,7 @@ VALUES, SCALES = "values", "scales"
 """What a quantized leaf's two arrays are called, below the leaf's own path."""
 
 Rounding = Callable[[str, int, np.ndarray, slice], tuple[np.ndarray, np.ndarray]]
-"""`(leaf path, expert, w [K, n] float32, which columns these are) -> (numbers [K, n] int8, scales [K / group, n] float32)`: columns are handed over in
+"""`(leaf path, expert, w [K, n] float32, which columns these are) -> (numbers [K, n] int8, scales [K / group, n] float32)`: columns are given in
 pieces, and must not depend on each other."""
 
 
@@ -92,8 +92,8 @@ class Quantizer:
             raise CheckpointError(f"leaf {path}, expert {expert}: has weights that are not finite, which can't be quantized")
         numbers, scales = self.round(path, expert, w, columns)
         k, n = w.shape
-        wanted = ((k, n), np.int8, (k // self.group, n), np.float32)
-        if (numbers.shape, numbers.dtype, scales.shape, scales.dtype) != wanted:
+        shapes = numbers.shape == (k, n) and scales.shape == (k // self.group, n)
+        if not shapes or numbers.dtype != np.int8 or scales.dtype != np.float32:
             raise CheckpointError(
                 f"the quantizer {self.method!r} gave {numbers.dtype}{list(numbers.shape)} and {scales.dtype}{list(scales.shape)} for {path} {[k, n]}"
             )

@@ -9,9 +9,12 @@ zeros).
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,9 @@ ORBAX_METADATA = "_METADATA"
 CHUNK_BYTES = 16 << 20
 """Aimed-at size of the chunks of leaves that aren't experts."""
 
-_CRC_BYTES = 4
+CRC_BYTES = 4
+"""Of a chunk's file, after its numbers."""
+
 _PARTS = 8
 _PART_BYTES = 64 << 10  # smaller parts of a leaf aren't worth a file of their own
 _SPLIT_AXES = ("vocab", "heads", "kv_heads", "hidden", "shared_hidden")  # what tensor parallelism splits
@@ -95,12 +100,59 @@ def create_array(folder: Path, path: str, leaf: Leaf, chunk: tuple[int, ...]) ->
         OSError, ValueError: it cannot be written, or an array of another shape, dtype or chunk is there.
     """
     spec = {**_spec(folder, path), "metadata": _metadata(leaf.shape, leaf.dtype.name, chunk)}
+    _drop_if_cut(folder / path / "zarr.json")
     return ts.open(spec, create=True, open=True, read=True, write=True, context=_WRITING).result()
+
+
+def _drop_if_cut(path: Path) -> None:
+    """Removes metadata of which a power cut has left the name only: they weren't synced."""
+    try:
+        json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        path.unlink()
 
 
 def write_chunk(array: ts.TensorStore, region: tuple[slice, ...], data: np.ndarray) -> ts.Future:
     """Begins to write one chunk; `data` may be dropped, not changed, before the future is done."""
     return array[region].write(data, can_reference_source_data_indefinitely=True).commit
+
+
+class Writes:
+    """Chunks that are being written, of so many bytes at most, if a single one isn't larger. However its block ends, nothing is being written any
+    more after it.
+
+    Raises:
+        OSError, ValueError: a chunk could not be written; at a later one, or at the end.
+    """
+
+    def __init__(self, limit: int):
+        self._limit, self._held = limit, 0
+        self._pending: deque[tuple[ts.Future, int]] = deque()
+
+    def __enter__(self) -> Writes:
+        return self
+
+    def begin(self, array: ts.TensorStore, region: tuple[slice, ...], data: np.ndarray) -> None:
+        """Begins to write a chunk, once there is room for it."""
+        while self._pending and self._held + data.nbytes > self._limit:
+            self._wait()
+        self._pending.append((write_chunk(array, region, data), data.nbytes))
+        self._held += data.nbytes
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            while self._pending and kind is None:
+                self._wait()
+        finally:
+            for future, _nbytes in self._pending:
+                future.exception()  # waits; what went wrong first is already on its way
+
+    def _wait(self) -> None:
+        future, nbytes = self._pending.popleft()
+        self._held -= nbytes
+        future.result()
 
 
 def chunk_intact(folder: Path, path: str, chunk: tuple[int, ...], itemsize: int, index: tuple[int, ...]) -> bool:
@@ -109,13 +161,56 @@ def chunk_intact(folder: Path, path: str, chunk: tuple[int, ...], itemsize: int,
         size = (folder / path / ".".join(map(str, index))).stat().st_size
     except FileNotFoundError:
         return False
-    return size == math.prod(chunk) * itemsize + _CRC_BYTES
+    return size == math.prod(chunk) * itemsize + CRC_BYTES
+
+
+def chunk_crcs(folder: Path, path: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> str:
+    """The CRC-32C that each of a leaf's files ends with: 8 hexadecimal digits for every chunk, in C order.
+
+    Raises:
+        CheckpointError: a chunk is missing or can't be read.
+    """
+    return "".join(_ending(folder, path, index, -1) for index in np.ndindex(*_grid(shape, chunk)))
+
+
+def check_chunks(folder: Path, path: str, record: LeafRecord, box: Sequence[tuple[int, int]]) -> None:
+    """Makes sure that the chunks which a slice touches are those that were written there.
+
+    A chunk that lies in another's place is whole, and its own checksum right; here the checksums are compared with the manifest's.
+
+    Raises:
+        CheckpointError: one of them is another.
+    """
+    grid, nbytes = _grid(record.shape, record.chunk), math.prod(record.chunk) * np.dtype(record.stored).itemsize
+    for index in itertools.product(*(range(start // c, -(-stop // c)) for (start, stop), c in zip(box, record.chunk, strict=True))):
+        at = 2 * CRC_BYTES * int(np.ravel_multi_index(index, grid))
+        expected, got = record.chunk_crc32c[at : at + 2 * CRC_BYTES], _ending(folder, path, index, nbytes)
+        if got != expected:
+            name = ".".join(map(str, index))
+            raise CheckpointError(f"{folder}: leaf {path} is damaged: chunk {name} is not the one that was written (CRC-32C {got}, not {expected})")
+
+
+def _grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-n // c) for n, c in zip(shape, chunk, strict=True))
+
+
+def _ending(folder: Path, path: str, index: tuple[int, ...], nbytes: int) -> str:
+    """The checksum after a chunk's bytes; -1: at the end of its file."""
+    name = ".".join(map(str, index))
+    try:
+        fd = os.open(f"{folder}/{path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(fd, CRC_BYTES, nbytes if nbytes >= 0 else os.fstat(fd).st_size - CRC_BYTES).hex()
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: leaf {path} is damaged: chunk {name}: {error.strerror}") from error
 
 
 def bytes_on_disk(leaf: Leaf, chunk: tuple[int, ...], block: int) -> int:
     """What a leaf's files take on a disk that is shared out in blocks of so many bytes."""
     count = math.prod(-(-n // c) for n, c in zip(leaf.shape, chunk, strict=True))
-    size = math.prod(chunk) * leaf.dtype.itemsize + _CRC_BYTES
+    size = math.prod(chunk) * leaf.dtype.itemsize + CRC_BYTES
     return count * (-(-size // block) * block) + block
 
 
@@ -189,21 +284,36 @@ def unit_chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[tupl
 def write_orbax_metadata(folder: Path, leaves: Mapping[str, Leaf]) -> None:
     """Writes what `orbax.checkpoint` reads a tree's structure from (its PyTree handler, without OCDBT, Zarr v3, numpy
     leaves)."""
+    write_text(folder / ORBAX_METADATA, json.dumps(_orbax_metadata({path: leaf.shape for path, leaf in leaves.items()})))
+
+
+def orbax_metadata_problem(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What is wrong with the file that `write_orbax_metadata` wrote, if anything is."""
+    path = folder / ORBAX_METADATA
+    if not path.is_file():
+        return f"{ORBAX_METADATA} is missing"
+    try:
+        same = parse_json(path, path.read_bytes()) == _orbax_metadata(shapes)
+    except CheckpointError:
+        same = False
+    return None if same else f"{ORBAX_METADATA} is not what was written: stock Orbax would restore another tree"
+
+
+def _orbax_metadata(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     tree = {}
-    for path, leaf in leaves.items():
+    for path, shape in shapes.items():
         keys = path.split(".")
         tree[str(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dict's key
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(leaf.shape)},
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(shape)},
         }
-    data = {
+    return {
         "tree_metadata": tree,
         "use_ocdbt": False,
         "use_zarr3": True,
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    write_text(folder / ORBAX_METADATA, json.dumps(data))
 
 
 Progress = Callable[[int, int, str], None]

@@ -113,7 +113,8 @@ def _quantized_data(source: Unpacked, unit: Unit, quantizer: Quantizer) -> Itera
         else:
             if whole is None:
                 whole = _quantize_whole(source, unit, quantizer)
-            blocks = tuple(data[unit.region(output, axis, start, stop)[1:]] for output, data in zip(unit.outputs, whole, strict=True))
+            values, scales = (unit.region(output, axis, start, stop)[1:] for output in unit.outputs)
+            blocks = whole[0][values], whole[1][scales]
         yield tuple(_part(unit, output, axis, start, stop, block) for output, block in zip(unit.outputs, blocks, strict=True))
 
 
@@ -136,7 +137,7 @@ def _along(axis: int, start: int, stop: int) -> tuple[slice, ...]:
 
 
 def _part(unit: Unit, output: Output, axis: int, start: int, stop: int, block: np.ndarray) -> Part:
-    data = np.ascontiguousarray(block)
+    data = formats.contiguous(block)
     return unit.region(output, axis, start, stop), data if unit.piece.expert is None else data[None]
 
 

@@ -11,7 +11,7 @@ tile by two shifts and never interleaves.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypeVar
 
 import flax.struct
 import jax
@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float, Int8
+
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 DTYPES = ("float32", "bfloat16")
 """Names of the dtypes in which weights can be held."""
@@ -83,6 +85,32 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype, alignment: int = 64) 
     raw = np.empty(size + alignment, np.uint8)
     start = -raw.ctypes.data % alignment
     return raw[start : start + size].view(dtype).reshape(shape)
+
+
+_TILE = (64, 256)  # fits the first-level cache; a plain strided copy takes three times as long
+
+
+def contiguous(x: np.ndarray) -> np.ndarray:
+    """`x` in C order. A view whose first axes lie behind its last ones in memory, as a transposed matrix does, is copied by tiles."""
+    if x.flags.c_contiguous:
+        return x
+    for first in range(1, x.ndim):
+        try:
+            matrix = x.transpose(*range(first, x.ndim), *range(first)).reshape(math.prod(x.shape[first:]), -1, copy=False)
+        except ValueError:  # that would need a copy
+            continue
+        if abs(matrix.strides[1]) < abs(matrix.strides[0]):
+            return _transposed(matrix).reshape(x.shape)
+    return np.ascontiguousarray(x)
+
+
+def _transposed(matrix: np.ndarray) -> np.ndarray:
+    rows, cols = matrix.shape
+    out = np.empty((cols, rows), matrix.dtype)
+    for i in range(0, cols, _TILE[0]):
+        for j in range(0, rows, _TILE[1]):
+            out[i : i + _TILE[0], j : j + _TILE[1]] = matrix[j : j + _TILE[1], i : i + _TILE[0]].T
+    return out
 
 
 ExpertLayout = Literal["d2f", "2df", "2fd"]
@@ -209,7 +237,7 @@ def entry(pool: jax.Array | Quantized, i: jax.Array) -> jax.Array:
     return load(one, jnp.bfloat16 if one.dtype == jnp.uint16 else one.dtype)[0]
 
 
-def pack_int4(numbers: jax.Array | np.ndarray, axis: int) -> jax.Array | np.ndarray:
+def pack_int4(numbers: AnyArray, axis: int) -> AnyArray:
     """int8 in -8..7 to bytes of two, along `axis`; of numpy arrays, numpy arrays."""
     block = pack_block(numbers.shape[axis])
     shape = numbers.shape
@@ -218,7 +246,7 @@ def pack_int4(numbers: jax.Array | np.ndarray, axis: int) -> jax.Array | np.ndar
     return ((halves[0] & 15) | (halves[1] << 4)).astype(np.int8).reshape(*shape[:axis], shape[axis] // 2, *shape[axis + 1 :])
 
 
-def unpack_int4(packed: jax.Array | np.ndarray, axis: int) -> jax.Array | np.ndarray:
+def unpack_int4(packed: AnyArray, axis: int) -> AnyArray:
     """The inverse of `pack_int4`."""
     shape = packed.shape
     k = shape[axis] * 2

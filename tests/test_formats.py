@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.formats import PACK_BLOCK, Quantized, dequantize, pack_block, pack_int4, quantize, unpack_int4
+from jaxmoe.formats import PACK_BLOCK, Quantized, contiguous, dequantize, pack_block, pack_int4, quantize, unpack_int4
 
 
 def plain_dequantize(q: Quantized) -> np.ndarray:
@@ -62,3 +62,25 @@ def test_bad_input_is_named():
         quantize(w, 8, 64, -2)
     with pytest.raises(ValueError, match="packed in pairs along K, and 3 is odd"):
         quantize(jnp.ones((1, 3, 2)), 4, 3, -2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32, np.int8])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x,
+        lambda x: x.T,
+        lambda x: x[3:200, 5:301].T,
+        lambda x: x.reshape(15, 20, 310).transpose(2, 0, 1),
+        lambda x: x.reshape(300, 31, 10).transpose(1, 2, 0)[4:9],
+        lambda x: x.reshape(10, 30, 310).transpose(1, 0, 2),
+        lambda x: x[::-1, ::2].T,
+        lambda x: x[:0].T,
+        lambda x: x[7],
+    ],
+)
+def test_contiguous(view, dtype):
+    x = view(np.random.default_rng(0).integers(0, 100, (300, 310)).astype(dtype))
+    got = contiguous(x)
+    assert got.flags.c_contiguous and got.dtype == x.dtype
+    np.testing.assert_array_equal(got, x)

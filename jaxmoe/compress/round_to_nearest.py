@@ -10,7 +10,7 @@ METHOD = "round_to_nearest"
 
 
 def quantize_columns(w: np.ndarray, bits: int, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds columns; the same numbers as `jaxmoe.formats.quantize`, in numpy.
+    """Rounds columns, as `jaxmoe.formats.quantize` does (whose scales XLA may round otherwise in their last bit).
 
     Args:
         w: [K, n] float32, finite; K a multiple of `group`.

@@ -67,7 +67,8 @@ def _text_config(config: dict, field: str) -> dict:
 
 
 _COUNTS = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
-    num_experts_per_tok max_position_embeddings sliding_window""".split()
+    num_experts_per_tok num_experts num_local_experts n_routed_experts max_position_embeddings sliding_window""".split()
+_MOST_LAYERS = 10_000  # a damaged number shouldn't be worked on for hours
 
 
 def _common_checks(config: dict, family: Family) -> None:
@@ -75,6 +76,8 @@ def _common_checks(config: dict, family: Family) -> None:
     for field in _COUNTS:
         if config.get(field) is not None and field not in unused:
             positive(config, field)
+    if (config.get("num_hidden_layers") or 0) > _MOST_LAYERS:
+        raise SpecError(f"config.json: num_hidden_layers = {config['num_hidden_layers']}, no model has more than {_MOST_LAYERS}")
     _check_format(config, family)
     act = config.get("hidden_act", "silu")
     if act not in ("silu", "swish"):

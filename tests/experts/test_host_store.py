@@ -141,7 +141,7 @@ def test_numbers_altered_with_care_name_the_leaf_and_the_expert(copy):
     leaf, expert = last_expert(copy)
     array = ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{copy / leaf}/"}}).result()
     array[expert, 0, 0] = array[expert, 0, 0].read().result() + 1
-    with pytest.raises(CheckpointError, match=f"leaf {leaf}, expert {expert}, has checksum"):
+    with pytest.raises(CheckpointError, match=f"leaf {leaf} is damaged: chunk {expert}.0.0 is not the one that was written"):
         load(copy)
 
 
