@@ -122,10 +122,13 @@ def sync_tree(folder: Path) -> None:
 
     Many at once: the disk then joins what would be thousands of small waits.
     """
-    with ThreadPoolExecutor(_SYNCING) as pool:
-        for root, _, names in os.walk(folder):
-            list(pool.map(sync, [os.path.join(root, name) for name in names]))  # raises what a thread raised
-            sync(root)
+    paths = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in (*names, ".")]
+    try:
+        with ThreadPoolExecutor(_SYNCING) as pool:
+            list(pool.map(sync, paths))  # raises what a thread raised
+    except RuntimeError:  # no threads are begun any more while the interpreter ends
+        for path in paths:
+            sync(path)
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -44,7 +44,7 @@ KEPT_FILES = (
 )
 """Small files that are copied where the source has them."""
 
-_PENDING_BYTES = 24 << 20  # of chunks that are being written, if a single one isn't larger
+_PENDING_BYTES = 40 << 20  # of chunks that are being written, if a single one isn't larger
 _AHEAD_BYTES = 24 << 20  # of chunks that are read and arranged before they can be written
 _DISK_BLOCK = 4096
 
@@ -163,21 +163,9 @@ def _check_room(partial: Path, plan: Plan, done: Done) -> None:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-class _Report:
-    """Counts bytes for a `Progress`."""
-
-    def __init__(self, total: int, progress: store.Progress | None):
-        self.written, self.total, self._progress = 0, total, progress
-
-    def __call__(self, nbytes: int, path: str = "") -> None:
-        self.written += nbytes
-        if self._progress is not None:
-            self._progress(self.written, self.total, path)
-
-
 def _write_units(source: Unpacked, plan: Plan, partial: Path, claimed: Done, log: IO[str], progress) -> Done:
     """Writes every unit that isn't done; gives the checksums of all."""
-    report = _Report(plan.nbytes, progress)
+    report = store.Count(plan.nbytes, progress)
     done = journal.reread(partial, plan, claimed)
     report(sum(unit.nbytes for unit in plan.units if unit.key in done))
     arrays: dict[str, ts.TensorStore] = {}
@@ -196,7 +184,7 @@ def _write_units(source: Unpacked, plan: Plan, partial: Path, claimed: Done, log
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise _writing_failed(error, partial, report.written, plan.nbytes) from error
+        raise _writing_failed(error, partial, report.done, plan.nbytes) from error
     return done
 
 

@@ -76,7 +76,7 @@ def open_journal(partial: Path, plan: Plan) -> Iterator[IO[str]]:
             text = log.read()
             if _parse(text.split("\n", 1)[0]) is None:
                 log.truncate(0)
-                log.write(json.dumps(plan.identity()) + "\n")
+                log.write(json.dumps(plan.identity() | {"nbytes": plan.nbytes}) + "\n")
                 log.flush()
                 os.fsync(log.fileno())  # without this line, a power cut would leave a folder that nobody knows
             elif not text.endswith("\n"):

@@ -26,7 +26,7 @@ from checkpoints.plan import make_plan, read_config
 from checkpoints.quantized import open_source
 from checkpoints.reading import Box, Reader
 from checkpoints.restore import WeightTree
-from checkpoints.verify import check_leaves
+from checkpoints.verify import check_folder
 from jaxmoe.spec import ModelSpec
 
 __all__ = ["Checkpoint", "Placement", "load_hf_or_checkpoint", "open_checkpoint", "read_spec"]
@@ -64,7 +64,7 @@ class Checkpoint(WeightTree):
         Raises:
             CheckpointError: all that is missing, damaged or altered.
         """
-        check_leaves(self.folder, self.manifest, progress)
+        check_folder(self.folder, self.manifest, store.Count(self.manifest.nbytes, progress))
 
     def _open(self, path: str) -> ts.TensorStore:
         return store.open_array(self.folder, path, self.manifest.leaves[path])

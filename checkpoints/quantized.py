@@ -103,6 +103,10 @@ class Unpacked:
         """Whether a tensor that is there can be read."""
         return name in self.packed or self[name].dtype in DTYPES
 
+    def holds(self, name: str, dtype: np.dtype) -> bool:
+        """Whether a tensor lies in the file just as `dtype` holds it."""
+        return name not in self.packed and DTYPES.get(self[name].dtype) == dtype
+
     def read_elements(self, name: str, start: int, count: int) -> np.ndarray:
         """`count` elements of a tensor that isn't packed; see `SafetensorsFolder`."""
         return self.source.read_elements(name, start, count)

@@ -27,7 +27,7 @@ from checkpoints.load import Checkpoint, open_checkpoint
 from checkpoints.manifest import SPEC, LeafRecord, Manifest, write_manifest, write_text
 from checkpoints.orbax import OrbaxSave, open_orbax
 from checkpoints.plan import read_config_file
-from checkpoints.verify import check_leaves
+from checkpoints.verify import check_folder
 from jaxmoe import formats
 from jaxmoe.spec import Leaf, ModelSpec
 
@@ -52,7 +52,7 @@ def reshard(
             first of its axes that is named. Others, and all without `parts`, are cut as `convert` cuts them.
         dtype: 'float32' or 'bfloat16' for all leaves that aren't float32 in any model; None keeps what is there. Quantized leaves stay as they are.
         config: the config.json of a stock Orbax save, which doesn't say what model it holds.
-        progress: called with (bytes written, bytes in all, leaf path).
+        progress: called with (bytes read to verify the folder and bytes written, bytes of both in all, leaf path).
 
     Returns:
         The manifest of the new folder.
@@ -66,8 +66,10 @@ def reshard(
     if dtype is not None and dtype not in formats.DTYPES:
         raise CheckpointError(f"unsupported dtype {dtype!r}: choose one of {', '.join(formats.DTYPES)}")
     arrays = _arrays(source, dict(parts or {}), dtype)
+    nbytes = sum(array.leaf.nbytes for array in arrays)
+    count = store.Count(nbytes + (source.manifest.nbytes if isinstance(source, Checkpoint) else 0), progress)
     if isinstance(source, Checkpoint):
-        check_leaves(source.folder, source.manifest)
+        check_folder(source.folder, source.manifest, count)
     partial = partial_of(target)
     needed = sum(store.bytes_on_disk(array.leaf, array.chunk, _DISK_BLOCK) for array in arrays)
     if needed > commit.free_bytes(partial):
@@ -75,7 +77,7 @@ def reshard(
     with locked(partial):
         _clear(partial)
         with writing(partial):
-            records = _write(source, partial, arrays, progress)
+            records = _write(source, partial, arrays, count)
             manifest = _finish(source, partial, records, dtype, config)
         publish(partial, target)
     return manifest
@@ -174,17 +176,15 @@ def _step(source: Checkpoint | OrbaxSave, path: str, weights: Leaf) -> int:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write(source: Checkpoint | OrbaxSave, partial: Path, arrays: list[_Array], progress: store.Progress | None) -> dict[str, LeafRecord]:
-    total, done, records = sum(array.leaf.nbytes for array in arrays), 0, {}
+def _write(source: Checkpoint | OrbaxSave, partial: Path, arrays: list[_Array], count: store.Count) -> dict[str, LeafRecord]:
+    records = {}
     try:
         for array in arrays:
             target = store.create_array(partial, array.path, array.leaf, array.chunk)
             crcs = []
             for expert in range(array.leaf.shape[0]) if array.path.startswith("experts.") else [None]:
                 crcs.append(f"{_write_unit(source, array, target, expert):08x}")
-                done += array.leaf.nbytes // (1 if expert is None else array.leaf.shape[0])
-                if progress is not None:
-                    progress(done, total, array.path)
+                count(array.leaf.nbytes // (1 if expert is None else array.leaf.shape[0]), array.path)
             ends = store.chunk_crcs(partial, array.path, array.leaf.shape, array.chunk)
             records[array.path] = _record(source, array, tuple(crcs), ends)
     except ValueError as error:

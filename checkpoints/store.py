@@ -318,3 +318,15 @@ def _orbax_metadata(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 Progress = Callable[[int, int, str], None]
 """Called with (bytes done, bytes in all, leaf path) after each chunk."""
+
+
+class Count:
+    """Adds up bytes for a `Progress`."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.done, self.total, self._progress = 0, total, progress
+
+    def __call__(self, nbytes: int, path: str = "") -> None:
+        self.done += nbytes
+        if self._progress is not None:
+            self._progress(self.done, self.total, path)

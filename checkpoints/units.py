@@ -153,6 +153,10 @@ def read_rows(source: Unpacked, piece: Piece, start: int, stop: int, dtype: str)
     Returns:
         `[stop - start, cols]`.
     """
+    if source.holds(piece.hf, formats.leaf_dtype(dtype)) and stop > start:
+        whole = next(iter(piece.blocks(start, stop, piece.height)))
+        if whole.stop - whole.first == stop - start and piece.along == 0:  # neighbours in the file, and nothing to be done to them
+            return source.read_matrix(piece.hf, piece.width, whole.first, whole.stop)
     out = np.empty((stop - start, piece.cols), formats.leaf_dtype(dtype))
     for block in piece.blocks(start, stop, max(1, BLOCK_BYTES // (4 * piece.width))):
         rows = source.read_matrix(piece.hf, piece.width, block.first, block.stop, block.at)

@@ -53,7 +53,7 @@ def verify(
     path = Path(folder)
     manifest = read_manifest(path)
     read_spec_json(path, manifest)
-    read = _Counter(manifest.nbytes * (1 if source is None else 2), progress)
+    read = store.Count(manifest.nbytes * (1 if source is None else 2), progress)
     problems = [*_check_files(path, manifest), *_check_leaves(path, manifest, read)]
     made = 0
     if source is not None:
@@ -67,25 +67,15 @@ def verify(
     return Verified(len(manifest.leaves), units, manifest.nbytes, len(manifest.files) + 3, made, _strangers(path, manifest))
 
 
-def check_leaves(folder: Path, manifest: Manifest, progress: store.Progress | None = None) -> None:
-    """Reads every array and compares it with the manifest's checksums.
+def check_folder(folder: Path, manifest: Manifest, count: store.Count) -> None:
+    """Reads every array and kept file and compares it with the manifest's checksums; counts the arrays' bytes.
 
     Raises:
         CheckpointError: all that are missing, damaged or altered, in one line.
     """
-    problems = [*_check_files(folder, manifest), *_check_leaves(folder, manifest, _Counter(manifest.nbytes, progress))]
+    problems = [*_check_files(folder, manifest), *_check_leaves(folder, manifest, count)]
     if problems:
         raise CheckpointError(f"{folder}: {'; '.join(problems[:_LISTED])}")
-
-
-class _Counter:
-    def __init__(self, total: int, progress: store.Progress | None):
-        self._done, self._total, self._progress = 0, total, progress
-
-    def __call__(self, nbytes: int, path: str) -> None:
-        self._done += nbytes
-        if self._progress is not None:
-            self._progress(self._done, self._total, path)
 
 
 def _check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
@@ -99,7 +89,7 @@ def _check_files(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield problem
 
 
-def _check_leaves(folder: Path, manifest: Manifest, read: _Counter) -> Iterator[str]:
+def _check_leaves(folder: Path, manifest: Manifest, read: store.Count) -> Iterator[str]:
     for path, record in manifest.leaves.items():
         try:
             array = store.open_array(folder, path, record)
@@ -119,7 +109,7 @@ def _check_leaves(folder: Path, manifest: Manifest, read: _Counter) -> Iterator[
                 yield f"{name} has checksum {got}, the manifest says {expected}"
 
 
-def _unit_crc(folder: Path, path: str, record: LeafRecord, array, expert: int | None, read: _Counter) -> int:
+def _unit_crc(folder: Path, path: str, record: LeafRecord, array, expert: int | None, read: store.Count) -> int:
     first = () if expert is None else (slice(expert, expert + 1),)
     shape, chunk, crc = record.shape[len(first) :], record.chunk[len(first) :], 0
     for axis, start, stop in store.unit_chunks(shape, chunk):
@@ -141,7 +131,7 @@ def _plan_of(folder: Path, manifest: Manifest, hf: Path, quantizer: Quantizer | 
     return plan
 
 
-def _check_source(plan: Plan, manifest: Manifest, hf: Path, read: _Counter) -> Iterator[str]:
+def _check_source(plan: Plan, manifest: Manifest, hf: Path, read: store.Count) -> Iterator[str]:
     """Makes every unit again and compares checksums."""
     with open_source(hf) as source:
         for unit in plan.units:

@@ -110,14 +110,17 @@ def streaming_table(records: list[dict]) -> str:
 
 def convert_table(records: list[dict]) -> str:
     """Conversions beside plain copies."""
-    chosen = sorted((r for r in records if r["name"] == "convert"), key=lambda r: (r["bytes"]["weights"], ARMS.index(r["settings"]["arm"])))
-    rows = [r | {"shown": {"gb": r["bytes"]["weights"] / 1e9, "peak": r["bytes"]["peak"] / 1e6, "before": r["bytes"]["before"] / 1e6}} for r in chosen]
+    rows = []
+    for r in (r for r in records if r["name"] == "convert"):
+        b = r["bytes"]
+        shown = {"gb": b["weights"] / 1e9, "peak": b["peak"] / 1e6, "before": b["before"] / 1e6}
+        rows.append((b["weights"], ARMS.index(r["settings"]["arm"]), r | {"shown": shown}))
     columns = [
         ("checkpoint", "settings.model"), ("GB", "shown.gb", ".1f"), ("what", "settings.arm"), ("seconds", "timings.run.median", ".1f"),
         ("MB/s", "counters.megabytes_per_second", ",.0f"), ("% of copy", "bound.percent", ".0f"), ("peak MB", "shown.peak", ",.0f"),
         ("of these before it began", "shown.before", ",.0f"),
     ]  # fmt: skip
-    return record.table(rows, columns)
+    return record.table([row[-1] for row in sorted(rows, key=lambda row: row[:-1])], columns)
 
 
 ARMS = ("copy", "convert", "convert int8", "convert int4", "export")
@@ -133,7 +136,8 @@ def run(args: Arguments) -> None:
     records = record.load_records(args.benchmarks)
     tables = {
         "generate": generate_table(records), "grouped_matmul": grouped_matmul_table(records), "expert_budget": expert_budget_table(records),
-        "streaming": streaming_table(records), "convert": convert_table(records), "families": families.markdown(families.table(golden_cases.configs())),
+        "streaming": streaming_table(records), "convert": convert_table(records),
+        "families": families.markdown(families.table(golden_cases.configs())),
     }  # fmt: skip
     for name, table in tables.items():
         changed = record.update_readme(args.readme, name, table)

@@ -67,7 +67,7 @@ def mixtral_folder(folder: Path, gigabytes: float) -> Path:
 def _write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     numbers = np.random.default_rng(0).integers(0x3800, 0x4000, _PIECE // 2, np.uint16)  # 2^-15 to 2
     numbers |= np.random.default_rng(1).integers(0, 2, _PIECE // 2, np.uint16) << 15
-    piece = memoryview(numbers).cast("B")
+    piece = numbers.data.cast("B")
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     held = 0
     for name, shape in shapes.items():

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from checkpoints import units
-from checkpoints import families, plan
+from checkpoints import families, plan, units
 from checkpoints.convert import convert
 from checkpoints.errors import CheckpointError
 from checkpoints.export import export_hf

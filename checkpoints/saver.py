@@ -1,0 +1,414 @@
+"""Saving beside the work: `AsyncSaver.save` returns at once, and a thread copies the arrays off their devices and writes them.
+
+jax arrays can't be changed, so a snapshot is a reference; donation is what changes them, and `before_donation` and `copy=True` are the two ways to
+live with it. A step's folder has its name only when it is whole, and older ones go only after that. This file knows nothing of what is in a tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import os
+import re
+import shutil
+import sys
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints import commit, trees
+from checkpoints.errors import CheckpointError
+from checkpoints.trees import Piece, TreeWriter
+
+HOST_BYTES = 256 << 20
+_LOCK = ".lock"
+_STEP = re.compile(r"step_(\d{8,})")
+_NICE = 10
+
+
+def step_folder(root: str | os.PathLike, step: int) -> Path:
+    """Where a step is saved."""
+    return Path(root) / f"step_{step:08d}"
+
+
+def _all_steps(root: Path) -> list[int]:
+    """Steps that have a folder, good or not, oldest first."""
+    names = os.listdir(root) if root.is_dir() else []
+    found = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
+    return sorted(step for step in found if step_folder(root, step).is_dir())
+
+
+def _is_good(root: Path, step: int) -> bool:
+    folder = step_folder(root, step)
+    return trees.is_complete(folder) and trees.read_tree(folder).step == step
+
+
+def steps(root: str | os.PathLike) -> list[int]:
+    """The steps that are saved whole, oldest first: their files are there and of full length; what is in them isn't read."""
+    return [step for step in _all_steps(Path(root)) if _is_good(Path(root), step)]
+
+
+def latest(root: str | os.PathLike, verify: bool = False) -> Path | None:
+    """The folder of the newest step that is saved whole, or None.
+
+    Args:
+        root: what `AsyncSaver` was given.
+        verify: reads it as well, and passes it over where a checksum is wrong.
+    """
+    for step in reversed(steps(root)):
+        folder = step_folder(root, step)
+        try:
+            if verify:
+                trees.verify_tree(folder)
+            return folder
+        except CheckpointError:
+            continue
+    return None
+
+
+class Companion(Protocol):
+    """What is told of each save, in the calling thread, before it begins: `neighbour.NeighbourCopy` is one."""
+
+    def keep(self, generation: int, tree: Any) -> None: ...
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A save that is under way: `copied` when no device array is needed any more, `hurry` when somebody waits for that."""
+
+    step: int
+    hurry: threading.Event = dataclasses.field(default_factory=threading.Event)
+    thread: threading.Thread | None = None
+    copied: threading.Event = dataclasses.field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+
+class AsyncSaver:
+    """Saves trees into `root/step_00000042` beside the work. Every process of a program makes one, and calls it alike.
+
+    An error of the thread that writes is raised by the next `save`, `wait` or `close`, once; the saver can be used further. The interpreter's exit
+    waits for a save that is under way.
+
+    Args:
+        root: is made; unfinished folders of a run that was killed are removed.
+        keep: how many whole steps stay.
+        host_bytes: most bytes of device arrays that are held on the host at a time, with what their encoding takes; the same in all processes. Numpy
+            leaves come on top of it: they are copied in `save`.
+        timeout: seconds that processes wait for each other.
+        companion: is also given each tree.
+
+    Raises:
+        CheckpointError: another saver works in `root`, or it can't be written, or a number is out of range.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike, keep: int = 2, host_bytes: int = HOST_BYTES, timeout: float = 600.0, companion: Companion | None = None
+    ):
+        if keep < 1:
+            raise CheckpointError(f"keep = {keep} would keep nothing: 1 is the least")
+        if host_bytes < 1 << 16:
+            raise CheckpointError(f"host_bytes = {host_bytes} is too little: {1 << 16} is the least")
+        self.root, self.peak_bytes = Path(root), 0
+        self._keep, self._timeout, self._companion = keep, timeout, companion
+        self._chunk_bytes = min(trees.CHUNK_BYTES, host_bytes // 8)
+        self._host_bytes = host_bytes - 2 * self._chunk_bytes  # two chunks: one being encoded, one put in C order
+        self._pending: _Pending | None = None
+        self._lock: IO | None = self._locked() if jax.process_index() == 0 else None
+        self._token, self._count, self._closed = trees.shared_token(), 0, False  # the others go on when the folder is clean
+        self._newest = max(steps(self.root), default=-1)
+
+    def save(self, step: int, tree: Any, metadata: Any = None, *, copy: bool = False, skip_if_busy: bool = False) -> bool:
+        """Begins to save a tree, and returns. While another save is under way it waits for that first.
+
+        Args:
+            step: after all steps that are saved.
+            tree: as for `trees.save_tree`. Its jax arrays may not be donated before `before_donation` returns.
+            metadata: anything that JSON can say.
+            copy: copies jax arrays on their devices first, so that they may be donated right after.
+            skip_if_busy: does nothing while another save is under way (in programs of one process).
+
+        Returns:
+            Whether it is being saved.
+
+        Raises:
+            CheckpointError: a leaf can't be saved, is deleted, or the step isn't new; or the error of the save before.
+        """
+        if self._closed:
+            raise CheckpointError(f"{self.root}: the saver is closed")
+        self._count += 1  # whatever happens now: processes have to count alike
+        if skip_if_busy:
+            if jax.process_count() > 1:
+                raise CheckpointError("skip_if_busy works in programs of one process only: several could decide differently")
+            if self.busy:
+                return False
+        self.wait()
+        self._check_new(step)
+        snapshot = _snapshot(tree, copy)
+        token = f"{self._token}-{self._count}"
+        writer = TreeWriter(step_folder(self.root, step), snapshot, step, metadata, token, self._chunk_bytes, self._timeout)
+        if self._companion is not None:
+            self._companion.keep(step, snapshot)
+        pending = _Pending(step)
+        # Not a daemon: the interpreter's exit then waits for it. It ends with its save, so that it never stands in the way of the exit.
+        pending.thread = threading.Thread(target=self._work, args=(writer, pending), name=f"save-{step}")
+        self._pending = pending
+        try:
+            pending.thread.start()
+        except RuntimeError as error:
+            self._pending = None
+            raise CheckpointError(f"{self.root}: step {step} can't be saved: {error}") from error
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None and self._pending.busy()
+
+    def before_donation(self) -> None:
+        """Returns when no save needs the device arrays any more that it was given; they may be donated then. Writing may go on."""
+        if self._pending is not None:
+            self._pending.hurry.set()
+            self._pending.copied.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved.
+
+        Raises:
+            CheckpointError: the save failed.
+        """
+        pending = self._pending
+        if pending is None or pending.thread is None:
+            return
+        pending.thread.join()
+        self._pending = None
+        if pending.error is None:
+            self._newest = pending.step
+        if isinstance(pending.error, CheckpointError):
+            raise pending.error
+        if pending.error is not None:
+            raise CheckpointError(f"{step_folder(self.root, pending.step)}: saving failed: {pending.error!r}") from pending.error
+
+    def close(self) -> None:
+        """Waits as `wait` does, and lets go of the folder; raises what `wait` raises."""
+        self._closed = True
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
+
+    def __enter__(self) -> AsyncSaver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        try:
+            self.close()
+        except CheckpointError as ours:
+            if error is None:
+                raise
+            error.add_note(f"saving had failed as well: {ours}")
+
+    def _locked(self) -> IO:
+        """Keeps other savers out of the root, and removes what killed ones left."""
+        with commit.writing(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = open(self.root / _LOCK, "w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise CheckpointError(f"{self.root}: another saver is at work there") from None
+            for path in self.root.glob("step_*.partial"):
+                shutil.rmtree(path, ignore_errors=True)
+        return lock
+
+    def _check_new(self, step: int) -> None:
+        if isinstance(step, int) and step <= self._newest:
+            raise CheckpointError(f"{self.root}: step {step} isn't after step {self._newest}, which is saved there: remove that, or save elsewhere")
+
+    def _work(self, writer: TreeWriter, pending: _Pending) -> None:
+        _step_back()
+        try:
+            self._write(writer, pending)
+        except BaseException as error:
+            pending.error = error
+            writer.abort(error)
+        finally:
+            writer.pieces.clear()
+            pending.copied.set()
+
+    def _write(self, writer: TreeWriter, pending: _Pending) -> None:
+        writer.begin()
+        with contextlib.closing(self._host_pieces(writer.pieces, pending)) as host:
+            for piece, data in host:
+                writer.write(piece, data)
+                del data
+        if jax.process_index() == 0 and writer.folder.exists():
+            shutil.rmtree(writer.folder)  # a damaged one: a whole one of this step was refused
+        writer.finish()
+        if jax.process_index() == 0:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        good = steps(self.root)
+        for step in [step for step in _all_steps(self.root) if len(good) > self._keep and step < good[-self._keep]]:
+            doomed = commit.partial_of(step_folder(self.root, step))
+            os.replace(step_folder(self.root, step), doomed)  # so that it is never seen half removed
+            shutil.rmtree(doomed, ignore_errors=True)
+
+    def _host_pieces(self, pieces: list[Piece], pending: _Pending) -> Generator[tuple[Piece, np.ndarray]]:
+        """Every piece with its values on the host, in order; copies run ahead by as much as there is room for.
+
+        What is in the host's memory anyway is written from there while nobody waits for the arrays, which takes a quarter off the work.
+        """
+        waiting = deque(_batches(pieces, self._host_bytes))
+        pieces.clear()
+        ahead: deque[_Batch] = deque()
+        held = 0
+        while waiting or ahead:
+            if not ahead and waiting[0].in_place and not pending.hurry.is_set():
+                with waiting[0].donation_named():
+                    found = waiting[0].seen()
+                waiting.popleft()
+                yield found
+                del found
+                if not waiting:
+                    pending.copied.set()
+                continue
+            while waiting and (not ahead or held + waiting[0].nbytes <= self._host_bytes):
+                batch = waiting.popleft()
+                held += batch.nbytes
+                self.peak_bytes = max(self.peak_bytes, held)
+                assert held <= self._host_bytes or len(ahead) == 0
+                with batch.donation_named():
+                    batch.start()
+                ahead.append(batch)
+            for batch in ahead if not waiting else [ahead[0]]:
+                with batch.donation_named():
+                    batch.take()
+            if not waiting:
+                pending.copied.set()
+            batch = ahead.popleft()
+            for _ in range(len(batch.pieces)):
+                yield batch.pop()
+            held -= batch.nbytes
+
+
+class _Batch:
+    """Pieces whose values come to the host together: those of one shard, or a single one."""
+
+    def __init__(self, pieces: list[Piece], whole: bool):
+        self.pieces, self._whole = deque(pieces), whole
+        self._host: np.ndarray | None = None
+        self._view: jax.Array | None = None
+        self.in_place = _is_on_host(pieces[0].source)
+        self.nbytes = 0 if isinstance(pieces[0].source, np.ndarray) else sum(piece.nbytes for piece in pieces)
+
+    @contextlib.contextmanager
+    def donation_named(self) -> Iterator[None]:
+        """Says which leaf was donated too early, where that is why jax fails."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            if not ("deleted" in str(error) or "donated" in str(error)):
+                raise
+            which = f"leaf {self.pieces[0].path}"
+            raise CheckpointError(f"{which} was donated while it was being saved: call before_donation() first, or save with copy=True") from error
+
+    def start(self) -> None:
+        """Starts the copy, where that can be done without waiting for it."""
+        piece = self.pieces[0]
+        if self._whole:
+            self._view = trees.own_view(piece.source)
+        elif not _is_on_host(piece.source):
+            self._view = _slice(piece)
+        if self._view is not None:
+            self._view.copy_to_host_async()
+
+    def take(self) -> None:
+        """Finishes the copy; the device array isn't needed any more then."""
+        if self._host is not None:
+            return
+        piece = self.pieces[0]
+        if self._view is not None:
+            self._host = np.asarray(self._view)
+        elif isinstance(piece.source, np.ndarray):
+            self._host = piece.source[piece.inner]
+        else:
+            self._host = np.array(trees.on_host(piece.source)[piece.inner], order="C")
+        self._view = None
+        self.pieces = deque(dataclasses.replace(p, source=None) for p in self.pieces)
+
+    def seen(self) -> tuple[Piece, np.ndarray]:
+        """The only piece, where it is."""
+        piece = self.pieces[0]
+        return dataclasses.replace(piece, source=None), trees.on_host(piece.source)[piece.inner]
+
+    def pop(self) -> tuple[Piece, np.ndarray]:
+        assert self._host is not None
+        piece = self.pieces.popleft()
+        return piece, self._host[piece.inner] if self._whole else self._host
+
+
+def _batches(pieces: list[Piece], limit: int) -> list[_Batch]:
+    """On accelerators a shard goes whole where it is no larger than `limit`, and else chunk by chunk, cut on the device; on CPUs always by chunk."""
+    shards: list[list[Piece]] = []
+    for piece in pieces:
+        if shards and shards[-1][0].source is piece.source:
+            shards[-1].append(piece)
+        else:
+            shards.append([piece])
+    out = []
+    for shard in shards:
+        if not _is_on_host(shard[0].source) and sum(piece.nbytes for piece in shard) <= limit:
+            out.append(_Batch(shard, True))
+        else:
+            out += [_Batch([piece], False) for piece in shard]
+    return out
+
+
+def _is_on_host(source: Any) -> bool:
+    return isinstance(source, np.ndarray) or all(device.platform == "cpu" for device in source.sharding.device_set)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _dynamic_slice(x: jax.Array, starts: tuple[int, ...], sizes: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_slice(x, starts, sizes)
+
+
+def _slice(piece: Piece) -> jax.Array:
+    """A piece, cut on its device; one program for all pieces of a size."""
+    starts = tuple(np.int32(s.start) for s in piece.inner)
+    return _dynamic_slice(piece.source, starts, tuple(s.stop - s.start for s in piece.inner))
+
+
+def _snapshot(tree: Any, copy: bool) -> Any:
+    """The tree with numpy arrays copied, which can change, and on request jax arrays too; deleted ones are refused."""
+    paths = iter(trees.named_leaves(tree))
+
+    def leaf(value: Any) -> Any:
+        array = trees.as_array(next(paths), value)
+        if isinstance(array, jax.Array):
+            return jnp.copy(array) if copy else array
+        return np.array(array)
+
+    return jax.tree.map(leaf, tree)
+
+
+def _step_back() -> None:
+    """Gives this thread what the step's threads leave over, where threads have priorities of their own."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
