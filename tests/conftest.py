@@ -5,6 +5,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -34,3 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     config.hook.pytest_deselected(items=device_items)
     items[:] = [item for item in items if not item.get_closest_marker("device")]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _interpreted_kernels_compile_once() -> Iterator[None]:
+    """For the runs that have any (`tests/interpreted.py`): their modules imported Pallas when they were collected."""
+    if "jax.experimental.pallas" not in sys.modules:
+        yield
+        return
+    from tests import interpreted
+
+    with pytest.MonkeyPatch.context() as patch:
+        interpreted.install(patch)
+        yield

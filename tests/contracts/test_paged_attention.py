@@ -19,12 +19,13 @@ from jaxmoe.formats import load_numpy, store_numpy
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.paged_attention.api import paged_attention, partial_attention
 from pallas_kernels.paged_attention.types import Pages, Partial, Queries, finish, merge, merge_axis, packed, unpacked
+from tests.quick import QuickKernels
 
 IMPLEMENTATIONS = {
     "reference": Kernels("reference"),
     "xla": Kernels("cpu"),
-    "mosaic_gpu": Kernels("gpu", interpret=True),
-    "mosaic_tpu": Kernels("tpu", interpret=True),
+    "mosaic_gpu": QuickKernels("gpu", interpret=True),
+    "mosaic_tpu": QuickKernels("tpu", interpret=True),
 }
 ON_DEVICE = "on device"
 """The kernels of the GPU or TPU that jax finds."""
@@ -198,7 +199,8 @@ def test_attention(name, case, caplog):
     with caplog.at_level(logging.WARNING, "pallas_kernels"):
         options = {"scale": c.head_dim**-0.5, "kernels": implementation(name), "window": c.window, "soft_cap": c.soft_cap}
         q = p.q.astype(np.float32) if name in EXACT else p.q
-        got = jax.jit(functools.partial(paged_attention, **options))(q, p.pages, p.queries, sinks_H=p.sinks)
+        run = functools.partial(paged_attention, **options)
+        got = jax.jit(run, compiler_options=implementation(name).compiler_options())(q, p.pages, p.queries, sinks_H=p.sinks)
     assert not caplog.messages
     got, want = np.asarray(got, np.float64), expected(case)
     assert np.abs(got - want).max() <= TOLERANCE[name] * np.abs(want).max()
@@ -214,7 +216,8 @@ def test_parts_of_the_keys_merge(name):
     case = "decoding"
     p = problem(case)
     q = p.q.astype(np.float32) if name in EXACT else p.q
-    run = functools.partial(partial_attention, q, p.pages, scale=0.125, kernels=implementation(name))
+    step = functools.partial(partial_attention, scale=0.125, kernels=implementation(name))
+    run = functools.partial(jax.jit(step, compiler_options=implementation(name).compiler_options()), q, p.pages)
     split = 2 * W
     first = dataclasses.replace(p.queries, page_table=p.queries.page_table[:, :2], keys=np.minimum(p.queries.keys, split))
     rest = dataclasses.replace(
@@ -238,7 +241,8 @@ def test_packed_pages_are_the_same_pages(name, case):
     assert folded.k.shape[-1] % 128 == 0
     jax.tree.map(np.testing.assert_array_equal, unpacked(folded, c.head_dim), plain)
     q = p.q.astype(np.float32) if name in EXACT else p.q
-    got = np.asarray(paged_attention(q, folded, p.queries, c.head_dim**-0.5, implementation(name)), np.float64)
+    run = functools.partial(paged_attention, scale=c.head_dim**-0.5, kernels=implementation(name))
+    got = np.asarray(jax.jit(run, compiler_options=implementation(name).compiler_options())(q, folded, p.queries), np.float64)
     assert np.abs(got - expected(case)).max() <= TOLERANCE[name] * np.abs(expected(case)).max()
 
 

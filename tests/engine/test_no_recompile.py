@@ -10,6 +10,7 @@ import pytest
 from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine, Request, Sampling
 from tests.models import random_model
+from tests.quick import QuickKernels
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 """What jax calls each compilation by the backend, of whole steps and of single ops alike."""
@@ -52,7 +53,7 @@ def compilations():
 @pytest.fixture(scope="module")
 def warm(compilations) -> tuple[Engine, list[str]]:
     """An engine that has been warmed up, and what that compiled."""
-    model = random_model("mixtral")
+    model = random_model("mixtral", kernels=QuickKernels("cpu"))
     jax.clear_caches()  # what other tests have compiled would hide what warm-up forgets
     engine = Engine(model, ROWS, LONGEST + max(NEW_TOKENS), greedy=False, eos=(5,))
     compilations.take()

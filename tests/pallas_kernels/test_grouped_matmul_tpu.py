@@ -24,6 +24,7 @@ from pallas_kernels.grouped_matmul.glu import GLUS, swiglu
 from pallas_kernels.grouped_matmul.shapes import SHAPES
 from pallas_kernels.grouped_matmul.tpu import Config
 from sharding.compile_only import compile_for, on_device
+from tests.quick import OPTIONS
 
 M, K, N, POOL, GROUPS = 70, 256, 200, 7, 6
 
@@ -104,13 +105,13 @@ def scattered(rows: np.ndarray, sizes: list[int], starts: list[int] | None) -> n
     return x
 
 
-@functools.partial(jax.jit, static_argnames=("config", "back_to_back", "dtype"))
+@functools.partial(jax.jit, static_argnames=("config", "back_to_back", "dtype"), compiler_options=OPTIONS)
 def matmul(x, w, ids, sizes, starts, config=None, back_to_back=True, dtype=jnp.float32):
     starts = None if back_to_back else starts
     return tpu.grouped_matmul(x, w, ids, sizes, starts, out_dtype=dtype, config=config, interpret=True)
 
 
-@functools.partial(jax.jit, static_argnames=("glu", "config", "back_to_back"))
+@functools.partial(jax.jit, static_argnames=("glu", "config", "back_to_back"), compiler_options=OPTIONS)
 def glu_of(x, w, ids, sizes, starts, glu=swiglu, config=None, back_to_back=True):
     return tpu.grouped_glu(x, w, ids, sizes, glu, None if back_to_back else starts, config=config, interpret=True)
 
@@ -173,7 +174,12 @@ def test_buffers_that_hold_what_was_there_before(case):
     x, p = scattered(rows_of(M, K), sizes, starts), pool("plain", 1)
     interpret = pltpu.InterpretParams(uninitialized_memory="nan")
     given = arguments(ids, sizes, starts)
-    y = tpu.grouped_matmul(x, p.held, *given[:2], None if starts is None else given[2], config=Config(16, K, 128), interpret=interpret)
+
+    @functools.partial(jax.jit, compiler_options=OPTIONS)
+    def run(x, w, ids, sizes, places):
+        return tpu.grouped_matmul(x, w, ids, sizes, None if starts is None else places, config=Config(16, K, 128), interpret=interpret)
+
+    y = run(x, p.held, *given)
     want, size = expected(x, p.values, ids, sizes, starts)
     valid = ~np.isnan(want)
     assert valid.sum() == sum(sizes) * N

@@ -15,6 +15,7 @@ from pallas_kernels.paged_attention.gpu import Config
 from pallas_kernels.paged_attention.shapes import PAGE, SHAPES
 from pallas_kernels.paged_attention.types import Pages, Partial, Queries, finish, merge, plain
 from sharding.compile_only import compile_for
+from tests.quick import OPTIONS
 
 SCALE = 0.11
 NOWHERE = 10**6
@@ -61,7 +62,7 @@ def case(keys, lengths, kv_heads=1, group=4, width=64, channels=64, values=64, l
 
 
 def run(f, args, **kw):
-    return jax.jit(functools.partial(f, scale=SCALE, **kw))(*args)
+    return jax.jit(functools.partial(f, scale=SCALE, **kw), compiler_options=OPTIONS)(*args)
 
 
 def kernel(args, config=None, **kw):

@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxmoe.formats import load_numpy, store_numpy
 from pallas_kernels.paged_attention import reference, tpu
 from pallas_kernels.paged_attention.shapes import PAGE, REGIMES, SHAPES
 from pallas_kernels.paged_attention.tpu import Config
 from pallas_kernels.paged_attention.types import Pages, Queries, finish, merge
 from pallas_kernels.paged_attention.types import packed as as_packed
 from sharding.compile_only import compile_for
+from tests.quick import OPTIONS
 
 SCALE = 0.1
 
@@ -44,7 +46,7 @@ def problem(lengths, keys, K=2, G=4, C=128, W=16, kind="uint16", latent=None, bi
         if kind == "int8":
             return jnp.asarray(rng.integers(-127, 128, (P, K, W, channels)), jnp.int8), of_tokens(rng.uniform(0.005, 0.02, (P, K, W)))
         x = np.where(live[..., None], rng.normal(size=(P, K, W, channels)), np.nan)
-        return (jnp.asarray(x, jnp.float32), None) if kind == "float32" else (jnp.asarray(x, jnp.bfloat16).view(jnp.uint16), None)
+        return jnp.asarray(store_numpy(x.astype(np.float32), "float32" if kind == "float32" else "bfloat16")), None
 
     (k, k_scales), (v, v_scales) = leaf(C), (None, None) if latent else leaf(C)
     held = None if bias is None else of_tokens(np.where(rng.random((P, bias, W)) < 0.3, -np.inf, rng.normal(size=(P, bias, W))))
@@ -63,7 +65,7 @@ def largest_value(pages):
     if pages.k.dtype == jnp.int8:
         return 127 * 0.02
     x = pages.k if pages.v is None else pages.v
-    return float(jnp.nanmax(jnp.abs(x.view(jnp.bfloat16) if x.dtype == jnp.uint16 else x).astype(jnp.float32)))
+    return float(np.nanmax(np.abs(load_numpy(np.asarray(x)))))
 
 
 def assert_close(got, want, pages, rounding=2**-8):
@@ -82,11 +84,11 @@ def attend(q, pages, queries, packed=False, config=None, interpret=None, **kind)
         pages = as_packed(pages) if packed else pages
         return tpu.paged_attention(q, pages, queries, SCALE, config=config, interpret=interpret or pltpu.InterpretParams(), **kind)
 
-    return jax.jit(run)(q, pages, queries)
+    return jax.jit(run, compiler_options=OPTIONS)(q, pages, queries)
 
 
 def check(q, pages, queries, packed=False, config=None, **kind):
-    want = jax.jit(functools.partial(reference.paged_attention, scale=SCALE, **kind))(q, pages, queries)
+    want = jax.jit(functools.partial(reference.paged_attention, scale=SCALE, **kind), compiler_options=OPTIONS)(q, pages, queries)
     got = attend(q, pages, queries, packed, config, **kind)
     assert_close(got, want, pages)
     return got
@@ -154,7 +156,8 @@ def test_partial_results_over_halves_of_the_pages_merge_and_finish_with_sinks():
     first = queries.replace(page_table=queries.page_table[:, : near // 16], keys=jnp.minimum(queries.keys, near))
     second = queries.replace(page_table=queries.page_table[:, near // 16 :], keys=queries.keys - near, first=queries.first - near)
     sinks = jnp.linspace(-1, 3, q.shape[1])
-    want = finish(reference.paged_attention(q, pages, queries, SCALE), sinks, jnp.float32)
+    plain = jax.jit(functools.partial(reference.paged_attention, scale=SCALE), compiler_options=OPTIONS)
+    want = finish(plain(q, pages, queries), sinks, jnp.float32)
     got = finish(merge(attend(q, pages, first), attend(q, pages, second)), sinks, jnp.float32)
     np.testing.assert_allclose(got, want, atol=2**-8 * largest_value(pages))
 

@@ -10,7 +10,7 @@ import pytest
 from jaxmoe.report.command import one_line, run_command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-BEGINNING = "import os, signal, sys\nfrom jaxmoe.report.command import run_command\ndef run():\n    "
+BEGINNING = "import os, signal, sys, time\nfrom jaxmoe.report.command import run_command\ndef run():\n    "
 
 
 def shell(body: str, ending: str = "", env: str = "") -> subprocess.CompletedProcess:
@@ -56,7 +56,8 @@ def test_nothing_wrong(capsys):
 
 
 def test_interrupt():
-    done = shell("os.kill(os.getpid(), signal.SIGINT); signal.pause()")
+    """Python's own handler is set anew: tests that a shell runs in the background inherit that the signal is ignored."""
+    done = shell("signal.signal(signal.SIGINT, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT); time.sleep(30)")
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"interrupted\n")
 
 

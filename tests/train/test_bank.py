@@ -43,8 +43,8 @@ def test_values_and_gradients_equal_a_plain_loop(arrays):
     def reference(x, weights, w_in, w_out):
         return (plain(x, ids, weights, w_in, w_out) * probe).sum()
 
-    (value, dropped), grads = jax.value_and_grad(trained, argnums=(0, 1, 2, 3), has_aux=True)(x, weights, w_in, w_out)
-    expected, expected_grads = jax.value_and_grad(reference, argnums=(0, 1, 2, 3))(x, weights, w_in, w_out)
+    (value, dropped), grads = jax.jit(jax.value_and_grad(trained, argnums=(0, 1, 2, 3), has_aux=True))(x, weights, w_in, w_out)
+    expected, expected_grads = jax.jit(jax.value_and_grad(reference, argnums=(0, 1, 2, 3)))(x, weights, w_in, w_out)
     assert int(dropped) == 0
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for got, want in zip(grads, expected_grads, strict=True):
@@ -54,8 +54,13 @@ def test_values_and_gradients_equal_a_plain_loop(arrays):
 def test_equals_the_resident_bank(arrays):
     x, ids, weights, w_in, w_out = arrays
     valid = jnp.arange(T) % 5 != 0
-    trained = TrainBank(w_in, w_out, capacity=float(E)).expert_ffn(1, x, ids, weights, valid, KERNELS)[0]
-    resident = ResidentBank(w_in, w_out).expert_ffn(1, x, ids, weights, valid, KERNELS)[0]
+
+    @jax.jit
+    def both(x, weights):
+        banks = TrainBank(w_in, w_out, capacity=float(E)), ResidentBank(w_in, w_out)
+        return [bank.expert_ffn(1, x, ids, weights, valid, KERNELS)[0] for bank in banks]
+
+    trained, resident = both(x, weights)
     np.testing.assert_allclose(np.where(valid[:, None], trained, 0), resident, rtol=1e-4, atol=1e-4)
     assert not np.asarray(resident)[~np.asarray(valid)].any()
 

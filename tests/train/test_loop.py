@@ -1,5 +1,6 @@
 """Training a tiny model: the loss falls, a resumed run equals an uninterrupted one, and the export loads as it was trained."""
 
+import functools
 import json
 
 import jax
@@ -15,6 +16,7 @@ from jaxmoe.train.corpus import build_corpus, load_corpus, windows
 from jaxmoe.train.evaluate import lru_hit_rate
 from jaxmoe.train.sources import Domain
 from pallas_kernels.dispatch import Kernels
+from tests.quick import OPTIONS
 
 CONFIG = dict(
     model_type="qwen3_moe", vocab_size=300, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=2,
@@ -22,6 +24,20 @@ CONFIG = dict(
     max_position_embeddings=128, norm_topk_prob=True, tie_word_embeddings=True, eos_token_id=0,
 )  # fmt: skip
 SETTINGS = loop.TrainConfig(steps=12, decay=4, warmup=2, batch=4, length=32, muon_lr=0.05, adam_lr=0.02, capacity=2.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_program():
+    """Every run of these settings takes the same step: made once, not once a run, and little optimized."""
+    make_step = loop.make_step
+
+    @functools.cache
+    def quick(spec, settings):
+        return jax.jit(make_step(spec, settings).__wrapped__, donate_argnums=0, compiler_options=OPTIONS)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", quick)
+        yield
 
 
 @pytest.fixture(scope="module")
