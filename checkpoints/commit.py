@@ -11,8 +11,9 @@ import fcntl
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from checkpoints.errors import CheckpointError
@@ -115,6 +116,37 @@ def tidy(out: Path, leave: tuple[str, ...] = (LOCK,)) -> None:
     """Removes from a finished folder what a process that was killed right after the rename has left."""
     for name in leave:
         (out / name).unlink(missing_ok=True)
+
+
+class Syncing:
+    """Brings files to the disk while others are still being written, so that little is left to wait for at the end.
+
+    Raises:
+        OSError: a file could not be brought there; at a later call, or at the end.
+    """
+
+    def __enter__(self) -> Syncing:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
+        self._pending: deque[Future] = deque()
+        return self
+
+    def begin(self, paths: list[str]) -> None:
+        """Files that are written."""
+        self._pending.append(self._pool.submit(_sync_all, paths))
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            while self._pending and kind is None:
+                self._pending.popleft().result()
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _sync_all(paths: list[str]) -> None:
+    for path in paths:
+        sync(path)
 
 
 def sync_tree(folder: Path) -> None:

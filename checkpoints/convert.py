@@ -25,7 +25,7 @@ import tensorstore as ts
 
 from checkpoints import commit, journal, store
 from checkpoints.ahead import ahead
-from checkpoints.commit import partial_of, writing
+from checkpoints.commit import Syncing, partial_of, writing
 from checkpoints.errors import CheckpointError
 from checkpoints.journal import PROGRESS, Done
 from checkpoints.manifest import SPEC, LeafRecord, Manifest, read_manifest, write_manifest, write_text
@@ -172,7 +172,7 @@ def _write_units(source: Unpacked, plan: Plan, partial: Path, claimed: Done, log
     left = {unit.key: unit for unit in plan.units if unit.key not in done}
     stream = ((key, parts) for key, unit in left.items() for parts in chunk_data(source, unit))
     try:
-        with contextlib.closing(ahead(stream, _AHEAD_BYTES, lambda item: sum(data.nbytes for _, data in item[1]))) as chunks:
+        with contextlib.closing(ahead(stream, _AHEAD_BYTES, lambda item: sum(data.nbytes for _, data in item[1]))) as chunks, Syncing() as syncing:
             for key, group in itertools.groupby(chunks, key=lambda item: item[0]):
                 unit = left[key]
                 if unit.outputs[0].path not in arrays:
@@ -181,6 +181,7 @@ def _write_units(source: Unpacked, plan: Plan, partial: Path, claimed: Done, log
                 crcs = _write_unit([arrays[o.path] for o in unit.outputs], parts, functools.partial(report, path=unit.path))
                 done[key] = tuple(f"{crc:08x}" for crc in crcs)
                 journal.add(log, unit, done[key])
+                syncing.begin(list(unit.files(partial)))
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -158,10 +158,15 @@ class Writes:
 def chunk_intact(folder: Path, path: str, chunk: tuple[int, ...], itemsize: int, index: tuple[int, ...]) -> bool:
     """Whether a chunk's file is there and of full length."""
     try:
-        size = (folder / path / ".".join(map(str, index))).stat().st_size
+        size = os.stat(chunk_file(folder, path, index)).st_size
     except FileNotFoundError:
         return False
     return size == math.prod(chunk) * itemsize + CRC_BYTES
+
+
+def chunk_file(folder: Path, path: str, index: tuple[int, ...]) -> str:
+    """The file of a leaf's chunk."""
+    return f"{folder}/{path}/{'.'.join(map(str, index))}"
 
 
 def chunk_crcs(folder: Path, path: str, shape: tuple[int, ...], chunk: tuple[int, ...]) -> str:
@@ -198,7 +203,7 @@ def _ending(folder: Path, path: str, index: tuple[int, ...], nbytes: int) -> str
     """The checksum after a chunk's bytes; -1: at the end of its file."""
     name = ".".join(map(str, index))
     try:
-        fd = os.open(f"{folder}/{path}/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(chunk_file(folder, path, index), os.O_RDONLY | os.O_CLOEXEC)
         try:
             return os.pread(fd, CRC_BYTES, nbytes if nbytes >= 0 else os.fstat(fd).st_size - CRC_BYTES).hex()
         finally:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -79,6 +80,13 @@ class Unit:
         for i, (n, whole) in enumerate(zip(output.leaf.shape[-len(self.piece.shape) :], self.piece.shape, strict=True)):
             inner.append(slice(start * n // whole, stop * n // whole) if i == axis else slice(0, n))
         return tuple(inner) if expert is None else (slice(expert, expert + 1), *inner)
+
+    def files(self, folder: Path) -> Iterator[str]:
+        """Where its chunks lie."""
+        for axis, start, stop in self.chunks():
+            for output in self.outputs:
+                index = (s.start // c for s, c in zip(self.region(output, axis, start, stop), output.chunk, strict=True))
+                yield store.chunk_file(folder, output.path, tuple(index))
 
 
 def chunk_data(source: Unpacked, unit: Unit) -> Iterator[tuple[Part, ...]]:
