@@ -27,8 +27,19 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def partial_of(out: Path) -> Path:
-    """The folder in which `out` is being made."""
-    return out.with_name(out.name + ".partial")
+    """The folder in which `out` is being made: beside what `out` really is, where it is a link, '.' or ends in '..'."""
+    real = Path(os.path.realpath(out))
+    return real.with_name(real.name + ".partial") if real.name else real / ".partial"
+
+
+def check_place(out: Path) -> None:
+    """Makes sure that a finished folder could be given the name `out`.
+
+    Raises:
+        CheckpointError: a disk is mounted there, over which nothing can be renamed.
+    """
+    if os.path.ismount(os.path.realpath(out)):
+        raise CheckpointError(f"{out}: a disk is mounted there, which can't become a checkpoint as a whole: choose a folder on it")
 
 
 @contextlib.contextmanager
@@ -105,17 +116,19 @@ def publish(partial: Path, out: Path, leave: tuple[str, ...] = (LOCK,)) -> None:
     Raises:
         CheckpointError: it can't be done; `partial` is as it was.
     """
+    real = Path(os.path.realpath(out))  # once: '.' means nothing any more when it has been replaced
     with writing(partial):
         sync_tree(partial)
-        os.replace(partial, out)
-        sync(out.absolute().parent)
-        tidy(out, leave)
+        os.replace(partial, real)
+        sync(real.parent)
+        tidy(real, leave)
 
 
 def tidy(out: Path, leave: tuple[str, ...] = (LOCK,)) -> None:
     """Removes from a finished folder what a process that was killed right after the rename has left."""
     for name in leave:
-        (out / name).unlink(missing_ok=True)
+        if (out / name).exists():  # a read-only disk refuses to remove even what isn't there
+            (out / name).unlink(missing_ok=True)
 
 
 class Syncing:

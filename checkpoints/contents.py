@@ -21,7 +21,7 @@ from checkpoints.families import choose_layout, hf_tensors, leaf_paths
 from checkpoints.journal import PROGRESS
 from checkpoints.kinds import LeafInfo, kind_of
 from checkpoints.load import open_checkpoint
-from checkpoints.manifest import MANIFEST, LeafRecord, read_manifest
+from checkpoints.manifest import MANIFEST, SPEC, LeafRecord, read_manifest
 from checkpoints.plan import examine
 from checkpoints.quantized import open_source
 from checkpoints.quantizer import SCALES
@@ -75,8 +75,8 @@ def describe(folder: Path) -> Contents:
         raise CheckpointError(f"{folder}: no such folder")
     if (folder / PROGRESS).is_file() and (folder.name.endswith(".partial") or not (folder / MANIFEST).exists()):
         return _unfinished_conversion(folder)
-    if (folder / MANIFEST).exists():
-        return _converted(folder)
+    if (folder / MANIFEST).exists() or (folder / SPEC).exists():
+        return _converted(folder)  # which says what is missing
     if (folder / MARKER).is_file():
         return _unfinished_export(folder)
     if (folder / trees.TREE).exists():
@@ -151,9 +151,10 @@ def _unfinished_conversion(folder: Path) -> Contents:
     sizes = {leaf.path: leaf for leaf in leaves}
     done = 0
     for entry in entries:
-        for path in (entry.get("leaf"), f"{entry.get('leaf')}.values", f"{entry.get('leaf')}.scales"):
+        name, expert = str(entry.get("leaf")), entry.get("expert")
+        for path in (name, f"{name}.values", f"{name}.scales"):
             if path in sizes:
-                done += sizes[path].nbytes // (1 if entry.get("expert") is None else sizes[path].shape[0])
+                done += sizes[path].nbytes // (1 if expert is None else max(1, *sizes[path].shape[:1], 1))
     about = {key: header[key] for key in ("version", "layout", "dtype", "quantization", "spec_hash", "fingerprint") if key in header}
     about["units"] = sum(1 for entry in entries if "leaf" in entry)
     total = read_manifest(folder).nbytes if (folder / MANIFEST).exists() else header.get("nbytes", 0)
@@ -182,6 +183,7 @@ def _unfinished_export(folder: Path) -> Contents:
     files = sorted(folder.glob("*.safetensors"))
     done = sum(path.stat().st_size for path in files)
     total = wanted.get("nbytes", 0) if isinstance(wanted, dict) else 0
+    total = total if isinstance(total, int) else 0
     notes = ("run the export again, it begins anew",)
     return Contents(str(folder), "unfinished export", None, {}, (), len(files), (), notes, (done, total))
 

@@ -28,7 +28,7 @@ from checkpoints.ahead import ahead
 from checkpoints.commit import Syncing, partial_of, writing
 from checkpoints.errors import CheckpointError
 from checkpoints.journal import PROGRESS, Done
-from checkpoints.manifest import SPEC, LeafRecord, Manifest, read_manifest, write_manifest, write_text
+from checkpoints.manifest import MANIFEST, SPEC, LeafRecord, Manifest, read_manifest, write_manifest, write_text
 from checkpoints.plan import Plan, make_plan
 from checkpoints.quantized import Unpacked, open_source
 from checkpoints.quantizer import Quantizer
@@ -81,16 +81,15 @@ def convert(
     check_apart(hf, out)
     with open_source(hf) as source:
         plan = make_plan(hf, source, dtype, quantizer)
-        finished = _finished(hf, out, plan)
-        if finished is not None:
-            return finished
+        if finished(out, plan) is not None:
+            return _settled(hf, out, plan)
+        commit.check_place(out)
         partial = partial_of(out)
         _check_room(partial, plan, journal.read_journal(partial, plan))
         with journal.open_journal(partial, plan) as log:
-            finished = _finished(hf, out, plan)
-            if finished is not None:  # by another process, between our first look and the lock
+            if finished(out, plan) is not None:  # by another process, between our first look and the lock
                 shutil.rmtree(partial, ignore_errors=True)
-                return finished
+                return _settled(hf, out, plan)
             claimed = journal.read_journal(partial, plan)
             checksums = _write_units(source, plan, partial, claimed, log, progress)
             with writing(partial):
@@ -100,11 +99,14 @@ def convert(
 
 
 def check_apart(hf: Path, out: Path) -> None:
-    """Makes sure that the output isn't the source.
+    """Makes sure that the output isn't the source, nor within it.
 
     Raises:
         CheckpointError: it is.
     """
+    real = Path(os.path.realpath(hf))
+    if real in Path(os.path.realpath(out)).parents:
+        raise CheckpointError(f"{out}: lies within the source folder {hf}: choose another output folder")
     for folder in (out, partial_of(out)):
         if folder.exists() and hf.exists() and os.path.samefile(folder, hf):
             raise CheckpointError(f"{hf}: is both the source and the output folder: choose another output folder")
@@ -113,13 +115,19 @@ def check_apart(hf: Path, out: Path) -> None:
 # --- an output folder that is there -----------------------------------------------------------------------------------
 
 
-def _finished(hf: Path, out: Path, plan: Plan) -> Manifest | None:
-    """The manifest of an output folder that is this conversion, finished; None where there is nothing yet."""
+def finished(out: Path, plan: Plan) -> Manifest | None:
+    """The manifest of an output folder that is this conversion, finished; None where there is nothing yet. Nothing is touched.
+
+    Raises:
+        CheckpointError: the folder holds something else.
+    """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
         manifest = read_manifest(out)
     except (CheckpointError, NotADirectoryError) as error:
+        if (out / MANIFEST).is_file():  # a checkpoint, but damaged or of another version
+            raise CheckpointError(f"{error} (or choose another output folder)") from error
         raise CheckpointError(
             f"{out}: exists and is not a converted checkpoint: choose another output folder"
         ) from error
@@ -129,6 +137,13 @@ def _finished(hf: Path, out: Path, plan: Plan) -> Manifest | None:
                 f"{out}: holds another model or dtype ({key} {getattr(manifest, key)}, wanted {value}): "
                 "choose another output folder"
             )
+    return manifest
+
+
+def _settled(hf: Path, out: Path, plan: Plan) -> Manifest:
+    """A finished folder with what was left open, and with the small files as they are now."""
+    manifest = finished(out, plan)
+    assert manifest is not None
     with writing(out):
         commit.tidy(out, (PROGRESS,))
         return _refresh_files(hf, out, manifest)

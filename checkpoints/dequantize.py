@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from checkpoints.reading import Box, volume
+from checkpoints.reading import Box, covered, volume
 from jaxmoe import formats
 
 
@@ -41,9 +42,9 @@ class Packing:
         """Where the scales of a box lie; those of groups that it has a part of as well."""
         return (*box[:-2], (box[-2][0] // self.group, -(-box[-2][1] // self.group)), box[-1])
 
-    def nbytes(self, box: Box) -> int:
-        """Bytes on disk of a box's own numbers and scales."""
-        return volume(box) * self.bits // 8 + 4 * volume(self.scales_box(box))
+    def nbytes(self, boxes: Sequence[Box]) -> int:
+        """Bytes on disk of some boxes' own numbers, which don't overlap, and of their scales, which may: those count once."""
+        return sum(map(volume, boxes)) * self.bits // 8 + 4 * covered([self.scales_box(box) for box in boxes if volume(box)])
 
     def dequantize(self, values: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """The float32 weights of a widened box, as `formats.dequantize` computes them.

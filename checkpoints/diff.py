@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from checkpoints import store
+from checkpoints.convert import KEPT_FILES, sha256_of
 from checkpoints.dequantize import Packing
 from checkpoints.errors import CheckpointError
 from checkpoints.families import Piece, leaf_paths, pieces_of, pinned_paths
-from checkpoints.journal import PROGRESS
 from checkpoints.kinds import kind_of
 from checkpoints.load import Checkpoint, open_checkpoint, read_spec
-from checkpoints.manifest import MANIFEST
+from checkpoints.orbax import OURS
 from checkpoints.plan import examine
 from checkpoints.quantized import Unpacked, open_source
 from checkpoints.quantizer import SCALES, VALUES
@@ -71,6 +71,7 @@ class Diff:
         compared: how many leaves both have; `by_checksum` of their units (a leaf, or one expert of it) were equal by their checksums, and not read.
         by_kind: (leaves, leaves that differ, numbers, numbers that differ) of the leaves that both have.
         nbytes: that were read of both.
+        files: small files, such as a tokenizer's, that differ or that one has alone; what config.json says is compared as `spec`.
     """
 
     spec: tuple[tuple[str, Any, Any], ...]
@@ -81,11 +82,12 @@ class Diff:
     by_checksum: int
     by_kind: dict[str, tuple[int, int, int, int]]
     nbytes: int
+    files: tuple[str, ...] = ()
 
     @property
     def equal(self) -> bool:
         """Whether they differ in nothing."""
-        return not (self.spec or self.only_a or self.only_b or self.leaves)
+        return not (self.spec or self.only_a or self.only_b or self.leaves or self.files)
 
 
 def diff(a: Path, b: Path, progress: store.Progress | None = None, checksums: bool = True) -> Diff:
@@ -121,6 +123,7 @@ def diff(a: Path, b: Path, progress: store.Progress | None = None, checksums: bo
             by_checksum=skipped,
             by_kind=kinds,
             nbytes=read,
+            files=tuple(name for name in KEPT_FILES if name != "config.json" and left.files.get(name) != right.files.get(name)),
         )
 
 
@@ -232,6 +235,7 @@ class _Converted:
     def __init__(self, source: Checkpoint):
         self.source, self.spec = source, source.spec
         self._records = source.manifest.leaves
+        self.files = _hashes(source.folder)
         plain = leaf_paths(source.spec)
         self.leaves = {path: leaf.shape for path, leaf in plain.items() if path in self._records or f"{path}.{VALUES}" in self._records}
 
@@ -257,13 +261,14 @@ class _Converted:
         return next((i for i, (n, c) in enumerate(pairs) if c < n), 0)
 
     def read(self, path: str, expert: int | None, axis: int, start: int, stop: int, like: str) -> np.ndarray:
+        """Quantized numbers are rounded to bfloat16 where the other side holds that: that is how they are restored and exported."""
         outer = () if expert is None else (expert,)
         data = [self._array(name, outer) for name in self._of(path)] if len(self._of(path)) > 1 else []
         where = (slice(None),) * axis + (slice(start, stop),)
         if data:
             about: dict[str, Any] = self.source.manifest.quantization or {}
             whole = Packing(about["bits"], about["group"], self.leaves[path][1]).dequantize(*data)
-            return whole[where]
+            return formats.store_numpy(whole[where], "bfloat16") if like == "bfloat16" else whole[where]
         return self._array(path, (*outer, *where))
 
     def _array(self, name: str, index: tuple) -> np.ndarray:
@@ -279,6 +284,7 @@ class _HuggingFace:
         if found.wrong:
             raise CheckpointError(f"{folder}: {'; '.join(found.wrong)}")
         self.source, self.spec = source, found.spec
+        self.files = _hashes(folder)
         self._pieces = pieces_of(found.spec, found.layout)
         self._pinned = pinned_paths(found.spec)
         self.leaves = {path: leaf.shape for path, leaf in leaf_paths(found.spec).items()}
@@ -316,12 +322,17 @@ class _HuggingFace:
         return whole[(slice(None),) * axis + (slice(start, stop),)]
 
 
+def _hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of the small files that are there."""
+    return {name: sha256_of(folder / name) for name in KEPT_FILES if (folder / name).is_file()}
+
+
 _Side = _Converted | _HuggingFace
 
 
 @contextlib.contextmanager
 def _open(folder: Path) -> Iterator[_Side]:
-    if (folder / MANIFEST).exists() or (folder / PROGRESS).exists():
+    if any((folder / name).exists() for name in OURS):
         yield _Converted(open_checkpoint(folder))
         return
     if not (folder / "config.json").exists():

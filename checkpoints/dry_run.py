@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import tempfile
 import time
 import zlib
 from pathlib import Path
 
 from checkpoints import commit, journal
 from checkpoints.commit import partial_of, writing
-from checkpoints.convert import check_apart, room_needed
+from checkpoints.convert import check_apart, finished, room_needed
 from checkpoints.errors import CheckpointError
 from checkpoints.families import is_weight, tied_head
 from checkpoints.plan import Findings, Plan, examine, make_plan
@@ -76,7 +77,8 @@ class Forecast:
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What a conversion would do. `problems` is empty where it could begin; `leaves` and `forecast` are, where it couldn't."""
+    """What a conversion would do. `problems` is empty where it could begin; `leaves` and `forecast` are, where it couldn't; `finished` says that it
+    has been done already, and there is no `forecast` then."""
 
     spec: ModelSpec
     layout: str
@@ -84,6 +86,7 @@ class DryRun:
     leaves: tuple[LeafRow, ...]
     problems: tuple[str, ...]
     forecast: Forecast | None
+    finished: bool = False
 
     @property
     def bytes_in(self) -> int:
@@ -109,6 +112,13 @@ def dry_run(
             plan = make_plan(hf, source, dtype, quantizer)
         except CheckpointError as error:
             return DryRun(found.spec, found.layout.name, tensors, (), found.wrong or (str(error).removeprefix(f"{hf}: "),), None)
+        try:
+            if finished(out, plan) is not None:
+                return DryRun(plan.spec, plan.layout.name, tensors, _leaf_rows(plan), (), None, finished=True)
+            commit.check_place(out)
+            journal.read_journal(partial_of(out), plan)
+        except CheckpointError as error:
+            return DryRun(plan.spec, plan.layout.name, tensors, _leaf_rows(plan), (str(error),), None)
         forecast = _forecast(source, plan, out)
     short = forecast.needed - forecast.free
     problems = (f"the disk has {forecast.free} bytes free, {forecast.needed} are needed: free {short} bytes more",) if short > 0 else ()
@@ -189,12 +199,13 @@ def _write_rate(folder: Path, nbytes: int) -> float:
     """Bytes per second of writing a file without a name, and waiting until it is on the disk."""
     piece = os.urandom(min(_PIECE, max(1, nbytes)))
     with writing(folder):
-        fd = os.open(folder, os.O_TMPFILE | os.O_WRONLY)
-        try:
-            done, start = 0, time.perf_counter()
-            while done < max(1, nbytes):
-                done += os.write(fd, piece)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    return done / (time.perf_counter() - start)
+        done, start = 0, time.perf_counter()
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:  # has a name for a moment where the disk knows no files without
+            try:
+                while done < max(1, nbytes):
+                    done += file.write(piece) or 0
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in commit.DISK_FULL:
+                    raise  # what is missing is told from the bytes that are needed
+    return max(1, done) / (time.perf_counter() - start)

@@ -45,7 +45,7 @@ def read_journal(partial: Path, plan: Plan) -> Done:
     header = entries[0] if entries else None
     if header is None and {p.name for p in partial.iterdir()} == {PROGRESS}:
         return {}  # stopped before the first line was whole
-    for key, value in plan.identity().items():
+    for key, value in _header(plan).items():
         if header is None or header.get(key) != value:
             raise CheckpointError(
                 f"{partial}: an unfinished conversion of another model or dtype ({key} differs): "
@@ -76,7 +76,7 @@ def open_journal(partial: Path, plan: Plan) -> Iterator[IO[str]]:
             text = log.read()
             if _parse(text.split("\n", 1)[0]) is None:
                 log.truncate(0)
-                log.write(json.dumps(plan.identity() | {"nbytes": plan.nbytes}) + "\n")
+                log.write(json.dumps(_header(plan)) + "\n")
                 log.flush()
                 os.fsync(log.fileno())  # without this line, a power cut would leave a folder that nobody knows
             elif not text.endswith("\n"):
@@ -86,6 +86,10 @@ def open_journal(partial: Path, plan: Plan) -> Iterator[IO[str]]:
     finally:
         with contextlib.suppress(OSError):  # a line that couldn't be flushed has said so; closing tries it again
             log.close()
+
+
+def _header(plan: Plan) -> dict:
+    return plan.identity() | {"nbytes": plan.nbytes, "cut": plan.cut, "source_times": list(plan.source_times)}
 
 
 def add(log: IO[str], unit: Unit, checksums: tuple[str, ...]) -> None:

@@ -125,7 +125,7 @@ class Leaves:
             return
         for some in _few_experts(targets, packing):
             self._gather_dequantized(path, packing, some, dtype)
-        self.reader.own(sum(packing.nbytes(target.box) for target in targets))
+        self.reader.own(packing.nbytes([target.box for target in targets]))
 
     def _gather_dequantized(self, path: str, packing: Packing, targets: list[Target], dtype: str) -> None:
         wide = [packing.widened(target.box) for target in targets]

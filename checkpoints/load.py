@@ -21,11 +21,12 @@ from checkpoints.convert import PROGRESS, convert
 from checkpoints.errors import CheckpointError
 from checkpoints.leaves import Leaves
 from checkpoints.manifest import MANIFEST, VERSION, Manifest, read_manifest, read_spec_json
-from checkpoints.orbax import stock_save
+from checkpoints.orbax import OURS, stock_save
 from checkpoints.plan import make_plan, read_config
 from checkpoints.quantized import open_source
 from checkpoints.reading import Box, Reader
 from checkpoints.restore import WeightTree
+from checkpoints.trees import TREE
 from checkpoints.verify import check_folder
 from jaxmoe.spec import ModelSpec
 
@@ -92,6 +93,8 @@ def open_checkpoint(folder: str | os.PathLike) -> Checkpoint:
         raise CheckpointError(f"{path}: no such folder")
     if (path / PROGRESS).exists() and path.name.endswith(".partial"):
         raise CheckpointError(f"{path}: an unfinished conversion: run it again, it will go on from there")
+    if (path / TREE).exists():
+        raise CheckpointError(f"{path}: a saved tree, not a converted model: checkpoints.trees.restore_tree restores it")
     if (stock := stock_save(path)) is not None:
         raise CheckpointError(stock)
     manifest = read_manifest(path)
@@ -111,7 +114,7 @@ def _is_converted(folder: Path) -> bool:
     """Whether a folder is a converted one, finished or not, rather than a Hugging Face folder."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    if (folder / MANIFEST).exists() or (folder / PROGRESS).exists():
+    if any((folder / name).exists() for name in OURS):  # one of them may be lost, and the folder has a config.json too
         return True
     if (stock := stock_save(folder)) is not None:
         raise CheckpointError(stock)

@@ -26,7 +26,7 @@ from jaxmoe.spec import Leaf, ModelSpec
 
 METADATA = "_METADATA"
 
-OURS = ("manifest.json", "spec.json", "_progress.jsonl")
+OURS = ("manifest.json", "spec.json", "_progress.jsonl", "tree.json")
 """What a folder of our own has, finished or not, one of them damaged or not: it has Orbax's `_METADATA` as well."""
 
 ITEMS = ("default", "state")
@@ -175,10 +175,10 @@ def _expected(spec: ModelSpec, saved: set[str]) -> tuple[dict[str, Leaf], ModelS
 
 def _array_spec(item: Path, metadata: Mapping[str, Any], path: str) -> dict[str, Any]:
     if (item / "manifest.ocdbt").exists():
-        base = {"driver": "file", "path": f"{item.absolute()}/"}
+        base = {"driver": "file", "path": f"{os.path.realpath(item)}/"}
         kvstore: dict[str, Any] = {"driver": "ocdbt", "base": base, "path": f"{path}/", "cache_pool": "cache_pool#names"}
     else:
-        kvstore = {"driver": "file", "path": f"{item.absolute() / path}/"}
+        kvstore = {"driver": "file", "path": f"{os.path.realpath(item)}/{path}/"}
     out: dict[str, Any] = {"driver": "zarr3" if metadata.get("use_zarr3") else "zarr", "kvstore": kvstore}
     if metadata.get("store_array_data_equal_to_fill_value"):
         out["fill_missing_data_reads"] = False  # then a chunk that isn't there is lost, and not zeros

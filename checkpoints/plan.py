@@ -53,6 +53,7 @@ class Plan:
     quantizer: Quantizer | None
     revision: str
     source_dtypes: dict[str, str]
+    source_times: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> str:
@@ -63,6 +64,12 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all units."""
         return sum(unit.nbytes for unit in self.units)
+
+    @property
+    def cut(self) -> str:
+        """Names the chunks of all arrays: what an unfinished folder must share as well, and a finished one needn't."""
+        arrays = {output.path: output.chunk for unit in self.units for output in unit.outputs}
+        return hashlib.sha256(json.dumps(sorted(arrays.items())).encode()).hexdigest()[:16]
 
     def identity(self) -> dict:
         """What two runs must share for one to go on with the other's work."""
@@ -137,8 +144,9 @@ def make_plan(hf: Path, source: Unpacked, dtype: str | None, quantizer: Quantize
     lost = [source[name].nbytes for name in left if is_weight(spec, layout, name)]
     units = _units(spec, layout, quantizer)
     dtypes = {name: source[name].dtype for name in found.expected}
+    times = tuple((hf / f.name).stat().st_mtime_ns for f in source.files)
     return Plan(
-        spec, layout, fingerprint, files, left, (len(lost), sum(lost)), found.absent_heads, units, quantizer, source_revision(hf), dtypes
+        spec, layout, fingerprint, files, left, (len(lost), sum(lost)), found.absent_heads, units, quantizer, source_revision(hf), dtypes, times
     )
 
 

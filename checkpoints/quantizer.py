@@ -21,7 +21,7 @@ VALUES, SCALES = "values", "scales"
 
 Rounding = Callable[[str, int, np.ndarray, slice], tuple[np.ndarray, np.ndarray]]
 """`(leaf path, expert, w [K, n] float32, which columns these are) -> (numbers [K, n] int8, scales [K / group, n] float32)`: columns are given in
-pieces, and must not depend on each other."""
+pieces, and must not depend on each other. It is called from one thread, which is not the one that called `convert`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,10 @@ class Quantizer:
     bits: int
     group: int
     round: Rounding = dataclasses.field(compare=False)
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8) or self.group < 1:
+            raise ValueError(f"{self.bits} bits in groups of {self.group}: 8 or 4 bits, and groups of at least one number, can be stored")
 
     def describe(self) -> dict:
         """For the manifest."""
@@ -90,14 +94,27 @@ class Quantizer:
         """
         if not np.isfinite(w).all():
             raise CheckpointError(f"leaf {path}, expert {expert}: has weights that are not finite, which can't be quantized")
-        numbers, scales = self.round(path, expert, w, columns)
+        try:
+            numbers, scales = self.round(path, expert, w, columns)
+        except (OSError, ValueError) as error:  # which would otherwise be taken for the disk's
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"the quantizer {self.method!r} failed at {path}, expert {expert}: {error}") from error
         k, n = w.shape
         shapes = numbers.shape == (k, n) and scales.shape == (k // self.group, n)
         if not shapes or numbers.dtype != np.int8 or scales.dtype != np.float32:
             raise CheckpointError(
                 f"the quantizer {self.method!r} gave {numbers.dtype}{list(numbers.shape)} and {scales.dtype}{list(scales.shape)} for {path} {[k, n]}"
             )
-        return (formats.pack_int4(numbers[None], 1)[0] if self.bits == 4 else numbers), scales
+        most = 2 ** (self.bits - 1)
+        if self.bits < 8 and numbers.size and not (-most <= numbers.min() and numbers.max() < most):
+            raise CheckpointError(
+                f"the quantizer {self.method!r} gave {numbers.min()} to {numbers.max()} for {path}: {self.bits} bits hold {-most} to {most - 1}"
+            )
+        if not np.isfinite(scales).all():
+            raise CheckpointError(f"the quantizer {self.method!r} gave scales that are not finite for {path}, expert {expert}")
+        # copies: chunks are still being written when a quantizer that keeps its arrays fills them again
+        return (formats.pack_int4(numbers[None], 1)[0] if self.bits == 4 else numbers.copy()), scales.copy()
 
 
 def _choices(groups: list[int]) -> str:

@@ -149,7 +149,7 @@ def box_of(index: tuple, shape: tuple[int, ...]) -> tuple[Box, tuple]:
     for part, n in zip((*index, *(slice(None),) * (len(shape) - len(index))), shape, strict=True):
         if isinstance(part, slice):
             span = range(*part.indices(n))
-            box.append((min(span), max(span) + 1) if span else (0, 0))
+            box.append((min(span[0], span[-1]), max(span[0], span[-1]) + 1) if span else (0, 0))
             rest.append(slice(None, None, part.step))
             continue
         if not isinstance(part, int | np.integer):
@@ -164,6 +164,13 @@ def box_of(index: tuple, shape: tuple[int, ...]) -> tuple[Box, tuple]:
 def volume(box: Box) -> int:
     """Elements in a box."""
     return math.prod(stop - start for start, stop in box)
+
+
+def covered(boxes: Sequence[Box]) -> int:
+    """Elements in any of some boxes, each counted once."""
+    cuts = [sorted({edge for span in spans for edge in span}) for spans in zip(*boxes, strict=True)]
+    cells = itertools.product(*(itertools.pairwise(edges) for edges in cuts))
+    return sum(volume(cell) for cell in cells if any(_meet(cell, box) == cell for box in boxes))
 
 
 def within(part: Box, whole: Box) -> tuple[slice, ...]:

@@ -25,7 +25,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.families import layouts_of, leaf_dtype_name, leaf_paths, pieces_of, pinned_paths
 from checkpoints.load import Checkpoint, open_checkpoint
 from checkpoints.manifest import SPEC, LeafRecord, Manifest, write_manifest, write_text
-from checkpoints.orbax import OrbaxSave, open_orbax
+from checkpoints.orbax import OURS, OrbaxSave, open_orbax
 from checkpoints.plan import read_config_file
 from checkpoints.verify import check_folder
 from jaxmoe import formats
@@ -75,8 +75,9 @@ def reshard(
     if needed > commit.free_bytes(partial):
         raise CheckpointError(f"{partial}: {needed} bytes are to be written, the disk has {commit.free_bytes(partial)} free")
     with locked(partial):
-        _clear(partial)
+        _check_out(Path(folder), target)  # another process may have finished it before the lock
         with writing(partial):
+            _clear(partial)
             records = _write(source, partial, arrays, count)
             manifest = _finish(source, partial, records, dtype, config)
         publish(partial, target)
@@ -97,6 +98,8 @@ class _Array:
 def _open(folder: Path, config: str | os.PathLike | None) -> Checkpoint | OrbaxSave:
     if config is None:
         return open_checkpoint(folder)
+    if any((folder / name).exists() for name in OURS):
+        raise CheckpointError(f"{folder}: a converted folder says itself which model it is: a config is for what stock Orbax saved")
     return open_orbax(folder, read_config_file(Path(config)))
 
 
@@ -105,6 +108,7 @@ def _check_out(folder: Path, out: Path) -> None:
         raise CheckpointError(f"{out}: is both the source and the output folder: choose another output folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out}: exists already: choose another output folder")
+    commit.check_place(out)
     partial = partial_of(out)
     if partial.exists() and any(partial.iterdir()) and not (partial / LOCK).exists():
         raise CheckpointError(f"{partial}: exists and is not an unfinished output: remove it or choose another output folder")
@@ -190,7 +194,7 @@ def _write(source: Checkpoint | OrbaxSave, partial: Path, arrays: list[_Array], 
     except ValueError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{partial}: writing failed: {store.one_line(error)}") from error
+        raise commit.failure(partial, error) from error
     return records
 
 

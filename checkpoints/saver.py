@@ -9,24 +9,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import os
 import re
 import shutil
 import sys
 import threading
-from collections import deque
-from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from checkpoints import commit, trees
 from checkpoints.errors import CheckpointError
-from checkpoints.trees import Piece, TreeWriter
+from checkpoints.trees import TreeWriter
+from checkpoints.trees.host import HostCopies, snapshot
 
 HOST_BYTES = 256 << 20
 _LOCK = ".lock"
@@ -82,12 +78,11 @@ class Companion(Protocol):
 
 @dataclasses.dataclass
 class _Pending:
-    """A save that is under way: `copied` when no device array is needed any more, `hurry` when somebody waits for that."""
+    """A save that is under way."""
 
     step: int
-    hurry: threading.Event = dataclasses.field(default_factory=threading.Event)
+    copies: HostCopies
     thread: threading.Thread | None = None
-    copied: threading.Event = dataclasses.field(default_factory=threading.Event)
     error: BaseException | None = None
 
     def busy(self) -> bool:
@@ -154,12 +149,12 @@ class AsyncSaver:
                 return False
         self.wait()
         self._check_new(step)
-        snapshot = _snapshot(tree, copy)
+        held = snapshot(tree, copy)
         token = f"{self._token}-{self._count}"
-        writer = TreeWriter(step_folder(self.root, step), snapshot, step, metadata, token, self._chunk_bytes, self._timeout)
+        writer = TreeWriter(step_folder(self.root, step), held, step, metadata, token, self._chunk_bytes, self._timeout)
         if self._companion is not None:
-            self._companion.keep(step, snapshot)
-        pending = _Pending(step)
+            self._companion.keep(step, held)
+        pending = _Pending(step, HostCopies(self._host_bytes))
         # Not a daemon: the interpreter's exit then waits for it. It ends with its save, so that it never stands in the way of the exit.
         pending.thread = threading.Thread(target=self._work, args=(writer, pending), name=f"save-{step}")
         self._pending = pending
@@ -178,8 +173,8 @@ class AsyncSaver:
     def before_donation(self) -> None:
         """Returns when no save needs the device arrays any more that it was given; they may be donated then. Writing may go on."""
         if self._pending is not None:
-            self._pending.hurry.set()
-            self._pending.copied.wait()
+            self._pending.copies.hurry.set()
+            self._pending.copies.copied.wait()
 
     def wait(self) -> None:
         """Returns when nothing is being saved.
@@ -241,17 +236,18 @@ class AsyncSaver:
     def _work(self, writer: TreeWriter, pending: _Pending) -> None:
         _step_back()
         try:
-            self._write(writer, pending)
+            self._write(writer, pending.copies)
         except BaseException as error:
             pending.error = error
             writer.abort(error)
         finally:
             writer.pieces.clear()
-            pending.copied.set()
+            self.peak_bytes = max(self.peak_bytes, pending.copies.peak_bytes)
+            pending.copies.copied.set()
 
-    def _write(self, writer: TreeWriter, pending: _Pending) -> None:
+    def _write(self, writer: TreeWriter, copies: HostCopies) -> None:
         writer.begin()
-        with contextlib.closing(self._host_pieces(writer.pieces, pending)) as host:
+        with contextlib.closing(copies.run(writer.pieces)) as host:
             for piece, data in host:
                 writer.write(piece, data)
                 del data
@@ -267,144 +263,6 @@ class AsyncSaver:
             doomed = commit.partial_of(step_folder(self.root, step))
             os.replace(step_folder(self.root, step), doomed)  # so that it is never seen half removed
             shutil.rmtree(doomed, ignore_errors=True)
-
-    def _host_pieces(self, pieces: list[Piece], pending: _Pending) -> Generator[tuple[Piece, np.ndarray]]:
-        """Every piece with its values on the host, in order; copies run ahead by as much as there is room for.
-
-        What is in the host's memory anyway is written from there while nobody waits for the arrays, which takes a quarter off the work.
-        """
-        waiting = deque(_batches(pieces, self._host_bytes))
-        pieces.clear()
-        ahead: deque[_Batch] = deque()
-        held = 0
-        while waiting or ahead:
-            if not ahead and waiting[0].in_place and not pending.hurry.is_set():
-                with waiting[0].donation_named():
-                    found = waiting[0].seen()
-                waiting.popleft()
-                yield found
-                del found
-                if not waiting:
-                    pending.copied.set()
-                continue
-            while waiting and (not ahead or held + waiting[0].nbytes <= self._host_bytes):
-                batch = waiting.popleft()
-                held += batch.nbytes
-                self.peak_bytes = max(self.peak_bytes, held)
-                assert held <= self._host_bytes or len(ahead) == 0
-                with batch.donation_named():
-                    batch.start()
-                ahead.append(batch)
-            for batch in ahead if not waiting else [ahead[0]]:
-                with batch.donation_named():
-                    batch.take()
-            if not waiting:
-                pending.copied.set()
-            batch = ahead.popleft()
-            for _ in range(len(batch.pieces)):
-                yield batch.pop()
-            held -= batch.nbytes
-
-
-class _Batch:
-    """Pieces whose values come to the host together: those of one shard, or a single one."""
-
-    def __init__(self, pieces: list[Piece], whole: bool):
-        self.pieces, self._whole = deque(pieces), whole
-        self._host: np.ndarray | None = None
-        self._view: jax.Array | None = None
-        self.in_place = _is_on_host(pieces[0].source)
-        self.nbytes = 0 if isinstance(pieces[0].source, np.ndarray) else sum(piece.nbytes for piece in pieces)
-
-    @contextlib.contextmanager
-    def donation_named(self) -> Iterator[None]:
-        """Says which leaf was donated too early, where that is why jax fails."""
-        try:
-            yield
-        except (RuntimeError, ValueError) as error:
-            if not ("deleted" in str(error) or "donated" in str(error)):
-                raise
-            which = f"leaf {self.pieces[0].path}"
-            raise CheckpointError(f"{which} was donated while it was being saved: call before_donation() first, or save with copy=True") from error
-
-    def start(self) -> None:
-        """Starts the copy, where that can be done without waiting for it."""
-        piece = self.pieces[0]
-        if self._whole:
-            self._view = trees.own_view(piece.source)
-        elif not _is_on_host(piece.source):
-            self._view = _slice(piece)
-        if self._view is not None:
-            self._view.copy_to_host_async()
-
-    def take(self) -> None:
-        """Finishes the copy; the device array isn't needed any more then."""
-        if self._host is not None:
-            return
-        piece = self.pieces[0]
-        if self._view is not None:
-            self._host = np.asarray(self._view)
-        elif isinstance(piece.source, np.ndarray):
-            self._host = piece.source[piece.inner]
-        else:
-            self._host = np.array(trees.on_host(piece.source)[piece.inner], order="C")
-        self._view = None
-        self.pieces = deque(dataclasses.replace(p, source=None) for p in self.pieces)
-
-    def seen(self) -> tuple[Piece, np.ndarray]:
-        """The only piece, where it is."""
-        piece = self.pieces[0]
-        return dataclasses.replace(piece, source=None), trees.on_host(piece.source)[piece.inner]
-
-    def pop(self) -> tuple[Piece, np.ndarray]:
-        assert self._host is not None
-        piece = self.pieces.popleft()
-        return piece, self._host[piece.inner] if self._whole else self._host
-
-
-def _batches(pieces: list[Piece], limit: int) -> list[_Batch]:
-    """On accelerators a shard goes whole where it is no larger than `limit`, and else chunk by chunk, cut on the device; on CPUs always by chunk."""
-    shards: list[list[Piece]] = []
-    for piece in pieces:
-        if shards and shards[-1][0].source is piece.source:
-            shards[-1].append(piece)
-        else:
-            shards.append([piece])
-    out = []
-    for shard in shards:
-        if not _is_on_host(shard[0].source) and sum(piece.nbytes for piece in shard) <= limit:
-            out.append(_Batch(shard, True))
-        else:
-            out += [_Batch([piece], False) for piece in shard]
-    return out
-
-
-def _is_on_host(source: Any) -> bool:
-    return isinstance(source, np.ndarray) or all(device.platform == "cpu" for device in source.sharding.device_set)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _dynamic_slice(x: jax.Array, starts: tuple[int, ...], sizes: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_slice(x, starts, sizes)
-
-
-def _slice(piece: Piece) -> jax.Array:
-    """A piece, cut on its device; one program for all pieces of a size."""
-    starts = tuple(np.int32(s.start) for s in piece.inner)
-    return _dynamic_slice(piece.source, starts, tuple(s.stop - s.start for s in piece.inner))
-
-
-def _snapshot(tree: Any, copy: bool) -> Any:
-    """The tree with numpy arrays copied, which can change, and on request jax arrays too; deleted ones are refused."""
-    paths = iter(trees.named_leaves(tree))
-
-    def leaf(value: Any) -> Any:
-        array = trees.as_array(next(paths), value)
-        if isinstance(array, jax.Array):
-            return jnp.copy(array) if copy else array
-        return np.array(array)
-
-    return jax.tree.map(leaf, tree)
 
 
 def _step_back() -> None:

@@ -72,7 +72,7 @@ def _steps(length: int, nbytes: int) -> int:
 def _spec(folder: Path, path: str) -> dict[str, Any]:
     return {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder / path}/"},
+        "kvstore": {"driver": "file", "path": f"{os.path.realpath(folder)}/{path}/"},  # '..' in a path is an error of tensorstore's
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }

@@ -166,7 +166,7 @@ def leaf_parts(source: Checkpoint, path: str, piece: Piece) -> Iterator[tuple[in
 
 def _is_cut_along(axis: int, record: LeafRecord) -> bool:
     """Whether an expert's chunks are cut along this axis and no other."""
-    return all(n == c or i == axis for i, (n, c) in enumerate(zip(record.shape[1:], record.chunk[1:], strict=True)))
+    return [i for i, (n, c) in enumerate(zip(record.shape[1:], record.chunk[1:], strict=True)) if c < n] == [axis]
 
 
 def _along(axis: int, shape: tuple[int, ...], chunks: Iterator[tuple[int, int, int, np.ndarray]]) -> Iterator[tuple[int, int, np.ndarray]]:

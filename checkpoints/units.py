@@ -127,16 +127,16 @@ def _quantized_data(source: Unpacked, unit: Unit, quantizer: Quantizer) -> Itera
 
 
 def _quantize_whole(source: Unpacked, unit: Unit, quantizer: Quantizer) -> tuple[np.ndarray, np.ndarray]:
-    """An expert's values and scales; the source goes by blocks of columns where its rows are columns here."""
+    """An expert's values and scales, by blocks of columns; the source goes by them too where its rows are columns here."""
     piece, expert = unit.piece, unit.piece.expert or 0
     k, n = piece.shape
-    if piece.row_axis == 0:
-        return quantizer.apply(unit.path, expert, _rows(source, piece, 0, k, "float32"), slice(0, n))
+    whole = _rows(source, piece, 0, k, "float32") if piece.row_axis == 0 else None
     values, scales = (np.empty(output.leaf.shape[1:], output.leaf.dtype) for output in unit.outputs)
     step = max(1, BLOCK_BYTES // (4 * k))
     for start in range(0, n, step):
         columns = slice(start, min(n, start + step))
-        values[:, columns], scales[:, columns] = quantizer.apply(unit.path, expert, _rows(source, piece, start, columns.stop, "float32"), columns)
+        w = _rows(source, piece, start, columns.stop, "float32") if whole is None else whole[:, columns]
+        values[:, columns], scales[:, columns] = quantizer.apply(unit.path, expert, w, columns)
     return values, scales
 
 

@@ -30,7 +30,8 @@ from checkpoints import verify as verifying
 from checkpoints.contents import describe
 from checkpoints.diff import diff
 from checkpoints.export import export_checkpoint
-from checkpoints.manifest import read_manifest
+from checkpoints.load import open_checkpoint
+from checkpoints.manifest import MANIFEST, read_manifest
 from checkpoints.quantizer import Quantizer
 from jaxmoe.compress import round_to_nearest
 from jaxmoe.report import checkpoint_tables as tables
@@ -134,15 +135,19 @@ def inspect(args: Inspect, console: Console) -> None:
 
 def compare(args: Compare, console: Console) -> bool:
     """Prints what two folders differ in; whether they do."""
+    if args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: at least 1 is needed")
     if args.json is not None:
         record.check_path(args.json)
     with bytes_bar("comparing") as meter:
         found = diff(args.a, args.b, meter, not args.read_all)
     for part in tables.diff_tables(found, args.limit):
-        console.print(part)
+        console.print(part, "", sep="\n")
     for name, only in (("A", found.only_a), ("B", found.only_b)):
         if only:
             say(console, f"only in {name}: {tables.some(only, args.limit)}")
+    if found.files:
+        say(console, f"files that differ, or that one has alone: {', '.join(found.files)}")
     unread = f"; {found.by_checksum:,} leaves or experts are equal by their checksums, and were not read" if found.by_checksum else ""
     verdict = "equal" if found.equal else "different"
     say(console, f"{verdict}: {found.compared:,} leaves compared, {tables.size(found.nbytes)} read in {meter.seconds:.1f} s{unread}")
@@ -156,6 +161,8 @@ def verify(args: Verify, console: Console) -> None:
     if (args.folder / trees.TREE).exists():
         verify_tree(args, console)
         return
+    if not (args.folder / MANIFEST).exists():
+        open_checkpoint(args.folder)  # says what the folder is instead
     with bytes_bar("verifying") as meter:
         found = verifying.verify(args.folder, args.source, quantizer_of(args.folder) if args.source else None, meter)
     what = f"{found.leaves:,} leaves, {found.units:,} checksums, {found.files:,} files, {tables.size(found.nbytes)}"
@@ -233,7 +240,7 @@ def main() -> int:
         description=__doc__,
     )
     different: list[bool | None] = []
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=None if sys.stdout.isatty() else 200, markup=False)  # names may have brackets in them
     code = run_command(lambda: different.append(COMMANDS[type(chosen)](chosen, console)))
     return code or int(any(different))
 

@@ -123,6 +123,29 @@ def convert_table(records: list[dict]) -> str:
     return record.table([row[-1] for row in sorted(rows, key=lambda row: row[:-1])], columns)
 
 
+def saving_table(records: list[dict]) -> str:
+    """Steps beside saves: what one save in so many seconds of steps adds to them, and what saving continually adds."""
+    rows = []
+    for r in (r for r in records if r["name"] == "saving"):
+        c, t = r["counters"], r["timings"]
+        for mode in ("one", "continually"):
+            every = r["settings"]["interval_seconds"] if mode == "one" else c["continually_every"]
+            limits = f"{c[f'{mode}_low']:+.1f} to {c[f'{mode}_high']:+.1f}"
+            shown = {"mb": r["bytes"]["tree"] / 1e6, "mode": MODES[mode], "every": every, "step": 1000 * t[f"{mode}_without"]["median"]}
+            shown |= {"percent": c[f"{mode}_percent"], "limits": limits}
+            rows.append((r["bytes"]["tree"], mode == "continually", r | {"shown": shown}))
+    columns = [
+        ("tree MB", "shown.mb", ",.0f"), ("saves", "shown.mode"), ("seconds a save alone", "timings.alone.median", ".2f"),
+        ("of CPUs", "timings.alone_cpu.median", ".2f"), ("step ms without", "shown.step", ".0f"), ("a save every s", "shown.every", ".1f"),
+        ("adds to steps %", "shown.percent", "+.1f"), ("95 % limits", "shown.limits", ">"), ("pairs", "settings.pairs", "d"),
+    ]  # fmt: skip
+    return record.table([row[-1] for row in sorted(rows, key=lambda row: row[:-1])], columns)
+
+
+MODES = {"one": "one at a time", "continually": "each begins when the last is done"}
+"""Names of rows."""
+
+
 ARMS = ("copy", "convert", "convert int8", "convert int4", "export")
 """The order of rows of one checkpoint."""
 
@@ -137,6 +160,7 @@ def run(args: Arguments) -> None:
     tables = {
         "generate": generate_table(records), "grouped_matmul": grouped_matmul_table(records), "expert_budget": expert_budget_table(records),
         "streaming": streaming_table(records), "convert": convert_table(records),
+        "saving": saving_table(records),
         "families": families.markdown(families.table(golden_cases.configs())),
     }  # fmt: skip
     for name, table in tables.items():

@@ -37,11 +37,11 @@ def dims(shape: Sequence[int] | None) -> str:
 
 
 def table(left: str, *right: str) -> Table:
-    """A table whose first column is text."""
+    """A table whose first column is text. Where there is no room, numbers wrap at blanks and nothing is cut off."""
     out = Table(box=None, pad_edge=False)
-    out.add_column(left, no_wrap=True)
+    out.add_column(left, no_wrap=True, overflow="fold")
     for name in right:
-        out.add_column(name, justify="right", no_wrap=True)
+        out.add_column(name, justify="right", overflow="fold")
     return out
 
 
@@ -150,7 +150,7 @@ def diff_tables(found: Diff, limit: int) -> Iterable[Table]:
         yield more(out, len(found.spec) - limit)
     if found.leaves:
         out = table("leaf", "shape", "dtype", "numbers that differ", "experts", "largest |a-b|", "relative", "not finite")
-        for one in sorted(found.leaves, key=lambda one: -one.max_abs)[:limit]:
+        for one in sorted(found.leaves, key=lambda one: (one.shapes[0] == one.shapes[1], -one.max_abs))[:limit]:
             out.add_row(one.path, both(*map(dims, one.shapes)), both(*one.dtypes), *_counts(one))
         yield more(out, len(found.leaves) - limit)
         out = table("kind", "leaves", "that differ", "numbers", "that differ")

@@ -79,6 +79,8 @@ def print_dry_run(found: DryRun, console: Console) -> None:
         if f.done:
             say.append(f"an unfinished run has written {f.done:,} of them, which would be read again and kept")
         console.print("\n".join(say), soft_wrap=True, markup=False, highlight=False)
+    if found.finished:
+        console.print("the output folder holds this conversion already: nothing would be done", soft_wrap=True, markup=False)
     console.print("nothing was written", soft_wrap=True, markup=False)
 
 

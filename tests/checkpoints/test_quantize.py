@@ -172,3 +172,34 @@ def test_another_quantization_is_another_folder(tmp_path):
     renamed = dataclasses.replace(quantizer(8, 16), method="other")
     with pytest.raises(CheckpointError, match="holds another model or dtype .quantization"):
         convert(hf, tmp_path / "out", quantizer=renamed)
+
+
+def test_arrays_that_a_quantizer_fills_again(tmp_path):
+    """What it gave before is still being written."""
+    kept: dict = {}
+
+    def again(path, expert, w, columns):
+        numbers, scales = kept.setdefault(w.shape, (np.empty(w.shape, np.int8), np.empty((w.shape[0] // 16, w.shape[1]), np.float32)))
+        numbers[...], scales[...] = quantize_columns(w, 8, 16)
+        return numbers, scales
+
+    hf = folder(tmp_path / "hf")
+    one = convert(hf, tmp_path / "one", quantizer=Quantizer("same", 8, 16, again))
+    two = convert(hf, tmp_path / "two", quantizer=Quantizer("same", 8, 16, lambda path, expert, w, columns: quantize_columns(w, 8, 16)))
+    assert {p: r.crc32 for p, r in one.leaves.items()} == {p: r.crc32 for p, r in two.leaves.items()}
+
+
+@pytest.mark.parametrize(
+    ("bits", "spoil", "message"),
+    [
+        (4, lambda numbers, scales: (numbers * 0 + 8, scales), "gave 8 to 8 for .*: 4 bits hold -8 to 7"),
+        (8, lambda numbers, scales: (numbers, scales * np.float32(np.nan)), "scales that are not finite"),
+        (8, lambda numbers, scales: int("many"), "the quantizer 'bad' failed at experts.0.gate, expert 0: invalid literal"),
+    ],
+)
+def test_quantizers_that_break_their_contract(tmp_path, bits, spoil, message):
+    def bad(path, expert, w, columns):
+        return spoil(*quantize_columns(w, bits, 16))
+
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder(tmp_path / "hf"), tmp_path / "out", quantizer=Quantizer("bad", bits, 16, bad))

@@ -236,7 +236,7 @@ def test_altered_numbers_of_a_quantized_expert(quantized, part):
     was = array[1, 2, 3].read().result()
     array[1, 2, 3].write(was + was.dtype.type(1)).result()
     try:
-        with pytest.raises(CheckpointError, match=f"leaf {path}, expert 1, has checksum"):
+        with pytest.raises(CheckpointError, match="is not the one that was written|has checksum"):
             open_checkpoint(folder).read_expert(0, 1, verify=True)
     finally:
         array[1, 2, 3].write(was).result()

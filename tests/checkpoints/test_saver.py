@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from checkpoints import saver as saver_module
 from checkpoints import trees
 from checkpoints.errors import CheckpointError
 from checkpoints.saver import AsyncSaver, latest, step_folder, steps
+from checkpoints.trees import host
 from tests.checkpoints.saver_process import tree_of
 
 PROCESS = Path(__file__).with_name("saver_process.py")
@@ -125,7 +125,7 @@ def test_before_donation_waits_while_the_bound_holds_copies_back(tmp_path, monke
     gate = Gate(monkeypatch, "write")
     with AsyncSaver(tmp_path, host_bytes=1 << 16) as saver:
         saver.save(1, {"x": array(1 << 16)})  # four times the bound
-        saver._pending.hurry.set()
+        saver._pending.copies.hurry.set()
         assert gate.reached.wait(20)
         waiting = threading.Thread(target=saver.before_donation)
         waiting.start()
@@ -200,7 +200,7 @@ def test_errors_are_raised_once_and_leave_it_usable(tmp_path, monkeypatch):
 def test_the_host_holds_no_more_than_it_may(tmp_path, monkeypatch, assert_trees_equal, on_accelerator):
     """Also the way of accelerators: shards that fit come whole, others in slices that are cut on the device."""
     if on_accelerator:
-        monkeypatch.setattr(saver_module, "_is_on_host", lambda source: isinstance(source, np.ndarray))
+        monkeypatch.setattr(host, "is_on_host", lambda source: isinstance(source, np.ndarray))
     small = [array(100, i) for i in range(9)]
     tree = {"large": array(1 << 18), "shards": sharded((256, 512)), "small": small, "host": np.arange(4), "none": array(0)}
     with AsyncSaver(tmp_path, host_bytes=1 << 18) as saver:

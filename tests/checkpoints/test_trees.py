@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from checkpoints import store, trees
 from checkpoints.errors import CheckpointError
 from checkpoints.manifest import content_sha256
+from checkpoints.reading import Target
 
 
 @flax.struct.dataclass
@@ -137,9 +138,10 @@ def test_shards_become_chunks_and_any_sharding_comes_back(tmp_path, assert_trees
         read.clear()
     one = trees.restore_tree(tmp_path / "t", tree)
     assert one["rows"].sharding == tree["rows"].sharding
-    one_row = trees._LeafReader(tmp_path / "t", "rows", info.leaves["rows"])
+    one_row = Target(((4, 8), (0, 64)), np.empty((4, 64), np.float32))
     read.clear()
-    np.testing.assert_array_equal(one_row.read([(slice(4, 8), slice(None))])[0], value[4:8])
+    trees.LeafReader(tmp_path / "t", "rows", info.leaves["rows"]).fill([one_row])
+    np.testing.assert_array_equal(one_row.out, value[4:8])
     assert sum(data.nbytes for data in read) == value.nbytes // 8  # a device's slice by itself
 
 
@@ -259,6 +261,27 @@ def test_arguments_that_cannot_be_saved(tmp_path):
     with pytest.raises(CheckpointError, match="t: is there already"):
         trees.save_tree(tmp_path / "t", good)
     assert trees.restore_tree(tmp_path / "t")["a"] == 1
+
+
+def test_verifying_says_how_far_it_is(tmp_path):
+    trees.save_tree(tmp_path / "t", {"a": np.ones((4, 6), np.float32), "b": jnp.ones(3, jnp.bfloat16), "c": 0.5}, chunk_bytes=48)
+    seen = []
+    info = trees.verify_tree(tmp_path / "t", lambda *of: seen.append(of))
+    assert seen == [(48, 110, "a"), (96, 110, "a"), (102, 110, "b"), (110, 110, "c")] and info.nbytes == 110
+
+
+def test_a_write_that_fails_says_where_and_why(tmp_path):
+    """Once while chunks are written, and once when an array is opened."""
+    writer = trees.TreeWriter(tmp_path / "t", {"a": np.ones((4, 6), np.float32), "b": np.ones(2)}, 0, None, "x", chunk_bytes=48)
+    writer.begin()
+    first, second, other = writer.pieces
+    writer.write(first, np.ones((2, 6), np.float32))
+    for name in ("a", "b"):
+        shutil.rmtree(writer.partial / name)
+        (writer.partial / name).touch()
+    for piece, data in ((second, np.ones((2, 6), np.float32)), (other, np.ones(2))):
+        with pytest.raises(CheckpointError, match=rf"t.partial/{piece.path}: writing failed \(.*Not a directory\)$"):
+            writer.write(piece, data)
 
 
 def test_processes_wait_for_each_other(tmp_path, monkeypatch):
