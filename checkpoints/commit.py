@@ -134,9 +134,15 @@ def tidy(out: Path, leave: tuple[str, ...] = (LOCK,)) -> None:
 class Syncing:
     """Brings files to the disk while others are still being written, so that little is left to wait for at the end.
 
+    Args:
+        forget: the system needn't keep in its memory what has been brought there.
+
     Raises:
         OSError: a file could not be brought there; at a later call, or at the end.
     """
+
+    def __init__(self, forget: bool = False):
+        self._forget = forget
 
     def __enter__(self) -> Syncing:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="sync")
@@ -145,7 +151,7 @@ class Syncing:
 
     def begin(self, paths: list[str]) -> None:
         """Files that are written."""
-        self._pending.append(self._pool.submit(_sync_all, paths))
+        self._pending.append(self._pool.submit(_sync_all, paths, self._forget))
         while self._pending and self._pending[0].done():
             self._pending.popleft().result()
 
@@ -157,9 +163,9 @@ class Syncing:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _sync_all(paths: list[str]) -> None:
+def _sync_all(paths: list[str], forget: bool) -> None:
     for path in paths:
-        sync(path)
+        sync(path, forget)
 
 
 def sync_tree(folder: Path) -> None:
@@ -176,10 +182,12 @@ def sync_tree(folder: Path) -> None:
             sync(path)
 
 
-def sync(path: str | os.PathLike) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+def sync(path: str | os.PathLike, forget: bool = False) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk; `forget`: then the system needn't keep it in its memory."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+        if forget:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from checkpoints import commit, store, trees
@@ -29,8 +28,6 @@ from checkpoints.safetensors_reader import INDEX, SINGLE, SafetensorsFolder
 from checkpoints.safetensors_writer import MARKER
 from jaxmoe.spec import ModelSpec
 from jaxmoe.spec.params import parameter_counts
-
-_BEGUN = "begun.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +78,7 @@ def describe(folder: Path) -> Contents:
         return _unfinished_export(folder)
     if (folder / trees.TREE).exists():
         return _tree(folder)
-    for name, what in ((_BEGUN, "unfinished saved tree"), (commit.LOCK, "unfinished folder")):
+    for name, what in ((trees.BEGUN, "unfinished saved tree"), (commit.LOCK, "unfinished folder")):
         if (folder / name).is_file():
             return _unfinished(folder, what)
     if (folder / SINGLE).exists() or (folder / INDEX).exists() or (folder / "config.json").exists():
@@ -191,15 +188,12 @@ def _unfinished_export(folder: Path) -> Contents:
 def _tree(folder: Path) -> Contents:
     info = trees.read_tree(folder)
     leaves = tuple(
-        _leaf(path, leaf.shape, leaf.dtype, _itemsize(leaf.dtype) * math.prod(leaf.shape), leaf.chunk)
+        _leaf(path, leaf.shape, leaf.dtype, leaf.nbytes, leaf.chunk)
         for path, leaf in info.leaves.items()
     )
     about = {"format": f"version {trees.VERSION}", "step": info.step, "metadata": info.metadata}
     return Contents(str(folder), "saved tree", None, about, leaves, sum(leaf.files for leaf in leaves))
 
-
-def _itemsize(dtype: str) -> int:
-    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
 
 
 def _hugging_face(folder: Path) -> Contents:

@@ -90,6 +90,15 @@ class Unpacked:
         return self.tensors[name] if name in self.tensors else self.source[name]
 
     @property
+    def streaming(self) -> bool:
+        """See `SafetensorsFolder`."""
+        return self.source.streaming
+
+    @streaming.setter
+    def streaming(self, on: bool) -> None:
+        self.source.streaming = on
+
+    @property
     def files(self) -> tuple[SourceFile, ...]:
         """The files that are read."""
         return self.source.files

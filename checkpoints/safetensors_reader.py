@@ -88,12 +88,16 @@ class SafetensorsFolder:
     Args:
         folder: the Hugging Face folder.
 
+    Attributes:
+        streaming: set it where much is read once: the system then needn't keep in its memory what has been read.
+
     Raises:
         CheckpointError: no weights, a missing or truncated file, a damaged header or index, a tensor in two files.
     """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
+        self.streaming = False
         self.tensors: dict[str, TensorInfo] = {}
         self.files: tuple[SourceFile, ...] = ()
         self._open_files: dict[str, int] = {}
@@ -182,7 +186,10 @@ class SafetensorsFolder:
         if start < 0 or count < 0 or start + count > info.size:
             raise IndexError(f"elements {start}:{start + count} of tensor {info.name} with {info.size}")
         out = np.empty(count, dtype)
-        self._pread(info.file, info.start + start * dtype.itemsize, out.data.cast("B") if count else memoryview(b""))
+        into, at = (out.data.cast("B") if count else memoryview(b"")), info.start + start * dtype.itemsize
+        self._pread(info.file, at, into)
+        if self.streaming:
+            os.posix_fadvise(self._file(info.file), at, len(into), os.POSIX_FADV_DONTNEED)
         return out
 
     def held_dtype(self, name: str) -> np.dtype:

@@ -185,8 +185,10 @@ def verify_tree(args: Verify, console: Console) -> None:
     """The same of a saved tree."""
     if args.source is not None:
         raise ValueError(f"{args.folder}: a saved tree, which has no source to compare with")
-    found = trees.verify_tree(args.folder)
-    say(console, f"{args.folder}: whole: {len(found.leaves):,} leaves, {sum(len(leaf.crc32) for leaf in found.leaves.values()):,} checksums")
+    with bytes_bar("verifying") as meter:
+        found = trees.verify_tree(args.folder, meter)
+    checksums = sum(len(leaf.crc32) for leaf in found.leaves.values())
+    say(console, f"{args.folder}: whole: {len(found.leaves):,} leaves, {checksums:,} checksums ({meter.rate})")
 
 
 def reshard(args: Reshard, console: Console) -> None:

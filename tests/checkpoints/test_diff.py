@@ -30,7 +30,7 @@ TABLE = "model.embed_tokens.weight"
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch):
     """Nobody cuts the power here."""
-    monkeypatch.setattr(commit, "sync", lambda path: None)
+    monkeypatch.setattr(commit, "sync", lambda path, forget=False: None)
 
 
 def folders(tmp_path, name, tensors, config=CONFIG, **how):

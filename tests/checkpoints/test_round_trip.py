@@ -54,7 +54,7 @@ def trips() -> list[Trip]:
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch):
     """Nobody cuts the power here, and waiting for the disk would take a third of the time."""
-    monkeypatch.setattr(commit, "sync", lambda path: None)
+    monkeypatch.setattr(commit, "sync", lambda path, forget=False: None)
 
 
 def random_tensors(spec, layout, dtype):

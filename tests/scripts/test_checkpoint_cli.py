@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
     files = {"tokenizer.json": "{}"}
     hf_folders.write_folder(root / "hf", CONFIG, hf_folders.random_tensors(CONFIG, "bfloat16"), shards=2, files=files)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commit, "sync", lambda path: None)
+        patch.setattr(commit, "sync", lambda path, forget=False: None)
         convert(root / "hf", root / "plain")
         convert(root / "hf", root / "small", quantizer=quantizer(4, 16))
     return root
@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch):
     """Nobody cuts the power here."""
-    monkeypatch.setattr(commit, "sync", lambda path: None)
+    monkeypatch.setattr(commit, "sync", lambda path, forget=False: None)
 
 
 def run(*args, code=0):
