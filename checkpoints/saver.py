@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -27,6 +28,7 @@ from checkpoints.trees.host import HostCopies, snapshot
 HOST_BYTES = 256 << 20
 _LOCK = ".lock"
 _STEP = re.compile(r"step_(\d{8,})")
+_CPU_SHARE = 0.05
 _NICE = 10
 
 
@@ -84,6 +86,7 @@ class _Pending:
     copies: HostCopies
     thread: threading.Thread | None = None
     error: BaseException | None = None
+    awaited: threading.Event = dataclasses.field(default_factory=threading.Event)  # somebody stands still until it is done
 
     def busy(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
@@ -102,18 +105,24 @@ class AsyncSaver:
             leaves come on top of it: they are copied in `save`.
         timeout: seconds that processes wait for each other.
         companion: is also given each tree.
+        share: of the time that the writing thread may work while nobody waits for it; None: a twentieth where arrays lie on CPUs, which the steps
+            need themselves, and all of it elsewhere.
 
     Raises:
         CheckpointError: another saver works in `root`, or it can't be written, or a number is out of range.
     """
 
     def __init__(
-        self, root: str | os.PathLike, keep: int = 2, host_bytes: int = HOST_BYTES, timeout: float = 600.0, companion: Companion | None = None
-    ):
+        self, root: str | os.PathLike, keep: int = 2, host_bytes: int = HOST_BYTES, timeout: float = 600.0, companion: Companion | None = None,
+        share: float | None = None,
+    ):  # fmt: skip
         if keep < 1:
             raise CheckpointError(f"keep = {keep} would keep nothing: 1 is the least")
         if host_bytes < 1 << 16:
             raise CheckpointError(f"host_bytes = {host_bytes} is too little: {1 << 16} is the least")
+        if share is not None and not 0 < share <= 1:
+            raise CheckpointError(f"share = {share} is no share of the time: more than 0, and 1 at most")
+        self._share = share if share is not None else _CPU_SHARE if jax.default_backend() == "cpu" else 1.0
         self.root, self.peak_bytes = Path(root), 0
         self._keep, self._timeout, self._companion = keep, timeout, companion
         self._chunk_bytes = min(trees.CHUNK_BYTES, host_bytes // 8)
@@ -173,6 +182,7 @@ class AsyncSaver:
     def before_donation(self) -> None:
         """Returns when no save needs the device arrays any more that it was given; they may be donated then. Writing may go on."""
         if self._pending is not None:
+            self._pending.awaited.set()
             self._pending.copies.hurry.set()
             self._pending.copies.copied.wait()
 
@@ -185,6 +195,7 @@ class AsyncSaver:
         pending = self._pending
         if pending is None or pending.thread is None:
             return
+        pending.awaited.set()
         pending.thread.join()
         self._pending = None
         if pending.error is None:
@@ -236,7 +247,7 @@ class AsyncSaver:
     def _work(self, writer: TreeWriter, pending: _Pending) -> None:
         _step_back()
         try:
-            self._write(writer, pending.copies)
+            self._write(writer, pending)
         except BaseException as error:
             pending.error = error
             writer.abort(error)
@@ -245,17 +256,26 @@ class AsyncSaver:
             self.peak_bytes = max(self.peak_bytes, pending.copies.peak_bytes)
             pending.copies.copied.set()
 
-    def _write(self, writer: TreeWriter, copies: HostCopies) -> None:
+    def _write(self, writer: TreeWriter, pending: _Pending) -> None:
+        start = time.perf_counter()
         writer.begin()
-        with contextlib.closing(copies.run(writer.pieces)) as host:
+        with contextlib.closing(pending.copies.run(writer.pieces)) as host:
             for piece, data in host:
                 writer.write(piece, data)
                 del data
+                self._rest(time.perf_counter() - start, pending.awaited)
+                start = time.perf_counter()
         if jax.process_index() == 0 and writer.folder.exists():
             shutil.rmtree(writer.folder)  # a damaged one: a whole one of this step was refused
         writer.finish()
         if jax.process_index() == 0:
             self._remove_old()
+
+    def _rest(self, worked: float, awaited: threading.Event) -> None:
+        """Leaves the processors to the steps, unless somebody waits, or the interpreter is ending."""
+        end = time.perf_counter() + worked * (1 / self._share - 1)
+        while (left := end - time.perf_counter()) > 0 and not awaited.is_set() and threading.main_thread().is_alive():
+            awaited.wait(min(left, 0.1))
 
     def _remove_old(self) -> None:
         good = steps(self.root)

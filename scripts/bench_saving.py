@@ -74,6 +74,8 @@ def write(args: Arguments, bench: Bench, found: dict[str, dict[str, Any]], alone
 
 def run(args: Arguments) -> None:
     """Both comparisons."""
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="saving-", dir=args.folder))
     try:
         bench = Bench(root, args.megabytes * 1_000_000, args.step_ms / 1000, args.block, args.host_megabytes << 20)
