@@ -21,7 +21,7 @@ from checkpoints.families import LAYOUTS, Layout, Piece, hf_tensors, layouts_of,
 from checkpoints.load import Checkpoint, open_checkpoint
 from checkpoints.manifest import Manifest
 from checkpoints.quantizer import VALUES
-from checkpoints.safetensors_reader import PACKED
+from checkpoints.safetensors_header import PACKED
 from checkpoints.safetensors_writer import MAX_SHARD_BYTES, Shard, Tensor, new_folder, plan_shards, write_file, write_shards
 from checkpoints.tensor_rows import Parts, Rows, leaf_parts, tensor_blocks
 from jaxmoe.spec import ModelSpec

@@ -30,7 +30,7 @@ from checkpoints.families import (
 from checkpoints.manifest import LEAF_LAYOUT, VERSION
 from checkpoints.quantized import Unpacked
 from checkpoints.quantizer import Quantizer
-from checkpoints.safetensors_reader import DTYPES
+from checkpoints.safetensors_header import DTYPES
 from checkpoints.units import Unit
 from jaxmoe.spec import ModelSpec, SpecError
 

@@ -24,7 +24,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from checkpoints.safetensors_reader import DTYPES, SafetensorsFolder, SourceFile, TensorInfo
+from checkpoints.safetensors_header import DTYPES, TensorInfo
+from checkpoints.safetensors_reader import SafetensorsFolder, SourceFile
 
 _FP8, _MXFP4 = "F8_E4M3", "U8"
 _SCALE = "_scale_inv"

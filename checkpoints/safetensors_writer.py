@@ -18,7 +18,8 @@ import numpy as np
 
 from checkpoints import commit
 from checkpoints.errors import CheckpointError
-from checkpoints.safetensors_reader import DTYPES, INDEX, SINGLE
+from checkpoints.safetensors_header import DTYPES
+from checkpoints.safetensors_reader import INDEX, SINGLE
 
 MARKER = "_export.json"
 """In an unfinished folder: what tells it from anything else, and how many bytes it will have."""

@@ -11,7 +11,7 @@ import pytest
 import safetensors
 from safetensors.numpy import save_file
 
-from checkpoints import safetensors_reader
+from checkpoints import safetensors_header, safetensors_reader
 from checkpoints.errors import CheckpointError
 from checkpoints.safetensors_reader import SafetensorsFolder
 
@@ -241,7 +241,7 @@ def test_every_dtype_of_the_reference_is_known():
     with pytest.raises(safetensors.SafetensorError) as caught:
         safetensors.deserialize(damaged(entry("F99")))
     listed = set(str(caught.value).split("expected one of", 1)[1].split("at line")[0].replace("`", "").replace(",", " ").split())
-    assert {"F32", "BF16", "F8_E4M3"} <= listed <= set(safetensors_reader._BITS)
+    assert {"F32", "BF16", "F8_E4M3"} <= listed <= set(safetensors_header._BITS)
 
 
 def test_a_header_of_zeros_is_not_read(tmp_path, monkeypatch):
