@@ -114,7 +114,7 @@ def publish(partial: Path, out: Path, leave: tuple[str, ...] = (LOCK,)) -> None:
         leave: files that only the unfinished folder needs; they keep other processes out until the rename, and go after it.
 
     Raises:
-        CheckpointError: it can't be done; `partial` is as it was.
+        CheckpointError: it can't be done: `partial` is as it was; or the disk failed after the rename, and `out` is there.
     """
     real = Path(os.path.realpath(out))  # once: '.' means nothing any more when it has been replaced
     with writing(partial):
