@@ -31,7 +31,7 @@ demo: $(DEMO_STAMP) ## generate text with the small model that ships: all expert
 	$(PLATFORM) $(BIN)/python $(DEMO) --expert-memory 26%
 
 test: $(TEST_STAMP) ## run all tests; those marked `device` need e.g. JAX_PLATFORMS=cuda,cpu
-	$(BIN)/python -m pytest tests $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile)
+	$(BIN)/python -m pytest tests $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
 
 lint: $(LINT_STAMP) ## ruff, mypy and the import floors
 	$(BIN)/python -m ruff check .

@@ -30,7 +30,8 @@ DEFAULT_MODEL = ROOT / "checkpoints" / "default"
 CACHE = Path.home() / ".cache" / "jaxmoe"
 STREAMING = {
     "expert_mode": "mode", "expert_policy": "policy", "expert_staging": "staging", "expert_trace": "trace", "expert_fill": "fill",
-    "link_gbps": "link_gbps", "host_memory": "host_memory",
+    "link_gbps": "link_gbps", "host_memory": "host_memory", "expert_predictor": "predictor", "predictor_file": "predictor_file",
+    "prefetch": "prefetch",
 }  # fmt: skip
 """Options that go with --expert-memory, and the fields of `Streaming` that they set."""
 
@@ -69,8 +70,15 @@ class Arguments:
     """On GPUs and TPUs: our own kernels for experts, or plain XLA."""
     expert_memory: str | None = None
     """Device memory for routed experts: 4GB, 512MiB, 25% (of all experts) or auto. The others stay in host memory."""
-    expert_policy: Literal["lfu", "lru", "static"] | None = None
-    """Which experts stay on the device; lfu if not given."""
+    expert_policy: Literal["lru", "lfu", "static", "arc", "fate", "edgemoe", "hobbit", "eam", "plec", "lookahead", "opt", "auto"] | None = None
+    """Which experts stay on the device; lfu if not given. auto chooses by --expert-trace, and in the host-driven mode prefetches. static and eam go
+    by --expert-trace too, and opt by a trace of this very run."""
+    expert_predictor: Literal["frequency", "previous", "transitions", "eam", "path", "readme", "gate", "oracle"] | None = None
+    """What foretells which experts come next, for --prefetch and for the policies plec and lookahead."""
+    predictor_file: Path | None = None
+    """A trained predictor (scripts/train.py predictor), for path and readme."""
+    prefetch: int | None = None
+    """Send experts ahead of their being asked for, and hold at most so many on the device beside the slots; off while it does not pay."""
     expert_mode: Literal["fused", "layer-grouped", "host-driven"] | None = None
     """How experts are brought: in the compiled step, the same with whole prompts at once (the default), or sent by the host."""
     expert_staging: int | None = None

@@ -1,8 +1,10 @@
-"""Routing traces: `trace.py import` reads one of another program, `record` makes one, `replay` runs it through a cache, `report` says what it allows.
+"""Routing traces: `trace.py import` reads one of another program, `record` makes one, `replay` runs it through a cache, `report` says what it allows,
+`advise` what to switch on.
 
     python scripts/trace.py record [MODEL] --prompt TEXT | --prompt-file FILE --out TRACE.npz
     python scripts/trace.py replay TRACE --slots 12 --policy lfu
     python scripts/trace.py report TRACE --slots 12 24 --plots FOLDER
+    python scripts/trace.py advise TRACE --slots 12 --link-gbps 25 --step-ms 4
 """
 
 from __future__ import annotations
@@ -67,10 +69,16 @@ class Replay:
     """A trace, or a route trace's .csv."""
     slots: tuple[int, ...]
     """Experts that a layer holds: one number, or one a layer."""
-    policy: Literal["lru", "lfu", "static", "opt"] = "lfu"
+    policy: Literal["lru", "lfu", "static", "arc", "fate", "edgemoe", "hobbit", "eam", "plec", "lookahead", "opt"] = "lfu"
     """What stays; opt knows the future."""
     profile: Path | None = None
-    """A trace of the same model, whose use of experts the static policy goes by; the trace's own prompt if not given."""
+    """A trace of the same model, by which static (the trace's own prompt if not given) and eam go, and to which a predictor is fitted."""
+    predictor: Literal["frequency", "previous", "transitions", "eam", "path", "readme", "oracle"] | None = None
+    """What foretells routing, for plec and lookahead; recent rates if not given."""
+    predictor_file: Path | None = None
+    """A trained predictor (scripts/train.py predictor), for path and readme."""
+    horizon: int = 1
+    """Steps ahead that the oracle knows."""
     cold: bool = False
     """Leave the prompt out instead of letting it warm the cache."""
     json: Path | None = None
@@ -91,6 +99,28 @@ class Report:
     """Write the report to this file."""
     plots: Path | None = None
     """Draw into this folder (extra `plot`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Advise:
+    """Says which policy and which prefetching to use for a model, a machine and a kind of text, and how fast that will be."""
+
+    trace: tyro.conf.Positional[Path]
+    """A trace, or a route trace's .csv."""
+    link_gbps: float
+    """Speed of the link between host and device, 10^9 bytes per second."""
+    step_ms: float
+    """Milliseconds of a decode step with all experts on the device (what generate.py prints without --expert-memory)."""
+    slots: int | None = None
+    """Experts that a layer holds; or give --expert-memory."""
+    expert_memory: str | None = None
+    """Device memory for experts, like 4GB or 25%."""
+    predictor_file: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
+    """A trained predictor to compare too (repeatable)."""
+    steps: int = 256
+    """Decode steps that are looked at; the first half chooses, the second checks."""
+    json: Path | None = None
+    """Write the comparison to this file."""
 
 
 def check_out(path: Path) -> None:
@@ -118,18 +148,27 @@ def import_trace(args: Import, console: Console) -> None:
 
 def replay_trace(args: Replay, console: Console) -> None:
     """Prints, and writes if asked to, what a policy did beside the optimum."""
+    from jaxmoe.offload.knowledge import knowledge
     from jaxmoe.offload.replay import OPT, replay
     from jaxmoe.offload.trace import load_or_import
     from jaxmoe.report import record, trace_report
+    from jaxmoe.residency import find_policy
 
     if args.json is not None:
         record.check_path(args.json)
-    if args.profile is not None and args.policy != "static":
-        raise ValueError(f"--profile is for the static policy, not for {args.policy}")
+    policy = find_policy(args.policy)
+    if args.profile is not None and not (set(policy.needs) & {"profile", "patterns"} or args.predictor is not None):
+        raise ValueError(f"--profile is for the static and eam policies and for predictors, not for {args.policy}")
+    if args.predictor is not None and not policy.foresees:
+        raise ValueError(f"--predictor is for plec and lookahead, not for {args.policy}")
     trace = load_or_import(args.trace)
-    profile = None if args.profile is None else read_profile(args.profile, trace)
+    other = None if args.profile is None else read_other(args.profile, trace)
+    if other is None and "patterns" in policy.needs:
+        raise ValueError("the eam policy goes by another trace of the model: give --profile")
+    known = None if other is None or args.policy == OPT else knowledge(other, policy)
+    foreseen = None if args.predictor is None else foresee_trace(args, trace, other)
     best = replay(trace, args.slots, OPT, warm=not args.cold)
-    found = best if args.policy == OPT else replay(trace, args.slots, args.policy, profile, warm=not args.cold)
+    found = best if args.policy == OPT else replay(trace, args.slots, args.policy, warm=not args.cold, foreseen=foreseen, known=known)
     made = trace_report.summary(found, best)
     console.print(trace_report.replay_tables(made))
     if args.json is not None:
@@ -137,15 +176,36 @@ def replay_trace(args: Replay, console: Console) -> None:
         record.write_record(args.json, made | about)
 
 
-def read_profile(path: Path, trace):
-    """How often another trace of the same model used each expert."""
-    from jaxmoe.offload.trace import MODEL_FIELDS, load_or_import, used_steps
+def read_other(path: Path, trace):
+    """Another trace of the same model."""
+    from jaxmoe.offload.trace import MODEL_FIELDS, load_or_import
 
     other = load_or_import(path)
     for key in MODEL_FIELDS[:4]:
         if other.meta[key] != trace.meta[key]:
             raise ValueError(f"{path}: a trace of another model: its {key} is {other.meta[key]!r}, not {trace.meta[key]!r}")
-    return used_steps(other)[0].sum(0)
+    return other
+
+
+def foresee_trace(args: Replay, trace, other):
+    """What the predictor would have said at every step."""
+    from jaxmoe.offload.predictors import find_predictor, foresee, sizes_of
+    from jaxmoe.train import path_predictor
+
+    name = args.predictor
+    if name in path_predictor.NETS:
+        if args.predictor_file is None:
+            raise ValueError(f"the predictor {name!r} is trained: give --predictor-file, which scripts/train.py predictor writes")
+        params = path_predictor.load(args.predictor_file, trace.meta, name)
+    elif name == "oracle":
+        params = find_predictor(name).fit([trace], 0, horizon=args.horizon)
+    elif name == "eam":
+        if other is None:
+            raise ValueError("the predictor 'eam' goes by another trace of the model: give --profile")
+        params = find_predictor(name).fit([other], 0)
+    else:
+        params = find_predictor(name).fit([] if other is None else [other], 0, sizes=sizes_of(trace))
+    return foresee(find_predictor(name), params, trace, args.horizon)
 
 
 def report_trace(args: Report, console: Console) -> None:
@@ -166,6 +226,32 @@ def report_trace(args: Report, console: Console) -> None:
     if args.plots is not None:
         for path in trace_report.plots(made, args.plots):
             console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+
+
+def advise_trace(args: Advise, console: Console) -> None:
+    """Prints, and writes if asked to, all ways compared and the one advised."""
+    from jaxmoe.offload import advise, budget
+    from jaxmoe.offload.trace import load_or_import
+    from jaxmoe.report import advice, record
+    from jaxmoe.train import path_predictor
+
+    if args.json is not None:
+        record.check_path(args.json)
+    if (args.slots is None) == (args.expert_memory is None):
+        raise ValueError("give either --slots or --expert-memory")
+    machine = advise.Machine(args.link_gbps, args.step_ms / 1e3)
+    trace = load_or_import(args.trace)
+    slots = args.slots
+    if args.expert_memory is not None:
+        amount = budget.parse_memory(args.expert_memory)
+        slots = advise.slots_for(trace, amount.resolve(int(trace.expert_bytes.sum()) * trace.experts, None))
+    trained = {params.kind: params for params in (path_predictor.load(file, trace.meta) for file in args.predictor_file)}
+    with Console(stderr=True).status("replaying") as status:
+        found = advise.advise(trace, slots, machine, trained, most_steps=args.steps, progress=status.update)
+    console.print(advice.table(found))
+    console.print(found.describe(), highlight=False, markup=False, soft_wrap=True)
+    if args.json is not None:
+        record.write_record(args.json, advice.as_json(found) | {"versions": record.versions()})
 
 
 def read_prompts(args: Record) -> list[str]:
@@ -234,7 +320,7 @@ def record_trace(args: Record, console: Console) -> None:
     console.print(describe(trace, args.out), highlight=False, markup=False, soft_wrap=True)
 
 
-COMMANDS = {Import: import_trace, Record: record_trace, Replay: replay_trace, Report: report_trace}
+COMMANDS = {Import: import_trace, Record: record_trace, Replay: replay_trace, Report: report_trace, Advise: advise_trace}
 
 
 def main() -> int:
@@ -243,7 +329,8 @@ def main() -> int:
         Annotated[Import, tyro.conf.subcommand("import")]
         | Annotated[Record, tyro.conf.subcommand("record")]
         | Annotated[Replay, tyro.conf.subcommand("replay")]
-        | Annotated[Report, tyro.conf.subcommand("report")],  # type: ignore[arg-type]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Advise, tyro.conf.subcommand("advise")],  # type: ignore[arg-type]
         description=__doc__,
     )
     return run_command(lambda: COMMANDS[type(chosen)](chosen, Console()))

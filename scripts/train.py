@@ -1,4 +1,8 @@
-"""Trains the small model: `train.py corpus OUT` gathers text, `train.py model CORPUS OUT` trains and resumes, `train.py export` writes the result."""
+"""Trains the small model: `train.py corpus OUT` gathers text, `train.py model CORPUS OUT` trains and resumes, `train.py export` writes the result.
+
+`train.py pregate MODEL CORPUS OUT` tunes a model whose routers choose a layer ahead.
+`train.py predictor TRACE... --out FILE` trains a predictor of routing on recorded traces (scripts/trace.py record, scripts/bench_policies.py record).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -14,8 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jaxmoe.report.command import run_command  # noqa: E402
 from jaxmoe.spec import ModelSpec  # noqa: E402
-from jaxmoe.train import card, loop  # noqa: E402
+from jaxmoe.train import card, loop, path_predictor, pregate  # noqa: E402
 from jaxmoe.train.corpus import build_corpus, load_corpus  # noqa: E402
 
 
@@ -59,6 +64,82 @@ class Export:
     train: Annotated[loop.TrainConfig, tyro.conf.arg(name="")] = loop.TrainConfig()
 
 
+@dataclasses.dataclass
+class Pregate:
+    """Tunes a model whose routers choose one layer ahead (Pre-gated MoE), and says what that costs in held-out loss."""
+
+    model: Annotated[Path, tyro.conf.Positional]
+    """Hugging Face folder of the trained model."""
+    corpus: Annotated[Path, tyro.conf.Positional]
+    """Folder that `train.py corpus` wrote."""
+    out: Annotated[Path, tyro.conf.Positional]
+    """Hugging Face folder to write."""
+    tune: Annotated[pregate.PregateConfig, tyro.conf.arg(name="")] = pregate.PregateConfig()
+    minutes: float | None = None
+    """Stop after this long."""
+
+
+def pregate_model(args: Pregate) -> None:
+    import tempfile
+
+    from checkpoints.load import load_hf_or_checkpoint
+    from jaxmoe.engine.model import load_model
+    from pallas_kernels.dispatch import Kernels
+
+    data = load_corpus(args.corpus)
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = load_model(load_hf_or_checkpoint(args.model, Path(folder)), "float32", Kernels.default(), unroll=False)
+    weights, spec = pregate.of_resident(loaded.spec, loaded.params, loaded.bank), pregate.pregated(loaded.spec)
+    before, untuned = pregate.nats(pregate.pregated(spec, False), weights, data)["mean"], pregate.nats(spec, weights, data)["mean"]
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("tuning", total=args.tune.steps)
+        for state, row in pregate.tune(spec, *weights, data, args.tune, args.minutes):
+            last = state  # the next step takes its arrays
+            progress.update(task, completed=row["step"], description=f"loss {row['nll']:.3f}")
+    tuned = pregate.joined(last)
+    after = pregate.nats(spec, tuned, data)["mean"]
+    pregate.export(spec, tuned, args.model, args.out)
+    print(f"{args.out}: held-out nats per token {before:.4f} as it was, {untuned:.4f} with routers that choose ahead, {after:.4f} tuned")
+
+
+@dataclasses.dataclass
+class Predictor:
+    """Trains a predictor of routing on recorded traces, for generate.py --expert-predictor."""
+
+    traces: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Traces of one model that hold token ids; a folder stands for all traces in it."""
+    out: Path
+    """File to write, .npz."""
+    kind: Literal["path", "readme"] = "path"
+    """ExpertFlow's routing-path predictor, or Read-ME's router outside the backbone."""
+    steps: int = path_predictor.FitSettings().steps
+    """Of the optimizer."""
+    seed: int = 0
+    """Of parameters and order."""
+
+
+def predictor(args: Predictor) -> None:
+    from jaxmoe.offload.trace import load_or_import
+    from jaxmoe.report.record import check_path
+
+    check_path(args.out, "a predictor", ".npz")
+    files = [file for path in args.traces for file in (sorted(path.glob("*.npz")) if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"{', '.join(map(str, args.traces))}: no traces there")
+    traces = [load_or_import(file) for file in files]
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=args.steps)
+
+        def show(step: int, steps: int, loss: float) -> None:
+            progress.update(task, completed=step, description=f"{loss:.1f} nats a token")
+
+        settings = dataclasses.replace(path_predictor.FitSettings(), steps=args.steps)
+        found = path_predictor.train(traces, args.kind, settings, args.seed, show)
+    path_predictor.save(args.out, found, traces[0].meta)
+    tokens = sum(len(trace.ids) for trace in traces)
+    print(f"{args.out}: {args.kind} predictor of {traces[0].meta['model']}, trained on {tokens:,} tokens, {found.bytes / 1e6:.2f} MB")
+
+
 def export(args: Export) -> None:
     config = json.loads(args.config.read_text())
     card.export(ModelSpec.from_hf(config), config, load_corpus(args.corpus), args.run, args.out, args.train)
@@ -83,10 +164,13 @@ def model(args: Model) -> None:
 
 
 if __name__ == "__main__":
-    chosen = tyro.cli(
+    parsed = tyro.cli(
         Annotated[Corpus, tyro.conf.subcommand("corpus")]
         | Annotated[Model, tyro.conf.subcommand("model")]
-        | Annotated[Export, tyro.conf.subcommand("export")],  # type: ignore[arg-type]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Pregate, tyro.conf.subcommand("pregate")]
+        | Annotated[Predictor, tyro.conf.subcommand("predictor")],  # type: ignore[arg-type]
         description=__doc__,
     )
-    {Corpus: corpus, Model: model, Export: export}[type(chosen)](chosen)
+    commands = {Corpus: corpus, Model: model, Export: export, Predictor: predictor, Pregate: pregate_model}
+    sys.exit(run_command(lambda: commands[type(parsed)](parsed)))

@@ -1,6 +1,7 @@
-"""Writes the README's tables from the records in benchmarks/, and that of model families from their data; nothing there is typed.
+"""Writes the tables of the README and of docs/offloading.md from the records in benchmarks/, and that of model families from their data; nothing
+there is typed.
 
-    python scripts/update_readme.py [--readme README.md] [--benchmarks benchmarks]
+    python scripts/update_readme.py [--readme README.md] [--offloading docs/offloading.md] [--benchmarks benchmarks]
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("scripts") is None:
     sys.path.insert(0, str(ROOT))
 
-from jaxmoe.report import families, record
+from jaxmoe.report import families, policy_tables, record
 from jaxmoe.report.command import run_command
 from scripts import golden_cases
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Write the README's tables."""
+    """Write the tables of the README and of docs/offloading.md."""
 
     readme: Path = ROOT / "README.md"
     """The file to change."""
+    offloading: Path = ROOT / "docs" / "offloading.md"
+    """The page on offloading; passed over where it does not exist."""
     benchmarks: Path = ROOT / "benchmarks"
     """Folder of records."""
 
@@ -163,8 +166,15 @@ def run(args: Arguments) -> None:
         "saving": saving_table(records),
         "families": families.markdown(families.table(golden_cases.configs())),
     }  # fmt: skip
+    write(args.readme, tables)
+    if args.offloading.exists():
+        write(args.offloading, policy_tables.tables(records))
+
+
+def write(page: Path, tables: dict[str, str]) -> None:
+    """Puts tables between their markers."""
     for name, table in tables.items():
-        changed = record.update_readme(args.readme, name, table)
+        changed = record.update_readme(page, name, table)
         print(f"{name}: {'written' if changed else 'as it was'}")
 
 

@@ -3,9 +3,11 @@
 `device` tests run where JAX_PLATFORMS names an accelerator that is there (`JAX_PLATFORMS=cuda,cpu make test`).
 """
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,8 +26,27 @@ def _prepare_environment() -> None:
 _prepare_environment()
 
 
+LONGEST = (
+    "families/test_goldens_2.py",
+    "families/test_goldens_1.py",
+    "pallas_kernels/test_row_invariance.py",
+    "engine/test_slots_cover.py",
+    "engine/test_invariance.py",
+    "experts/test_kernel_layouts.py",
+    "train/test_loop.py",
+    "engine/test_slots_exact.py",
+    "train/test_bank.py",
+    "nn/test_shipped_model.py",
+    "report/test_kernel_bench.py",
+)
+"""Files that begin first, some of a few long tests: a worker that began one of them last would leave the other with nothing to do (`make test` has
+xdist keep this order)."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect `device` tests where jax's default backend is the CPU."""
+    """The longest files first; and without `device` tests where jax's default backend is the CPU."""
+    begin = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: begin.get(item.path, len(begin)))
     device_items = [item for item in items if item.get_closest_marker("device")]
     if not device_items:
         return
@@ -35,6 +56,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     config.hook.pytest_deselected(items=device_items)
     items[:] = [item for item in items if not item.get_closest_marker("device")]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Garbage collection looks at what tests make, not at modules again and again, and at that less often: tracing makes much that lives on."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
 
 
 @pytest.fixture(scope="session", autouse=True)

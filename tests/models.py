@@ -16,6 +16,7 @@ from jaxmoe.engine.model import Model, Offload, slot_bank
 from jaxmoe.experts import ResidentBank, host_store
 from jaxmoe.experts.source import ExpertSource
 from jaxmoe.formats import store_numpy
+from jaxmoe.residency import Knowledge
 from jaxmoe.spec import ModelSpec, abstract_experts, abstract_params, stack_layers
 from pallas_kernels.dispatch import Kernels
 
@@ -88,10 +89,12 @@ def records_of(model: Model) -> np.ndarray:
     return host_store.read_records(model.spec, lambda l, e: {"gate": w_in[l, e, :, 0], "up": w_in[l, e, :, 1], "down": w_out[l, e]})
 
 
-def slot_model(model: Model, slots: int | tuple[int, ...], staging: int = 2, policy: str = "lfu", fill: str | None = None) -> Model:
-    """The model with its experts in host memory, a random profile for the policy, and NaN in staging slots that have been used."""
-    profile = np.random.default_rng(5).random(model.bank.w_in.shape[:2])
-    bank = slot_bank(model.spec, records_of(model), Offload(slots, staging, policy, profile, fill))
+def slot_model(
+    model: Model, slots: int | tuple[int, ...], staging: int = 2, policy: str = "lfu", fill: str | None = None, knowledge: Knowledge | None = None
+) -> Model:
+    """The model with its experts in host memory, a random profile if nothing else is told, and NaN in staging slots that have been used."""
+    knowledge = knowledge or Knowledge(jnp.asarray(np.random.default_rng(5).random(model.bank.w_in.shape[:2]), jnp.float32))
+    bank = slot_bank(model.spec, records_of(model), Offload(slots, staging, policy, knowledge, fill))
     return dataclasses.replace(model, bank=dataclasses.replace(bank, poison=True))
 
 

@@ -7,15 +7,35 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+
 from pallas_kernels.dispatch import Kernels
 
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_LITTLE: dict[str, bool | int] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+_PLAIN_FUSIONS: dict[str, bool | int] = {"xla_cpu_use_fusion_emitters": False}
+"""Fusions by the emitters of single operations: where they are many, most of the time goes to the other ones' compiler. jax 0.11.2 has no others."""
+
+
+def _known(options: dict[str, bool | int]) -> dict[str, bool | int]:
+    """The options, if this jax has them; else none."""
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
+OPTIONS = _LITTLE | _known(_PLAIN_FUSIONS)
 
 
 @dataclasses.dataclass(frozen=True)
 class QuickKernels(Kernels):
     """Kernels whose steps are compiled so. Equal to no `Kernels`, hence another key of whatever caches steps by them."""
 
-    def compiler_options(self) -> dict[str, bool]:
+    def compiler_options(self) -> dict[str, bool | int]:
         """See `Kernels.compiler_options`."""
         return super().compiler_options() | OPTIONS

@@ -163,7 +163,7 @@ class Engine:
 
     def __init__(
         self, model: Model, rows: int, positions: int, greedy: bool, eos: Sequence[int] = (), record: bool = False, programs: Any = None,
-        prefill_tokens: int | None = None,
+        prefill_tokens: int | None = None, gates: bool = False,
     ):  # fmt: skip
         """
         Args:
@@ -176,7 +176,10 @@ class Engine:
             programs: what runs prefill and decode; the fused steps if not given (`steps.Fused`, `host_driven.HostDriven`).
             prefill_tokens: the most tokens in a prefill step; if not given, the largest bucket, or where experts are streamed a prompt of any length,
                 so that each of them crosses the link once.
+            gates: record what routers foretell as well (`Trace.gates`); of the fused steps alone.
         """
+        if gates and (programs is not None or not record):
+            raise ValueError("gates = True needs record = True and the fused steps: leave out programs")
         if len(eos) > steps.EOS_SLOTS:
             raise RequestError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
         self.positions = cache_positions(model.spec, positions)
@@ -186,7 +189,7 @@ class Engine:
         self._eos = steps.pad_to(self.eos, steps.EOS_SLOTS, -2)
         self._moving: Any = None
         self._sequence = 0
-        self._programs = programs or steps.Fused(model.spec, model.kernels, greedy, record)
+        self._programs = programs or steps.Fused(model.spec, model.kernels, greedy, record, gates)
         self._unread: list[Callable[[TraceBuilder], None]] = []
         self._recorder = TraceBuilder(model_meta(model.spec, model.spec.family, "generation")) if record else None
         most = self.positions * rows if isinstance(model.bank, SlotBank) else steps.TOKEN_BUCKETS[-1]
@@ -266,8 +269,8 @@ class Engine:
         """Keeps a prompt's routing for `trace` to read: reading it here would cost every step some of its time."""
 
         def add(recorder: TraceBuilder) -> None:
-            ids, weights = map(np.asarray, routed)
-            recorder.add(ids, weights, batch.tokens, first + batch.segments, PROMPT, batch.segments >= 0)
+            ids, weights, *gates = map(np.asarray, routed)
+            recorder.add(ids, weights, batch.tokens, first + batch.segments, PROMPT, batch.segments >= 0, *gates)
 
         if self._recorder is not None:
             self._unread.append(add)
@@ -277,8 +280,8 @@ class Engine:
 
         def add(recorder: TraceBuilder) -> None:
             read, n = np.concatenate([last[None], out[:-1]]), len(live)
-            for ids, weights, tokens, new in zip(*map(np.asarray, routed), read, out, strict=True):
-                recorder.add(ids[:n], weights[:n], tokens[:n], first + np.asarray(live), DECODE, new[:n] >= 0)
+            for tokens, new, ids, weights, *gates in zip(read, out, *map(np.asarray, routed), strict=True):
+                recorder.add(ids[:n], weights[:n], tokens[:n], first + np.asarray(live), DECODE, new[:n] >= 0, *(g[:n] for g in gates))
 
         if self._recorder is not None:
             self._unread.append(add)

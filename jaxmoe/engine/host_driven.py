@@ -7,12 +7,17 @@
 
 The portable fallback, where a compiled step can't read host memory; the mode whose link can be emulated and timed anywhere; and the one that reads
 experts from a disk. It gives the fused step's bits: resolving, filling and computing are the slot bank's own functions.
+
+With prefetching, the one read of a layer also brings its routing, what is resident, and what the next layers' routers make of its input. While the
+layer's experts are computed the host asks a foresight what the next layers will want, and queues what they lack. Records that were sent ahead are
+landed like others, first of those that were missing; which they are changes when a layer's experts are computed, and no bit of what comes out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
@@ -26,12 +31,20 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.cache.batch import Batch
 from jaxmoe.decode.sampling import SamplingParams, sample
 from jaxmoe.engine import steps
+from jaxmoe.engine.foresight import Lookout
 from jaxmoe.experts.dispatch import weighted_sum
-from jaxmoe.experts.ranked import Ranked, rank
+from jaxmoe.experts.lossy import STORED
+from jaxmoe.experts.planes import unpack_planes
+from jaxmoe.experts.ranked import Ranked, in_order, rank, row_counts
 from jaxmoe.experts.slots import Pools, SlotBank, uses
 from jaxmoe.nn.layers import FINISHING
 from jaxmoe.nn.transformer import decoder_layer, embed, head, layer_tables
 from jaxmoe.offload.link import Link
+from jaxmoe.offload.prefetch import Prefetch
+from jaxmoe.offload.staging import Staged, Staging
+from jaxmoe.residency.policy import FORESEEN
+from jaxmoe.routing.ahead import Gates, gate_scores, stack_gates
+from jaxmoe.routing.route import initial_state
 from jaxmoe.spec import LayerSpec, ModelSpec
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.expert_fill.api import land
@@ -55,16 +68,29 @@ class Routed:
 
 @flax.struct.dataclass
 class _PlanningBank(SlotBank):
-    """A slot bank that resolves and ranks, and leaves the computing to others: what it returns as results is not to be used."""
+    """A slot bank that resolves and ranks, and leaves the computing to others: what it returns as results is not to be used.
+
+    Attributes: `planned` see below; `staged` the layer's experts that were sent ahead, of which those that are missing come before the others that
+    are, or None.
+    """
 
     planned: Any = None
+    staged: Bool[Array, "E"] | None = None
 
     def expert_ffn(self, moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels, biases=None):
-        """See `jaxmoe.experts.expert_ffn`; `planned` of the bank that comes back is `(Routed, misses [1 + E])`."""
+        """See `jaxmoe.experts.expert_ffn`; `planned` of the bank that comes back is `(Routed, misses [1 + E])`; of a lossy bank [1 + 2 E]."""
         used_SE = uses(ids_TA, valid_T, self.experts, self.ordered)
-        state, choice, place = self.resolve(moe_layer, used_SE, ids_TA, valid_T)
-        ranked = rank(choice, place.slot, x_TD, ids_TA, valid_T, biases)
-        misses = jnp.concatenate([ranked.misses[None], jnp.roll(ranked.experts, -ranked.hits)])
+        state, choice, place = self.resolve(moe_layer, used_SE, ids_TA, valid_T, weights_TA)
+        if self.staged is None:
+            ranked = rank(choice, place.slot, x_TD, ids_TA, valid_T, biases)
+        else:
+            rows = row_counts(ids_TA, valid_T, self.experts)
+            order = jnp.lexsort((-rows, ~self.staged, choice.enter | choice.stream, place.slot < 0))
+            ranked = in_order(order, choice, place.slot, x_TD, ids_TA, valid_T, biases)
+        missing = jnp.roll(ranked.experts, -ranked.hits)
+        misses = jnp.concatenate([ranked.misses[None], missing])
+        if self.lossy is not None:  # and at how many bits each is wanted
+            misses = jnp.concatenate([misses, state.marks["width"][moe_layer][missing]])
         routed = Routed(ranked, ids_TA, weights_TA, valid_T)
         return x_TD, dataclasses.replace(self, state=state, planned=(routed, misses)), {}
 
@@ -87,10 +113,15 @@ class Pending:
 class Programs:
     """The halves, each jitted once for a kind of layer and a batch size."""
 
-    def __init__(self, spec: ModelSpec, bank: SlotBank, kernels: Kernels):
-        self.spec, self.kernels = spec, kernels
+    def __init__(self, spec: ModelSpec, bank: SlotBank, kernels: Kernels, depth: int = 0):
+        """
+        Args:
+            spec, bank, kernels: of the model.
+            depth: for how many layers ahead a front that looks evaluates routers.
+        """
+        self.spec, self.kernels, self._depth = spec, kernels, depth
         self._bank = _PlanningBank(**{f: getattr(bank, f) for f in bank.__dataclass_fields__} | {"store": None, "state": None})
-        self._how = (GLUS[bank.activation], kernels, bank.layout)
+        self._how, self.lossy = (GLUS[bank.activation], kernels, bank.layout), bank.lossy is not None
         self._options = kernels.compiler_options()
         self.front = functools.cache(self._front)
         self.hits = self._jit(self._hits)
@@ -103,30 +134,46 @@ class Programs:
         return jax.jit(f, donate_argnums=donate, compiler_options=self._options)
 
     def _front(self, layer: LayerSpec, stacked: bool) -> Callable:
-        """The jitted `(tree, at, x, before, layers, tables, layer index, MoE layer, batch) -> (x, layers, tables, planned)`.
+        """The jitted `(tree, at, x, before, layers, tables, layer index, MoE layer, batch, router state, look)
+        -> (x, layers, tables, router state, planned)`.
 
         `tree` holds a layer's weights, or with `stacked` those of all repeats, of which `at` is one. `before` is the last MoE layer's `Pending`, or
-        None. The layer index counts layers with the same kind of state. `tables` is a `SlotState` without pools. `planned` is `(Routed, misses, side,
-        weights for finishing)`, or None of a dense layer.
+        None. The layer index counts layers with the same kind of state. `tables` is a `SlotState` without pools. `look` is None, or `(staged [E],
+        gates)`. `planned` is `(Routed, read, side, weights for finishing)`, or None of a dense layer; `read` is for the host: misses [1 + E], and of
+        a front that looks also ids [T, A], resident [L, E] and the next routers' scores [depth, E] or None.
         """
         module: Any = decoder_layer(self.spec, layer, self.kernels)
 
-        def front(tree, at, x, before, layers, tables, index, moe_layer, batch):
+        def front(tree, at, x, before, layers, tables, index, moe_layer, batch, router_state, look):
             x = self._finish(x, before)
             if stacked:
                 tree = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, at, 0, keepdims=False), tree)
-            bank = self._bank.join(tables)
+            bank: Any = self._bank.join(tables)
             bank = bank.in_order() if batch.run > 1 else bank
+            bank = bank if look is None else dataclasses.replace(bank, staged=look[0])
             angles = layer_tables(layer, batch, x.dtype)
             what = "front" if layer.sparse else "all"
-            out = module.apply({"params": tree}, what, x, index, moe_layer, bank, layers, (), batch, angles)
+            out = module.apply({"params": tree}, what, x, index, moe_layer, bank, layers, router_state, batch, angles)
             if not layer.sparse:
-                return out[0], out[2], tables, None
-            x, side, _, bank, layers, _, _ = out
+                return out[0], out[2], tables, router_state, None
+            x, side, _, bank, layers, router_state, chosen = out
             routed, misses = bank.planned
-            return x, layers, bank.state, (routed, misses, side, {name: tree[name] for name in FINISHING if name in tree})
+            read = (misses,) if look is None else (misses, *self._seen(look[1], moe_layer, chosen.inputs, routed, bank.state.slot_of_expert))
+            return x, layers, bank.state, router_state, (routed, read, side, {name: tree[name] for name in FINISHING if name in tree})
 
         return self._jit(front, donate=(2, 4, 5))
+
+    def _seen(self, gates: Gates | None, moe_layer, inputs, routed: Routed, slot_of_expert) -> tuple:
+        """What the host needs for looking ahead: ids, what is resident, the next routers' scores.
+
+        All layers' residency is read, though few are asked about. A copy on the host could not follow what the misses say, which don't tell who left,
+        and in a shared pool other layers' experts leave; of the layers ahead alone, the host would not know at a step's beginning how the last one
+        ended. It is L E bytes in a read whose cost is that it blocks.
+        """
+        scores = None
+        if gates is not None:
+            scores = gate_scores(self.spec, gates, moe_layer, inputs, routed.valid, self._depth, self.kernels)
+        return routed.ids, slot_of_expert >= 0, scores
 
     def _finish(self, x: jax.Array, before: Pending | None) -> jax.Array:
         """The residual stream with what the experts gave added, as the fused step adds it."""
@@ -156,10 +203,14 @@ class Programs:
 
 
 class HostDriven:
-    """Runs prefill and decode layer by layer, with experts from a source; in the place of `steps.Fused`."""
+    """Runs prefill and decode layer by layer, with experts from a source; in the place of `steps.Fused`.
+
+    Attributes: `programs` the halves; `source`, `link` where experts come from; `ahead` what prefetching has under way, None without it.
+    """
 
     def __init__(self, spec: ModelSpec, bank: SlotBank, kernels: Kernels, greedy: bool, source: Any, link: Link | None = None,
-                 record: bool = False, overlap: bool = True, cold: Collection[int] = ()):  # fmt: skip
+                 record: bool = False, overlap: bool = True, cold: Collection[int] = (), prefetch: Prefetch | None = None,
+                 foresight: Any = None):  # fmt: skip
         """
         Args:
             spec, kernels: of the model.
@@ -170,12 +221,32 @@ class HostDriven:
             record: return the routing.
             overlap: send while computing. Without it every expert is waited for before anything else is done, as engines do that load on demand.
             cold: MoE layers that forget their experts after every step: what a cache is compared with.
+            prefetch: send records before they are asked for, over the same link.
+            foresight: what says which (`jaxmoe.engine.foresight`). Without `prefetch` it feeds policies that go by predicted uses, and nothing else.
+
+        The bank's counter `loads` is of demand: records that were sent when they were asked for, queued ones that had not started included. What was
+        sent ahead is counted by `ahead`, in `held_bytes` from when it is sent and in one of `counters` when it is known what became of it. So every
+        byte that crosses is counted once.
+
+        Raises:
+            ValueError: prefetching without overlap, or without a foresight; or a bank that wants experts at fewer bits than its source has.
         """
-        self.programs, self.source, self.link = Programs(spec, bank, kernels), source, link or Link()
+        if bank.lossy is not None and bank.lossy.bits and not hasattr(source, "bytes_at"):
+            raise ValueError(f"experts at {bank.lossy.bits[0]} bits need a source that has them: give a LadderSource")
+        if prefetch is not None and not overlap:
+            raise ValueError("overlap = False sends nothing before it is asked for: leave out prefetch")
+        if prefetch is not None and foresight is None:
+            raise ValueError("prefetch needs a foresight, which says what will be asked for: give one, or leave out prefetch")
+        self.source, self.link = source, link or Link()
         self._spec, self._greedy, self._record, self._overlap = spec, greedy, record, overlap
         self._loads = np.zeros(len(spec.moe_layers), np.int32)
         self._listed: tuple | None = None
         self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # a bare device would keep a pinned record's memory kind
+        sizes = (len(spec.moe_layers), spec.moe[0].experts)
+        self.ahead = None if prefetch is None else Staging(prefetch, self.link, source, *sizes, put=self._put)
+        self._lookout = None if foresight is None else Lookout(self.ahead, foresight)
+        self.programs = Programs(spec, bank, kernels, 0 if self._lookout is None else self._lookout.depth)
+        self._gates: tuple | None = None
         forgotten = np.isin(np.arange(len(spec.moe_layers)), list(cold))
         self._forget = jax.jit(lambda there: jnp.where(forgotten[:, None], -1, there), donate_argnums=0) if cold else None
 
@@ -198,9 +269,12 @@ class HostDriven:
             live = left > 0
             if not live.any():
                 break
+            began = time.perf_counter()
             batch = self.programs.decode_batch(rows, tokens, positions, live)
             new, _, state, routed = self.step(params, state, batch, sampling, positions + 1)
             new = np.asarray(new)
+            if self.ahead is not None:
+                self.ahead.end(time.perf_counter() - began, int(live.sum()))
             seen.append(routed)
             out[i] = np.where(live, new, -1)
             tokens, positions = np.where(live, new, tokens), np.where(live, positions + 1, positions)
@@ -219,23 +293,53 @@ class HostDriven:
         layers, carried = state.layers, state.bank
         pools, tables = carried.pools, dataclasses.replace(carried, pools=None)
         before: Pending | None = None
+        router_state = initial_state(self._spec, x)
+        tables = self._begin(batch, tables)
         chosen = []
         moe_layer = 0
-        for layer, tree, at, index in self._layers(params):
+        for i, (layer, tree, at, index) in enumerate(self._layers(params)):
             front = self.programs.front(layer, at is not None)
-            x, layers, tables, planned = front(tree, at, x, before, layers, tables, index, moe_layer, batch)
+            look = self._look(params, moe_layer) if layer.sparse else None
+            x, layers, tables, router_state, planned = front(tree, at, x, before, layers, tables, index, moe_layer, batch, router_state, look)
             before = None
+            if i == 0 and self._lookout is not None and FORESEEN not in tables.tables:
+                self._lookout.before()  # while the device computes
             if planned is not None:
-                routed, misses, side, finishing = planned
-                pools, y = self._experts(pools, routed, misses, moe_layer)
+                routed, read, side, finishing = planned
+                pools, y = self._experts(pools, routed, read, moe_layer)
                 before = Pending(side, finishing, y, routed, layer)
                 chosen.append((routed.ids, routed.weights))
                 moe_layer += 1
         tokens, logits = self.programs.tail(self._greedy)(params, x, before, batch, sampling, positions)
+        if self._lookout is not None:
+            self._lookout.end([ids for ids, _ in chosen])
         if self._forget is not None:
             tables = dataclasses.replace(tables, slot_of_expert=self._forget(tables.slot_of_expert))
         carried = dataclasses.replace(tables, pools=pools, loads=tables.loads + self._loads.copy())
         return tokens, logits, steps.EngineState(layers, carried), self._routing(chosen)
+
+    def _begin(self, batch: Batch, tables: Any) -> Any:
+        """The lookout begins its step; the tables with what it foresees, where the policy goes by that."""
+        if self._lookout is None:
+            return tables
+        self._lookout.begin(batch)
+        if FORESEEN not in tables.tables:
+            return tables
+        scores = self._lookout.before(needed=True)
+        if scores is None:
+            return tables
+        table = np.full(tables.tables[FORESEEN].shape, -1, np.float32)  # what is not predicted
+        known = min(len(scores), table.shape[1])
+        table[:, :known] = scores[:known].swapaxes(0, 1)
+        return dataclasses.replace(tables, tables=tables.tables | {FORESEEN: self._put(table)})
+
+    def _look(self, params, moe_layer: int) -> tuple | None:
+        """What a front that looks takes."""
+        if self._lookout is None or not self._lookout.decoding:
+            return None
+        if self._lookout.depth and (self._gates is None or self._gates[0] is not params):
+            self._gates = params, stack_gates(self._spec, params)
+        return self._lookout.staged(moe_layer), None if self._gates is None else self._gates[1]
 
     def _layers(self, params) -> list[tuple]:
         """Every layer in order: its spec, its weights or its segment's, which of those it is, and its index among layers with its kind of state."""
@@ -257,30 +361,52 @@ class HostDriven:
         ids, weights = (np.stack([np.asarray(c[k]) for c in chosen], axis=1) for k in range(2))
         return ids.astype(np.int16), weights.astype(np.float16)
 
-    def _experts(self, pools: Pools, routed: Routed, misses, moe_layer: int) -> tuple[Pools, jax.Array]:
+    def _experts(self, pools: Pools, routed: Routed, read: tuple, moe_layer: int) -> tuple[Pools, jax.Array]:
         """Computes a layer's experts, those that are there while the others are sent."""
-        count, *ids = np.asarray(misses).tolist()  # the one read that blocks
-        waiting = deque(ids[:count])
+        misses, *seen = jax.device_get(read)  # the one read that blocks
+        count, *ids = misses.tolist()
+        bits = dict(zip(ids, ids[len(ids) // 2 :], strict=False)) if self.programs.lossy else {}
+        ids = ids[:count]
+        held: dict[int, Staged] = {}
+        if self.ahead is not None:
+            held, promoted = self.ahead.ask(moe_layer, ids)
+            self._loads[moe_layer] += promoted
+        waiting = deque(expert for expert in ids if expert not in held)
         asked: deque = deque()
 
         def send() -> None:
             while waiting and len(asked) < IN_FLIGHT:
                 expert = waiting.popleft()
-                give = self.source.ask(moe_layer, expert)
-                asked.append((give, self.link.send(self.source.record_bytes)))
+                low = bits.get(expert, STORED)
+                give = self.source.ask(moe_layer, expert, low) if low else self.source.ask(moe_layer, expert)
+                asked.append((give, self.link.send(self.source.bytes_at(low) if low else self.source.record_bytes)))
                 self._loads[moe_layer] += 1
+                if self.ahead is not None:
+                    self.ahead.demanded()
 
         if self._overlap:
             send()
         y = self.programs.hits(pools, routed.ranked)
-        for turn in range(count):
-            if not self._overlap:
-                jax.block_until_ready(y)
-                send()
-            give, arrival = asked.popleft()
-            record = jax.device_put(give(), self._device)
-            if self._overlap:
-                send()
-            self.link.wait(arrival)
+        if seen and self._lookout is not None:
+            self._lookout.routed(moe_layer, *seen)
+        for turn, expert in enumerate(ids):
+            if expert in held:
+                assert self.ahead is not None
+                record = self.ahead.land(held[expert])
+            else:
+                if not self._overlap:
+                    jax.block_until_ready(y)
+                    send()
+                give, arrival = asked.popleft()
+                record = self._put(give())
+                if low := bits.get(expert, STORED):
+                    record = unpack_planes(self.source.fmt, record, low)
+                if self._overlap:
+                    send()
+                self.link.wait(arrival)
             pools, y = self.programs.land(pools, y, record, routed.ranked, turn)
         return pools, y
+
+    def _put(self, record: Any) -> jax.Array:
+        """A record, or a table, on the device."""
+        return jax.device_put(record, self._device)

@@ -14,7 +14,7 @@ import numpy as np
 from checkpoints.load import Checkpoint
 from jaxmoe.experts import ResidentBank, SlotBank, host_store
 from jaxmoe.formats import ExpertLayout
-from jaxmoe.residency import find_policy
+from jaxmoe.residency import Knowledge, Shape, find_policy
 from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec, stack_layers
 from pallas_kernels.dispatch import Kernels
@@ -62,7 +62,7 @@ class Offload:
         slots: slots of each MoE layer; one number for all.
         staging: slots that all layers share, for experts that pass through.
         policy: a name of `jaxmoe.residency.POLICIES`.
-        profile: [L, E] how much each expert is used, for policies that need it.
+        knowledge: what the policy is told beforehand (`jaxmoe.residency.Knowledge`).
         fill: a name of `pallas_kernels.expert_fill.api.METHODS`; None for the backend's.
         store: hold the experts in `pinned_host` memory for the compiled step; False where the host sends them itself.
     """
@@ -70,7 +70,7 @@ class Offload:
     slots: int | tuple[int, ...]
     staging: int = 2
     policy: str = DEFAULT
-    profile: Any = None
+    knowledge: Knowledge = Knowledge()
     fill: str | None = None
     store: bool = True
 
@@ -135,11 +135,10 @@ def slot_bank(spec: ModelSpec, records: np.ndarray | None, offload: Offload, lay
         raise ValueError(f"{min(slots)} to {max(slots)} slots a layer: the model needs {router.active} to {router.experts}")
     if offload.staging < 1:
         raise ValueError(f"{offload.staging} staging slots: at least one is needed")
-    if find_policy(offload.policy).needs_profile and offload.profile is None:
-        raise ValueError(f"the policy {offload.policy!r} needs a profile of how much each expert is used: give a trace")
-    profile = None if offload.profile is None else jnp.asarray(offload.profile, jnp.float32)
+    policy = find_policy(offload.policy)
+    policy.tables(Shape(layers, router.experts, tuple(slots)), offload.knowledge)  # says what it lacks
     return SlotBank(
-        None if records is None else host_store.pinned(records), profile=profile, slots=tuple(slots), staging=offload.staging,
+        None if records is None else host_store.pinned(records), knowledge=offload.knowledge, slots=tuple(slots), staging=offload.staging,
         experts=router.experts, entries=host_store.entry_shapes(spec, layout), layout=layout, dtype=spec.precision.params,
         activation=experts.activation, policy=offload.policy, fill=offload.fill,
     )  # fmt: skip

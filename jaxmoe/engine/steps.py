@@ -20,6 +20,7 @@ import numpy as np
 from jaxmoe.cache.batch import Batch
 from jaxmoe.decode.sampling import SamplingParams, sample
 from jaxmoe.nn.transformer import chosen_experts, forward
+from jaxmoe.routing.ahead import AHEAD, WIDTH, Gates, stack_gates
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 
@@ -72,22 +73,23 @@ def committed(state: EngineState) -> EngineState:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
 
 
-def _forward(spec: ModelSpec, params, bank, state: EngineState, batch: Batch, kernels: Kernels, record: bool = False):
+def _forward(spec: ModelSpec, params, bank, state: EngineState, batch: Batch, kernels: Kernels, record: bool = False, gates: Gates | None = None):
     bank = bank.join(state.bank)
     bank = bank.in_order() if batch.run > 1 else bank
-    logits, bank, layers, aux = forward(spec, params, bank, state.layers, batch, kernels, collect=record)
+    logits, bank, layers, aux = forward(spec, params, bank, state.layers, batch, kernels, record, gates)
     return logits, EngineState(layers, bank.split()[1]), chosen_experts(spec, aux["routed"]) if record else ()
 
 
 @functools.cache
-def prefill_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False) -> Callable:
+def prefill_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False) -> Callable:
     """The jitted `(params, bank, state, batch, sampling, positions [R]) -> (tokens [R], state, routed)`.
 
-    `routed` is `chosen_experts` of the batch with `record`, else empty.
+    `routed` is `chosen_experts` of the batch with `record`, else empty; with `gates` as well, what routers foretell is part of it.
     """
 
     def prefill(params, bank, state, batch: Batch, sampling: SamplingParams, positions):
-        logits, state, routed = _forward(spec, params, bank, state, batch, kernels, record)
+        stacked = stack_gates(spec, params) if gates else None
+        logits, state, routed = _forward(spec, params, bank, state, batch, kernels, record, stacked)
         with jax.named_scope("sample"):
             return sample(logits, sampling, positions, greedy_only=greedy), state, routed
 
@@ -126,19 +128,19 @@ def live_count(live: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False) -> Callable:
+def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False) -> Callable:
     """The jitted `(params, bank, state, rows, tokens, positions, budget, eos, sampling) -> (out [CHUNK, n], state, routed)`.
 
     `rows` are cache rows of the sequences, `tokens` their last tokens at `positions`, `budget` int32 [n] how many more each may produce in this call
     (0 for padding). A sequence stops after an end-of-text id; the program ends when all have. Entries past a sequence's end are -1. `routed` is
-    `chosen_experts` of every step, [CHUNK, n, L, A], with `record`, else empty.
+    `chosen_experts` of every step, [CHUNK, n, L, A], with `record`, else empty; with `gates` as well, what routers foretell is part of it.
     """
 
     def decode(params, bank, state, rows, tokens, positions, budget, eos, sampling: SamplingParams):
         def body(carry):
             i, state, tokens, positions, left, out, routed = carry
             live = left > 0
-            logits, state, chosen = _forward(spec, params, bank, state, decode_batch(rows, tokens, positions, live), kernels, record)
+            logits, state, chosen = _forward(spec, params, bank, state, decode_batch(rows, tokens, positions, live), kernels, record, stacked)
             routed = tuple(jax.lax.dynamic_update_index_in_dim(all, one, i, 0) for all, one in zip(routed, chosen, strict=True))
             new = sample(logits, sampling, positions + 1, greedy_only=greedy)
             out = jax.lax.dynamic_update_slice(out, jnp.where(live, new, -1)[None], (i, 0))
@@ -148,9 +150,9 @@ def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = 
             left = jnp.where(live & ~ended, left - 1, 0)
             return i + 1, state, tokens, positions, left, out, routed
 
+        stacked = stack_gates(spec, params) if gates else None
         out = jnp.full((CHUNK, rows.shape[0]), -1, jnp.int32)
-        per_token = (len(spec.moe_layers), spec.moe[0].active) if record else ()
-        routed = tuple(jnp.zeros((CHUNK, rows.shape[0], *per_token), t) for t in (jnp.int16, jnp.float16)) if record else ()
+        routed = _unrouted(spec, rows.shape[0], gates) if record else ()
         carry = (jnp.int32(0), state, tokens, positions, budget, out, routed)
         if kernels.backend in ("cpu", "reference"):
             carry = jax.lax.while_loop(lambda c: (c[0] < CHUNK) & (c[4] > 0).any(), body, carry)
@@ -161,13 +163,22 @@ def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = 
     return jax.jit(decode, donate_argnums=2, compiler_options=kernels.compiler_options())
 
 
+def _unrouted(spec: ModelSpec, rows: int, gates: bool) -> tuple[jax.Array, ...]:
+    """`chosen_experts` of a chunk before its first step."""
+    layers, active = len(spec.moe_layers), spec.moe[0].active
+    kinds: list[tuple[tuple[int, ...], Any]] = [((active,), jnp.int16), ((active,), jnp.float16)]
+    kinds += [((AHEAD, WIDTH * active), jnp.int16)] if gates else []
+    return tuple(jnp.zeros((CHUNK, rows, layers, *shape), dtype) for shape, dtype in kinds)
+
+
 class Fused:
     """Runs prefill and decode as one program each, whatever the bank. Attributes: `stalled`, seconds that the host waited for experts: none."""
 
     stalled = 0.0
 
-    def __init__(self, spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False):
-        self._prefill, self._decode = prefill_step(spec, kernels, greedy, record), decode_step(spec, kernels, greedy, record)
+    def __init__(self, spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False):
+        how = (spec, kernels, greedy, record, *([True] if gates else []))
+        self._prefill, self._decode = prefill_step(*how), decode_step(*how)
 
     def prefill(self, params, bank, state: EngineState, batch: Batch, sampling: SamplingParams, positions):
         """See `prefill_step`."""

@@ -18,13 +18,18 @@ from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine, cache_positions, positions_bucket
 from jaxmoe.engine.host_driven import HostDriven
 from jaxmoe.engine.model import Model, Offload, load_model, read_store
+from jaxmoe.engine.predicting import can_ask_ahead, check_predictor, make_foresight
 from jaxmoe.experts import host_store
 from jaxmoe.experts.source import DiskSource, ExpertSource, check_host_memory, least_host_memory
 from jaxmoe.offload import bounds, budget
+from jaxmoe.offload.advise import best_policy
+from jaxmoe.offload.knowledge import knowledge
 from jaxmoe.offload.link import Link
-from jaxmoe.offload.replay import prompt_profile, replay
-from jaxmoe.offload.trace import PROMPT, Trace, as_teacher_forced, check_model, load_or_import, used_steps
-from jaxmoe.residency import find_policy
+from jaxmoe.offload.prefetch import Prefetch
+from jaxmoe.offload.replay import replay
+from jaxmoe.offload.staging import Staging
+from jaxmoe.offload.trace import PROMPT, Trace, as_teacher_forced, check_model, load_or_import
+from jaxmoe.residency import Knowledge, find_policy
 from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
@@ -34,6 +39,12 @@ Mode = Literal["fused", "layer-grouped", "host-driven"]
 MODES: tuple[Mode, ...] = ("fused", "layer-grouped", "host-driven")
 """fused: all in the compiled steps, prompts in pieces. layer-grouped: the same with a prompt in one piece, so that each expert crosses the link once.
 host-driven: the host sends experts between the halves of each layer."""
+
+AUTO = "auto"
+"""The policy that is chosen for the user, with the rest of what there is to choose."""
+
+AUTO_STAGING = 8
+"""Records that `auto` lets prefetching hold."""
 
 RESERVE = 0.1
 """Share of an accelerator's memory that `auto` leaves for activations, temporaries and the runtime."""
@@ -46,12 +57,15 @@ class Streaming:
     Attributes:
         expert_memory: device memory for routed experts: '4GB', '25%' of them, or 'auto'.
         mode: one of `MODES`; None for layer-grouped, or host-driven where `link_gbps` or `host_memory` needs it.
-        policy: which experts stay.
+        policy: which experts stay; 'auto' chooses it, and prefetching.
         staging: slots for experts that pass through.
         trace: a routing trace of the model, by which slots are shared out over the layers, and which gives the static policy its profile.
         fill: how the compiled step brings experts; None for the backend's way.
         link_gbps: emulate a link of this speed.
         host_memory: host memory for experts; the others are read from disk when they are asked for.
+        predictor: what foretells routing (`jaxmoe.offload.predictors`), for prefetching and for policies that look ahead.
+        predictor_file: of a predictor that is trained.
+        prefetch: records sent ahead of their being asked for that the device holds beside the slots, at most; None for no prefetching.
     """
 
     expert_memory: str
@@ -62,6 +76,9 @@ class Streaming:
     fill: str | None = None
     link_gbps: float | None = None
     host_memory: str | None = None
+    predictor: str | None = None
+    predictor_file: Path | None = None
+    prefetch: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +93,14 @@ class Plan:
 
 @dataclasses.dataclass
 class Streamed:
-    """An engine that streams. `link` is that of the host-driven mode, else None."""
+    """An engine that streams. `link` and `source` are those of the host-driven mode, `staging` that of prefetching, else None."""
 
     plan: Plan
     model: Model
     engine: Engine
     link: Link | None = None
     source: Any = None
+    staging: Staging | None = None
 
 
 def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> Plan:
@@ -97,34 +115,67 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
         ValueError: a budget that the model can't run in, or options that don't go together; the message says what to change.
     """
     mode = _mode(asked)
+    auto = asked.policy == AUTO
+    asked = dataclasses.replace(asked, policy=DEFAULT) if auto else asked
     policy = find_policy(asked.policy)
     Link(asked.link_gbps)  # refuses a speed that is none
     _check_fill(asked, mode, spec)
-    if policy.needs_profile and asked.trace is None:
-        raise ValueError(f"the policy {asked.policy!r} needs a profile of how much each expert is used: give --expert-trace")
+    if policy.needs and asked.trace is None:
+        raise ValueError(f"the policy {asked.policy!r} goes by a trace of the model: give --expert-trace")
     trace = None if asked.trace is None else load_or_import(asked.trace)
+    _check_foresight(asked, trace)
     curves: dict[str, Any] = {}
     if trace is not None:
         _check_trace(trace, asked, spec)
+    if trace is not None and not policy.shared and policy.allocate is None:
         only_prompts = (trace.phase == PROMPT).all()
         curves = {"curves_LC": bounds.marginal_hits(as_teacher_forced(trace) if only_prompts else trace), "allocate": bounds.allocate}
     shapes = budget.ExpertShapes.from_spec(spec)
     free = _free_bytes(shapes, rows * positions_bucket(positions))
     amount = budget.parse_memory(asked.expert_memory)
     found = budget.solve(shapes, amount, asked.staging, free, bypass=policy.bypass, **curves)
+    if auto and not found.all_resident:
+        return dataclasses.replace(make_plan(_chosen(asked, spec, mode, found, trace), spec, rows, positions), mode=mode)
+    if policy.allocate is not None and not found.all_resident:
+        slots = policy.allocate(sum(found.slots), shapes.layers, shapes.experts, shapes.active)
+        found = dataclasses.replace(found, slots=slots)
     _check_host_memory(asked, spec, shapes.all_bytes, found.all_resident)
     return Plan(asked, mode, found, trace)
 
 
+def _chosen(asked: Streaming, spec: ModelSpec, mode: Mode, found: budget.BudgetPlan, trace: Trace | None) -> Streaming:
+    """What `auto` comes to: the policy with the most hits on the trace, if there is one, and where the host sends experts, the model's own routers to
+    foretell them; whether that pays is measured as it runs."""
+    policy = DEFAULT if trace is None else best_policy(trace, sum(found.slots) // len(found.slots))
+    more: dict[str, Any] = {}
+    if mode == "host-driven" and asked.predictor is None and can_ask_ahead(spec):
+        more = {"predictor": "gate", "prefetch": asked.prefetch or AUTO_STAGING}
+    return dataclasses.replace(asked, policy=policy, mode=mode, **more)
+
+
 def _mode(asked: Streaming) -> Mode:
-    needs = [name for name in ("link_gbps", "host_memory") if getattr(asked, name) is not None]
+    needs = [name for name in ("link_gbps", "host_memory", "prefetch", "predictor") if getattr(asked, name) is not None]
     mode = asked.mode or ("host-driven" if needs else "layer-grouped")
     if mode not in MODES:
         raise ValueError(f"there is no expert mode {mode!r}: choose one of {', '.join(MODES)}")
     if needs and mode != "host-driven":
         option = "--" + needs[0].replace("_", "-")
-        raise ValueError(f"{option} needs --expert-mode host-driven, not {mode}: in a compiled step the host can't pace or read experts")
+        raise ValueError(f"{option} needs --expert-mode host-driven, not {mode}: in a compiled step the host can't pace, read or foresee experts")
     return mode
+
+
+def _check_foresight(asked: Streaming, trace: Trace | None) -> None:
+    """Refuses a predictor that nothing asks, or that lacks what it goes by."""
+    if asked.prefetch is not None:
+        Prefetch(asked.prefetch)  # refuses a number that is none
+    if asked.predictor is None:
+        given = "--prefetch" if asked.prefetch is not None else "--predictor-file" if asked.predictor_file is not None else None
+        if given is not None:
+            raise ValueError(f"{given} goes with --expert-predictor, which says what will be asked for")
+        return
+    check_predictor(asked.predictor, asked.predictor_file, trace)
+    if asked.prefetch is None and not find_policy(asked.policy).foresees:
+        raise ValueError(f"--expert-predictor {asked.predictor} has no use without --prefetch or a policy that looks ahead (plec, lookahead)")
 
 
 def _check_fill(asked: Streaming, mode: Mode, spec: ModelSpec) -> None:
@@ -235,8 +286,8 @@ def load_streamed(
     if plan.budget.all_resident:
         model = load_model(checkpoint, dtype, kernels)
         return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record))
-    profile = None if plan.trace is None else profile_of(plan.trace)
-    offload = Offload(plan.budget.slots, plan.budget.staging, asked.policy, profile, asked.fill)
+    known = Knowledge() if plan.trace is None else knowledge(plan.trace, find_policy(asked.policy))
+    offload = Offload(plan.budget.slots, plan.budget.staging, asked.policy, known, asked.fill)
     if plan.mode != "host-driven":
         model = load_model(checkpoint, dtype, kernels, offload=offload, progress=progress)
         most = steps.TOKEN_BUCKETS[-1] if plan.mode == "fused" else None
@@ -245,8 +296,12 @@ def load_streamed(
     source = make_source(plan, checkpoint, model.spec, progress, kernels.expert_layout)
     link = Link(asked.link_gbps)
     model = model.for_positions(cache_positions(model.spec, positions))
-    programs = HostDriven(model.spec, model.bank, kernels, greedy, source, link, record)
-    return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, programs), link, source)
+    foresight = None
+    if asked.predictor is not None:
+        foresight = make_foresight(asked.predictor, model.spec, rows, asked.predictor_file, [] if plan.trace is None else [plan.trace])
+    ahead = None if asked.prefetch is None else Prefetch(asked.prefetch)
+    programs = HostDriven(model.spec, model.bank, kernels, greedy, source, link, record, prefetch=ahead, foresight=foresight)
+    return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record, programs), link, source, programs.ahead)
 
 
 def make_source(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int, int], None], layout: formats.ExpertLayout = "d2f"):
@@ -261,9 +316,4 @@ def make_source(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec, progress: C
     return DiskSource(spec, read, room, layout)
 
 
-def profile_of(trace: Trace) -> np.ndarray:
-    """How often each expert is asked for in a trace, [L, E]: in its prompts, or in all of it where it has none."""
-    used_SLE, phase_S = used_steps(trace)
-    profile = prompt_profile(used_SLE, phase_S)
-    return profile if profile.any() else used_SLE.sum(0).astype(np.float32)
 

@@ -5,7 +5,8 @@ on the flat pool: the kernel knows nothing of the cache, so that the results are
 
 Slots are numbered globally, layer after layer (layers may have different numbers of them), and staging slots, which all layers share, come last.
 `slot_of_expert` is the only table of what lies where. A layer's slots fill up from its first to its last and are never emptied, only taken over, so
-that the number of experts a layer holds says which of its slots are free.
+that the number of experts a layer holds says which of its slots are free. Under a policy that shares one pool all of that holds of all layers' slots
+together: whose they are changes as the experts of one layer make room for those of another.
 
 A step may ask a layer for more experts than it has slots, as a prompt does. Then it goes by *waves*: first the experts that are there and those whose
 slots are free, then those that take the slots of experts which have been used. Experts that do not stay pass through the staging slots, those that
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -27,10 +28,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxmoe import formats
+from jaxmoe.experts import lossy as ladder
 from jaxmoe.experts.dispatch import dispatch, of_experts, rows_of, weighted_sum
 from jaxmoe.experts.ranked import in_order, rank, row_counts
-from jaxmoe.residency import Choice, choose, find_policy
-from jaxmoe.residency.policies import Tables, layer_row, with_row
+from jaxmoe.residency import Choice, Knowledge, Shape, choose, choose_shared, find_policy
+from jaxmoe.residency.distance import HIGH
+from jaxmoe.residency.policy import Tables, layer_row, with_row
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.expert_fill.api import fill, land, read_record
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
@@ -50,6 +53,7 @@ class SlotState:
         tables: the residency policy's.
         requests, hits, loads: int32 [L] since the start: distinct experts asked for per step, those of them that were there, and records read from
             the store, which are counted where they are read.
+        marks: of a lossy bank (`jaxmoe.experts.lossy`); else empty.
     """
 
     pools: Pools
@@ -58,6 +62,7 @@ class SlotState:
     requests: Int[Array, "L"]
     hits: Int[Array, "L"]
     loads: Int[Array, "L"]
+    marks: dict[str, Array] = flax.struct.field(default_factory=dict)
 
 
 class Placement(NamedTuple):
@@ -74,7 +79,7 @@ class SlotBank:
     """Attributes:
     store: [L * E, rows, columns] in `pinned_host`, one record an expert (`jaxmoe.experts.host_store`); None where the host sends experts itself.
     state: what is carried; None in the fixed part.
-    profile: [L, E] how much each expert is used, for policies that need it.
+    knowledge: what the policy is told beforehand.
     slots: how many each layer has.
     staging: slots that all layers share, for experts that pass through.
     experts: E.
@@ -87,12 +92,13 @@ class SlotBank:
     ordered: the tokens of a step come one after another, as in a prompt, rather than side by side.
     read_ahead: where a step asks for more experts than there are slots, read each missing one while the one before it is computed, instead of going
         by waves; None for what suits the backend: prompts on a TPU, where reads of host memory run beside computing.
+    lossy: what may be left out or brought in fewer bits (`jaxmoe.experts.lossy.Lossy`); None for nothing.
     poison: staging slots are overwritten with NaN when they have been used, so that a wrong read shows. For tests.
     """
 
     store: Num[Array, "X R C"] | None
     state: SlotState | None = None
-    profile: Float[Array, "L E"] | None = None
+    knowledge: Knowledge = Knowledge()
     slots: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     staging: int = flax.struct.field(pytree_node=False, default=2)
     experts: int = flax.struct.field(pytree_node=False, default=0)
@@ -104,6 +110,7 @@ class SlotBank:
     fill: str | None = flax.struct.field(pytree_node=False, default=None)
     ordered: bool = flax.struct.field(pytree_node=False, default=False)
     read_ahead: bool | None = flax.struct.field(pytree_node=False, default=None)
+    lossy: Any = flax.struct.field(pytree_node=False, default=None)
     poison: bool = flax.struct.field(pytree_node=False, default=False)
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
@@ -149,9 +156,10 @@ class SlotBank:
 
     def _without_experts(self, pools: Pools) -> SlotState:
         layers = len(self.slots)
-        tables = find_policy(self.policy).init(layers, self.experts, self.profile)
-        zeros = [jnp.zeros(layers, jnp.int32) for _ in range(3)]
-        return SlotState(pools, jnp.full((layers, self.experts), -1, jnp.int32), tables, *zeros)
+        tables = find_policy(self.policy).tables(Shape(layers, self.experts, self.slots), self.knowledge)
+        requests, hits, loads = (jnp.zeros(layers, jnp.int32) for _ in range(3))
+        marks = ladder.init_marks(self.lossy, layers, self.experts)
+        return SlotState(pools, jnp.full((layers, self.experts), -1, jnp.int32), tables, requests, hits, loads, marks)
 
     def expert_ffn(
         self,
@@ -166,7 +174,7 @@ class SlotBank:
         """See `jaxmoe.experts.expert_ffn`."""
         with jax.named_scope("resolve"):
             used_SE = uses(ids_TA, valid_T, self.experts, self.ordered)
-            state, choice, place = self.resolve(moe_layer, used_SE, ids_TA, valid_T)
+            state, choice, place = self.resolve(moe_layer, used_SE, ids_TA, valid_T, weights_TA)
         ahead = self.ordered and kernels.backend == "tpu" if self.read_ahead is None else self.read_ahead
         run = self._run_at_once if self._at_once(ids_TA.size) else self._run_ahead if ahead else self._run_in_waves
         y, pools, loads = run(moe_layer, state.pools, choice, place, x_TD, ids_TA, valid_T, kernels, biases)
@@ -174,31 +182,62 @@ class SlotBank:
         state = dataclasses.replace(state, pools=pools, loads=state.loads.at[moe_layer].add(loads))
         return y_TD.astype(x_TD.dtype), dataclasses.replace(self, state=state), {}
 
+    def degrade(
+        self, moe_layer, routed, router, params, valid_T, dtype, kernels: Kernels
+    ) -> tuple[Int[Array, "T A"], Float[Array, "T A"], SlotBank]:
+        """What a lossy bank makes of a layer's routing: ids, weights, and the bank with its marks; see `jaxmoe.experts.lossy`."""
+        there = jax.lax.dynamic_index_in_dim(self._carried.slot_of_expert, moe_layer, 0, keepdims=False) >= 0
+        ids, weights, marks = ladder.degrade(
+            self.lossy, self._carried.marks, moe_layer, there, routed, router, params, valid_T, self.ordered, dtype, kernels
+        )
+        return ids, weights, dataclasses.replace(self, state=dataclasses.replace(self._carried, marks=marks))
+
     # --- Which expert goes where
 
-    def resolve(self, moe_layer, used_SE, ids_TA, valid_T) -> tuple[SlotState, Choice, Placement]:
+    def resolve(self, moe_layer, used_SE, ids_TA, valid_T, weights_TA=None) -> tuple[SlotState, Choice, Placement]:
         """Updates tables and counters, and says where each expert that the step asks for is to be computed."""
         state, policy = self._carried, find_policy(self.policy)
-        slots, base = (_of_layer(values, moe_layer) for values in (self.slots, self.base))
         need = used_SE.any(0)
-        row = policy.touch(layer_row(state.tables, moe_layer), used_SE)
-        where = jax.lax.dynamic_index_in_dim(state.slot_of_expert, moe_layer, 0, keepdims=False)
-        choice = choose(policy.keep(row), where >= 0, need, slots, policy.bypass)
-        place = place_all(choice, where, need, base, base + slots)
+        high_SE = used_SE if weights_TA is None else high_uses(ids_TA, weights_TA, valid_T, self.experts, self.ordered)
+        tables = with_row(state.tables, moe_layer, policy.touch(layer_row(state.tables, moe_layer), used_SE, high_SE))
+        worth, where_LE = policy.worth(tables, moe_layer), state.slot_of_expert
+        if policy.shared:
+            choice, leave_LE = choose_shared(worth, where_LE >= 0, need, moe_layer, self.base[-1], policy.bypass)
+            place, where_LE = place_shared(choice, leave_LE, where_LE, need, moe_layer, self.base[-1])
+        else:
+            slots, base = (_of_layer(values, moe_layer) for values in (self.slots, self.base))
+            where = jax.lax.dynamic_index_in_dim(where_LE, moe_layer, 0, keepdims=False)
+            choice = choose(worth, where >= 0, need, slots, policy.bypass)
+            place = place_all(choice, where, need, base, base + slots)
+            where_LE = jax.lax.dynamic_update_index_in_dim(where_LE, place.resident, moe_layer, 0)
         if not self._at_once(ids_TA.size):
             place = self._in_waves(choice, place, row_counts(ids_TA, valid_T, self.experts))
+        marks = state.marks
+        if self.lossy is not None:  # after slots were given out: an expert that is brought again, at more bits, keeps its own
+            choice, marks = ladder.settle(marks, moe_layer, choice)
         state = dataclasses.replace(
             state,
-            slot_of_expert=jax.lax.dynamic_update_index_in_dim(state.slot_of_expert, place.resident, moe_layer, 0),
-            tables=with_row(state.tables, moe_layer, row),
+            marks=marks,
+            slot_of_expert=where_LE,
+            tables=tables,
             requests=state.requests.at[moe_layer].add(need.sum(dtype=jnp.int32)),
             hits=state.hits.at[moe_layer].add(choice.hit.sum(dtype=jnp.int32)),
         )
         return state, choice, place
 
+    @property
+    def _own_slots(self) -> int:
+        """Slots that every layer can fill by itself: of a shared pool all."""
+        return self.base[-1] if find_policy(self.policy).shared else min(self.slots)
+
     def _at_once(self, assignments: int) -> bool:
         """Whether a step of so many token-expert pairs has a slot for every expert it asks for."""
-        return assignments <= min(self.slots) and not find_policy(self.policy).bypass
+        return assignments <= self._own_slots and self._all_enter
+
+    @property
+    def _all_enter(self) -> bool:
+        """Whether experts that are asked for enter as far as there are slots: none is turned away, and no slot is kept by a pinned one."""
+        return not find_policy(self.policy).bypass and self.knowledge.pinned is None
 
     def _in_waves(self, choice: Choice, first: Placement, rows: Int[Array, "E"]) -> Placement:
         """Staging slots for what streams: by popularity, `staging` experts a wave."""
@@ -234,7 +273,8 @@ class SlotBank:
         ranked, waves = in_order(order, choice, place.slot, x_TD, ids_TA, valid_T, biases), wave[order]
         missed, _ = _compact(miss[order], min(ids_TA.size, e))  # ranks of the misses, in order
         until = jnp.cumsum(jnp.zeros(e + 1, jnp.int32).at[wave].add(miss, mode="drop"))  # misses up to and including each wave
-        groups = min(e, max(self.slots) + self.staging)
+        most = self.base[-1] if find_policy(self.policy).shared else max(self.slots)
+        groups = min(e, most + self.staging)
 
         def one_wave(w, carry):
             y, pools, loads = carry
@@ -288,7 +328,7 @@ class SlotBank:
     def most_waves(self, assignments: int) -> int:
         """The most waves that a step with so many token-expert pairs can need."""
         asked = min(assignments, self.experts)
-        stay = 0 if find_policy(self.policy).bypass else min(self.slots)
+        stay = min(self._own_slots, asked) if self._all_enter else 0
         return max(2, -(-(asked - stay) // self.staging))
 
     def _poisoned(self, pools: Pools) -> Pools:
@@ -312,6 +352,13 @@ def uses(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int, ord
     return chosen.any(1) if ordered else chosen.any((0, 1))[None]
 
 
+def high_uses(ids_TA, weights_TA: Float[Array, "T A"], valid_T, experts: int, ordered: bool) -> Bool[Array, "S E"]:
+    """`uses` that matter: of a token's experts, those whose stronger ones have at most `HIGH` of its weight."""
+    share = weights_TA / jnp.maximum(weights_TA.sum(1, keepdims=True), 1e-9)
+    stronger = jnp.sum(jnp.where(share[:, None, :] > share[:, :, None], share[:, None, :], 0.0), axis=2)
+    return uses(jnp.where(stronger <= HIGH, ids_TA, -1), valid_T, experts, ordered)
+
+
 def place_all(choice: Choice, where: Int[Array, "E"], need: Bool[Array, "E"], first, stop) -> Placement:
     """Slots for the experts that stay: hits where they are, those that enter in slots that leavers give up or that are free.
 
@@ -330,6 +377,28 @@ def place_all(choice: Choice, where: Int[Array, "E"], need: Bool[Array, "E"], fi
     resident = jnp.where(choice.enter, slot, jnp.where(choice.leave, -1, where))
     wave = jnp.where(choice.enter & (turn >= n_early + n_free), 1, 0)
     return Placement(jnp.where(choice.hit, where, entering), wave, resident)
+
+
+def place_shared(
+    choice: Choice, leave_LE: Bool[Array, "L E"], where_LE: Int[Array, "L E"], need: Bool[Array, "E"], layer, slots: int
+) -> tuple[Placement, Int[Array, "L E"]]:
+    """`place_all` in one pool of all layers; the table of slots afterwards comes with it."""
+    layers, experts = where_LE.shape
+    where = jax.lax.dynamic_index_in_dim(where_LE, layer, 0, keepdims=False)
+    late_LE = leave_LE & (jnp.arange(layers) == layer)[:, None] & need[None, :]
+    early = (leave_LE & ~late_LE).reshape(-1)
+    n_early, held = early.sum(dtype=jnp.int32), jnp.sum(where_LE >= 0, dtype=jnp.int32)
+    n_free = slots - held
+    turn_of_slot = jnp.where(early, _nth(early), jnp.where(late_LE.reshape(-1), n_early + n_free + _nth(late_LE.reshape(-1)), experts))
+    given_up = jnp.zeros(experts, jnp.int32).at[turn_of_slot].set(where_LE.reshape(-1), mode="drop")
+    turn = _nth(choice.enter)
+    free = (turn >= n_early) & (turn < n_early + n_free)
+    slot = jnp.where(free, held + turn - n_early, given_up[jnp.minimum(turn, experts - 1)])
+    resident_LE = jnp.where(leave_LE, -1, where_LE)
+    own = jnp.where(choice.enter, slot, jax.lax.dynamic_index_in_dim(resident_LE, layer, 0, keepdims=False))
+    wave = jnp.where(choice.enter & (turn >= n_early + n_free), 1, 0)
+    place = Placement(jnp.where(choice.hit, where, jnp.where(choice.enter, slot, -1)), wave, own)
+    return place, jax.lax.dynamic_update_index_in_dim(resident_LE, own, layer, 0)
 
 
 def _nth(members: Bool[Array, "E"]) -> Int[Array, "E"]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxmoe.experts.host_store import ExpertReader, pack_record, record_bytes
+from jaxmoe.experts.lossy import STORED
+from jaxmoe.experts.planes import BASE, PlaneFormat, build_planes
 from jaxmoe.formats import ExpertLayout
 from jaxmoe.spec import ModelSpec
 
@@ -106,3 +109,63 @@ class DiskSource:
 
     def _load(self, moe_layer: int, expert: int) -> np.ndarray:
         return pack_record(self._spec, self._read(moe_layer, expert), layout=self._layout)
+
+
+class LadderSource:
+    """Records at any precision: as they are stored, from another source, or at 2 to 8 bits, from planes in host memory.
+
+    Attributes:
+        record_bytes: of one expert as it is stored.
+        host_bytes: of host memory that records and planes take.
+        reads: see `ExpertSource`.
+        fmt: how to unpack what `ask` gives at fewer bits (`jaxmoe.experts.planes.unpack_planes`).
+    """
+
+    def __init__(self, stored: ExpertSource | DiskSource, fmt: PlaneFormat, planes: np.ndarray, experts: int):
+        """
+        Args:
+            stored: where records come from that are wanted as they are stored.
+            fmt: the planes' format.
+            planes: uint8 [L * E, bytes] of `build_planes`, up to the most bits that will be asked for.
+            experts: E.
+        """
+        self.fmt, self.record_bytes, self.host_bytes = fmt, stored.record_bytes, stored.host_bytes + planes.nbytes
+        self._stored, self._experts = stored, experts
+        ends = [end for end in fmt.starts if end <= planes.shape[1]]
+        self.most = BASE + len(ends) - 2
+        self._chunks = _pinned_chunks(planes, ends)
+
+    @classmethod
+    def from_records(
+        cls, spec: ModelSpec, records: np.ndarray, fmt: PlaneFormat, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> LadderSource:
+        """A source of records in host memory, whose planes are made here; `progress` is called with experts done and experts in all."""
+        return cls(ExpertSource(spec, records), fmt, build_planes(fmt, records, progress=progress), spec.moe[0].experts)
+
+    @property
+    def reads(self) -> int:
+        """See `ExpertSource`."""
+        return self._stored.reads
+
+    def bytes_at(self, bits: int) -> int:
+        """Bytes that cross the link for an expert at `bits`; `STORED` for one as it is stored."""
+        return self.record_bytes if bits == STORED else self.fmt.bytes(bits)
+
+    def ask(self, moe_layer: int, expert: int, bits: int = STORED) -> Callable[[], Any]:
+        """Asks for an expert at `bits`; the result gives its record, or at fewer bits than it is stored with a tuple of the chunks of its planes.
+
+        Raises:
+            ValueError: more bits than there are planes for.
+        """
+        if bits == STORED:
+            return self._stored.ask(moe_layer, expert)
+        if not BASE <= bits <= self.most:
+            raise ValueError(f"{bits} bits: the planes in host memory are those of {BASE} to {self.most} bits")
+        chunks = self._chunks[moe_layer * self._experts + expert][: bits - BASE + 1]
+        return lambda: chunks
+
+
+def _pinned_chunks(planes: np.ndarray, ends: list[int]) -> list[tuple]:
+    """Each expert's chunks, as `_pinned_one_by_one` has records."""
+    parts = [[row[start:end] for start, end in zip(ends, ends[1:], strict=False)] for row in planes]
+    return [tuple(_pinned_one_by_one(of_expert)) for of_expert in parts]  # type: ignore[arg-type]

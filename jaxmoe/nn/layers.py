@@ -166,6 +166,10 @@ class DecoderLayer(nn.Module):
             router = Router(s.router, m.width, m.norm_eps, m.precision, self.kernels, name="router")
             routed, router_state = router(into_router, router_state, valid)
         ids, weights = routed.ids, routed.weights
+        if getattr(bank, "lossy", None) is not None:
+            ids, weights, bank = bank.degrade(
+                moe_layer, routed, s.router, self.variables["params"]["router"], valid, h.dtype, self.kernels
+            )
         if s.router.apply == "input":  # one expert a token: its input is scaled, and its result taken as it is
             h, weights = h * weights.astype(h.dtype), jnp.where(valid[:, None], 1.0, 0.0)
         more = {}
@@ -173,7 +177,7 @@ class DecoderLayer(nn.Module):
             more["biases"] = ExpertBias(s.router.experts, s.experts, m.width, m.precision, name="expert_bias")()
         with jax.named_scope("experts"):
             y, bank, _ = expert_ffn(bank, moe_layer, h, ids, weights, valid, self.kernels, **more)
-        return y, bank, router_state, routed
+        return y, bank, router_state, routed._replace(inputs=into_router)
 
     def _norm(self, name: str):
         return model_norm(self.model, self.kernels, name=name)

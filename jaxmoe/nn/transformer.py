@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
@@ -22,7 +22,8 @@ from jaxmoe.experts import ExpertBank
 from jaxmoe.nn.layers import DecoderLayer
 from jaxmoe.nn.parts import model_norm, rounded
 from jaxmoe.nn.rope import rope_tables
-from jaxmoe.routing.route import RouterOut
+from jaxmoe.routing.ahead import Gates, chosen_ahead
+from jaxmoe.routing.route import RouterOut, initial_state
 from jaxmoe.spec import LayerSpec, ModelSpec, Segment, abstract_params, stack_layers
 from pallas_kernels.dense.api import dense
 from pallas_kernels.dispatch import Kernels
@@ -40,7 +41,7 @@ def layer_tables(layer: LayerSpec, batch: Batch, dtype) -> tuple[jax.Array, jax.
 
 
 def forward(
-    spec: ModelSpec, params: dict, bank: ExpertBank, state: Any, batch: Batch, kernels: Kernels, collect: bool = False
+    spec: ModelSpec, params: dict, bank: ExpertBank, state: Any, batch: Batch, kernels: Kernels, collect: bool = False, gates: Gates | None = None
 ) -> tuple[Float[Array, "R V"], ExpertBank, Any, dict]:
     """Runs the model over a batch.
 
@@ -52,16 +53,18 @@ def forward(
         batch: the tokens.
         kernels: which implementations run.
         collect: also return every layer's routing.
+        gates: of `jaxmoe.routing.ahead.stack_gates`: with `collect`, return what they foretell of the next layers as well.
 
     Returns:
         float32 logits of `batch.logit_rows`; the bank and the state afterwards; aux: `{"routed": [RouterOut of [r, ...] leaves per sparse layer of
         each pattern]}` with `collect`, else empty.
     """
     fixed, moving = bank.split()
-    carry = (embed(spec, params, batch), moving, state, ())
+    x = embed(spec, params, batch)
+    carry = (x, moving, state, initial_state(spec, x))
     routed = []
     for segment, trees in zip(spec.segments, params["segments"], strict=True):
-        carry, seen = _run_segment(spec, segment, trees, fixed, carry, batch, kernels, collect)
+        carry, seen = _run_segment(spec, segment, trees, fixed, carry, batch, kernels, collect, gates)
         routed.extend(seen)
     x, moving, state, _ = carry
     return head(spec, params, x, batch, kernels), fixed.join(moving), state, {"routed": routed} if collect else {}
@@ -92,22 +95,26 @@ def head_kernel(params: dict) -> tuple[jax.Array, bool]:
     return (params["lm_head"]["kernel"], False) if "lm_head" in params else (params["embed"]["table"], True)
 
 
-def chosen_experts(spec: ModelSpec, routed: list[RouterOut]) -> tuple[Int[Array, "T L A"], Float[Array, "T L A"]]:
-    """What `forward` collected, by MoE layer: int16 expert ids and float16 weights."""
-    ids: list[jax.Array] = []
-    weights: list[jax.Array] = []
+def chosen_experts(spec: ModelSpec, routed: list[RouterOut]) -> tuple[Array, ...]:
+    """What `forward` collected, by MoE layer.
+
+    Returns:
+        int16 [T, L, A] expert ids and float16 [T, L, A] weights; with gates, also the int16 [T, L, K, W] ids that they foretell.
+    """
+    names = ("ids", "weights") if routed[0].ahead is None else ("ids", "weights", "ahead")
+    found: dict[str, list[jax.Array]] = {name: [] for name in names}
     at = 0
     for segment in spec.segments:
         sparse = sum(layer.sparse for layer in segment.pattern)
         own, at = routed[at : at + sparse], at + sparse
-        for name, out in (("ids", ids), ("weights", weights)):
+        for name, out in found.items():
             if own:
-                layers = jnp.stack([getattr(r, name) for r in own], axis=1)  # [repeats, sparse, T, A]
+                layers = jnp.stack([getattr(r, name) for r in own], axis=1)  # [repeats, sparse, T, ...]
                 out.append(layers.reshape(-1, *layers.shape[2:]))
-    return jnp.concatenate(ids).swapaxes(0, 1).astype(jnp.int16), jnp.concatenate(weights).swapaxes(0, 1).astype(jnp.float16)
+    return tuple(jnp.concatenate(out).swapaxes(0, 1).astype(jnp.float16 if name == "weights" else jnp.int16) for name, out in found.items())
 
 
-def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, collect: bool):
+def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, collect: bool, gates: Gates | None):
     """Runs all repeats of a pattern; returns the carry and, per sparse layer of the pattern, its routing stacked over repeats."""
     pattern, before = segment.pattern, spec.layers[: segment.first]
     modules: list[Any] = [decoder_layer(spec, layer, kernels) for layer in pattern]
@@ -129,7 +136,8 @@ def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, 
                 {"params": tree}, "all", x, layer, moe_layer, bank, state, router_state, batch, layer_tables(own, batch, x.dtype)
             )
             if routed is not None and collect:
-                seen.append(routed)
+                ahead = None if gates is None else chosen_ahead(spec, gates, moe_layer, routed.inputs, kernels)
+                seen.append(routed._replace(inputs=None, ahead=ahead))
         return (x, bank.split()[1], state, router_state), tuple(seen)
 
     if _is_unrolled(trees):

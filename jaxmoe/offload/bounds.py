@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxmoe.offload.replay import foresight_hits, next_uses
+from jaxmoe.offload.replay import foresight_hits
 from jaxmoe.offload.trace import PROMPT, Trace, used_steps
+from jaxmoe.residency.ahead import next_uses
 
 LAGS = tuple(range(1, 17))
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -235,7 +236,7 @@ def lookahead(trace: Trace, window: int, slots: int) -> float:
         slots: experts that a layer holds.
     """
     used_SLE, phase_S = used_steps(trace)
-    next_SLE = next_uses(used_SLE)
+    next_SLE = next_uses(used_SLE, len(used_SLE))
     steps = len(used_SLE)
 
     def cost(s: int, last_LE: np.ndarray) -> np.ndarray:

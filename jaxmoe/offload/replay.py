@@ -15,8 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from jaxmoe.offload.knowledge import high_steps, new_texts
 from jaxmoe.offload.trace import PROMPT, Trace, used_steps
-from jaxmoe.residency import POLICIES, choose, find_policy
+from jaxmoe.residency import POLICIES, UNTOLD, Knowledge, Policy, Shape, choose, choose_shared, find_policy
+from jaxmoe.residency.ahead import next_uses
+from jaxmoe.residency.policy import FORESEEN, Tables, layer_row, with_row
 
 Used = tuple[Bool[np.ndarray, "S L E"], UInt8[np.ndarray, "S"]]
 """What `used_steps` returns."""
@@ -25,7 +28,37 @@ Cost = Callable[[int, np.ndarray], np.ndarray]
 """`(step, last step that asked for each expert [L, E], -1 for none) -> integers [L, E]`."""
 
 OPT = "opt"
-NAMES = (*POLICIES, OPT)
+NAMES = tuple(POLICIES)
+
+Foreseen = Float[np.ndarray, "S M L E"]
+"""For every step: probabilities of use in it (index 0) and in the steps after it, as known before it; -1 where nothing is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What a policy sees of a trace.
+
+    Attributes:
+        used: what every step asks for.
+        high: uses that matter (`jaxmoe.offload.knowledge.high_steps`).
+        new_text: steps with which another text begins.
+        foreseen: what a predictor says, for policies that look ahead.
+    """
+
+    used: Bool[np.ndarray, "S L E"]
+    high: Bool[np.ndarray, "S L E"]
+    new_text: Bool[np.ndarray, "S"]
+    foreseen: Foreseen | None = None
+
+    def __getitem__(self, kept: np.ndarray) -> Steps:
+        """Some of the steps."""
+        return Steps(self.used[kept], self.high[kept], self.new_text[kept], None if self.foreseen is None else self.foreseen[kept])
+
+
+def steps_of(used_SLE: np.ndarray, foreseen: Foreseen | None = None) -> Steps:
+    """Steps of one text all of whose uses matter alike."""
+    new = np.arange(len(used_SLE)) == 0
+    return Steps(used_SLE, used_SLE, new, foreseen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,30 +135,45 @@ def replay(
     policy: str,
     profile: Float[np.ndarray, "L E"] | None = None,
     warm: bool = True,
+    foreseen: Foreseen | None = None,
+    known: Knowledge | None = None,
 ) -> Replay:
-    """Runs a trace through a policy, every layer on its own.
+    """Runs a trace through a policy.
 
     Args:
         trace: a trace, or what `used_steps` makes of it.
-        slots: experts that a layer holds; one number, or one a layer.
+        slots: experts that a layer holds; one number, or one a layer. A policy that shares one pool, or shares slots out itself, has as many in all.
         policy: one of `NAMES`.
         profile: how often each expert is used, for the static policy. The trace's own prompt, if not given.
         warm: whether the prompt runs through the cache first; its steps count either way as prompt.
+        foreseen: what a predictor says at every step, for policies that look ahead; without it they go by recent rates.
+        known: what else the policy is told beforehand.
 
     Raises:
-        ValueError: no such policy, slots that are negative, more than the experts or of another number of layers, or nothing but prompt.
+        ValueError: no such policy, slots that are negative, more than the experts or of another number of layers, nothing but prompt, or a policy
+            that lacks what it goes by.
     """
     (used_SLE, phase_S), sizes_L = (used_steps(trace), trace.expert_bytes) if isinstance(trace, Trace) else (trace, None)
     counted_S = phase_S != PROMPT
     if not used_SLE[counted_S].any():
         raise ValueError("the trace holds nothing but its prompt: there is no hit rate to find")
     slots_L = slots_by_layer(slots, used_SLE.shape[1], used_SLE.shape[2])
-    if policy == "static" and profile is None:
+    if policy == "static" and profile is None and known is None:
         profile = prompt_profile(used_SLE, phase_S)
+    seen = Steps(used_SLE, high_steps(trace), new_texts(trace), foreseen) if isinstance(trace, Trace) else steps_of(used_SLE, foreseen)
     if not warm:
-        used_SLE, counted_S = used_SLE[counted_S], counted_S[counted_S]
-    hits_SL = opt_hits(used_SLE, slots_L) if policy == OPT else policy_hits(used_SLE, slots_L, policy, profile)
-    return Replay(policy, slots_L, hits_SL, used_SLE.sum(2), first_uses(used_SLE).sum(2), counted_S, sizes_L)
+        seen, counted_S = seen[counted_S], counted_S[counted_S]
+    found = find_policy(policy)
+    if found.allocate is not None:
+        active = int(max(1, np.median(seen.used.sum(2)[counted_S].max(1))))
+        _, layers, experts = used_SLE.shape
+        slots_L = np.array(found.allocate(int(slots_L.sum()), layers, experts, min(active, int(slots_L.min()))), np.int64)
+    if policy == OPT:
+        hits_SL = opt_hits(seen.used, slots_L)
+    else:
+        known = known or Knowledge(profile=None if profile is None else jnp.asarray(profile, jnp.float32))
+        hits_SL = policy_hits(seen, slots_L, policy, known)
+    return Replay(policy, slots_L, hits_SL, seen.used.sum(2), first_uses(seen.used).sum(2), counted_S, sizes_L)
 
 
 def regret(found: Replay, best: Replay) -> float:
@@ -166,43 +214,79 @@ def first_uses(used_SLE: np.ndarray) -> Bool[np.ndarray, "S L E"]:
     return used_SLE & (np.arange(len(used_SLE))[:, None, None] == first_LE)
 
 
-def policy_hits(used_SLE: np.ndarray, slots_L: np.ndarray, policy: str, profile: np.ndarray | None = None) -> Int[np.ndarray, "S L"]:
+def policy_hits(seen: Steps | np.ndarray, slots_L: np.ndarray, policy: str, known: Knowledge = UNTOLD) -> Int[np.ndarray, "S L"]:
     """Hits of every step and layer under a policy of `jaxmoe.residency`.
 
     Raises:
-        ValueError: no such policy, or it lacks its profile.
+        ValueError: no such policy, or it lacks what it goes by.
     """
-    found = find_policy(policy)
-    tables = found.init(used_SLE.shape[1], used_SLE.shape[2], None if profile is None else jnp.asarray(profile, jnp.float32))
-    return np.asarray(_scan(policy, tables, jnp.asarray(slots_L, jnp.int32), jnp.asarray(used_SLE.swapaxes(0, 1)))).T
+    seen = seen if isinstance(seen, Steps) else steps_of(seen)
+    return (seen.used & residents(seen, slots_L, policy, known)).sum(2)
+
+
+def residents(seen: Steps | np.ndarray, slots_L: np.ndarray, policy: str, known: Knowledge = UNTOLD) -> Bool[np.ndarray, "S L E"]:
+    """Which of a layer's experts are there when a step comes to it; see `policy_hits`."""
+    seen, found = seen if isinstance(seen, Steps) else steps_of(seen), find_policy(policy)
+    shape = Shape(seen.used.shape[1], seen.used.shape[2], tuple(int(n) for n in slots_L))
+    if seen.foreseen is not None and found.foresees:
+        known = known.replace(horizon=seen.foreseen.shape[1] - 1)  # type: ignore[attr-defined]
+    tables = found.tables(shape, known)
+    given = {"used": seen.used, "high": seen.high, "new": seen.new_text}
+    if seen.foreseen is not None and found.foresees:
+        given["foreseen"] = seen.foreseen.swapaxes(1, 2)
+    columns = {name: jnp.asarray(column) for name, column in given.items()}
+    slots = jnp.asarray(slots_L, jnp.int32)
+    if found.shared:
+        return np.asarray(_scan_shared(policy, int(seen.used.sum(2).max(initial=1)), slots, tables, columns))
+    return np.asarray(_scan(policy, slots, tables, columns))
+
+
+def _prepared(policy: Policy, tables: Tables, step: dict) -> Tables:
+    """The tables as a step finds them."""
+    if policy.restart is not None:
+        again = policy.restart(tables)
+        tables = {name: jnp.where(step["new"], again[name], table) for name, table in tables.items()}
+    return tables if "foreseen" not in step else tables | {FORESEEN: step["foreseen"].astype(jnp.float32)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scan(name: str, tables: dict, slots_L: jax.Array, used_LSE: jax.Array) -> jax.Array:
-    """[L, S] hits."""
+def _scan(name: str, slots_L: jax.Array, tables: Tables, columns: dict) -> jax.Array:
+    """[S, L, E] residents, every layer on its own."""
     policy = find_policy(name)
 
-    def layer(tables: dict, slots: jax.Array, used_SE: jax.Array) -> jax.Array:
-        def step(carry, need_E):
-            tables, resident_E = carry
-            tables = policy.touch(tables, need_E[None])
-            choice = choose(policy.keep(tables), resident_E, need_E, slots, policy.bypass)
-            return (tables, (resident_E | choice.enter) & ~choice.leave), choice.hit.sum()
+    def layer(row: Tables, slots, resident_E, used_E, high_E):
+        row = policy.touch(row, used_E[None], high_E[None])
+        choice = choose(policy.worth({k: v[None] for k, v in row.items()}, 0), resident_E, used_E, slots, policy.bypass)
+        return row, (resident_E | choice.enter) & ~choice.leave
 
-        return jax.lax.scan(step, (tables, jnp.zeros(used_SE.shape[1], bool)), used_SE)[1]
+    def step(carry, step):
+        tables, resident_LE = carry
+        tables = _prepared(policy, tables, step)
+        tables, after_LE = jax.vmap(layer)(tables, slots_L, resident_LE, step["used"], step["high"])
+        return (tables, after_LE), resident_LE
 
-    return jax.vmap(layer)(tables, slots_L, used_LSE)
+    return jax.lax.scan(step, (tables, jnp.zeros(columns["used"].shape[1:], bool)), columns)[1]
 
 
-def next_uses(used_SLE: np.ndarray) -> Int[np.ndarray, "S L E"]:
-    """The next step after each that asks for each expert; the number of steps where none does."""
-    steps = len(used_SLE)
-    out_SLE = np.empty(used_SLE.shape, np.int32)
-    coming_LE = np.full(used_SLE.shape[1:], steps, np.int32)
-    for s in range(steps - 1, -1, -1):
-        out_SLE[s] = coming_LE
-        coming_LE[used_SLE[s]] = s
-    return out_SLE
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scan_shared(name: str, most: int, slots_L: jax.Array, tables: Tables, columns: dict) -> jax.Array:
+    """[S, L, E] residents in one pool, layer after layer; no step asks a layer for more than `most` experts."""
+    policy, layers = find_policy(name), columns["used"].shape[1]
+
+    def step(carry, step):
+        tables, resident_LE = carry
+
+        def layer(carry, at):
+            tables, resident_LE = carry
+            used_E, before_E = step["used"][at], resident_LE[at]
+            tables = with_row(tables, at, policy.touch(layer_row(tables, at), used_E[None], step["high"][at][None]))
+            choice, leave_LE = choose_shared(policy.worth(tables, at), resident_LE, used_E, at, slots_L.sum(), policy.bypass, most)
+            entered = resident_LE.at[at].set(before_E | choice.enter) & ~leave_LE
+            return (tables, entered), before_E
+
+        return jax.lax.scan(layer, (_prepared(policy, tables, step), resident_LE), jnp.arange(layers))
+
+    return jax.lax.scan(step, (tables, jnp.zeros(columns["used"].shape[1:], bool)), columns)[1]
 
 
 def opt_hits(used_SLE: np.ndarray, slots_L: np.ndarray) -> Int[np.ndarray, "S L"]:
@@ -210,7 +294,7 @@ def opt_hits(used_SLE: np.ndarray, slots_L: np.ndarray) -> Int[np.ndarray, "S L"
 
     An expert that was asked for need not stay, so no policy that brings experts only when they are asked for does better.
     """
-    next_SLE = next_uses(used_SLE)
+    next_SLE = next_uses(used_SLE, len(used_SLE))
     return foresight_hits(used_SLE, slots_L, lambda s, _: next_SLE[s])
 
 

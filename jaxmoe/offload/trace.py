@@ -32,6 +32,9 @@ MODEL_FIELDS = ("model", "spec_hash", "layers", "experts", "active", "expert_byt
 CSV_COLUMNS = ("turn", "phase", "step", "layer", "slot", "expert", "weight", "residency", "expert_bytes")
 _DTYPES = {"ids": np.int16, "weights": np.float16, "tokens": np.int32, "sequence": np.int32, "phase": np.uint8, "step": np.int32}
 
+AHEAD, WIDTH = 4, 3
+"""Of `Trace.gates`: layers ahead, and times as many ids as a token uses."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
@@ -44,6 +47,8 @@ class Trace:
         sequence: which sequence each token belongs to.
         phase: `PROMPT`, `DECODE` or `TEACHER_FORCED`.
         step: never decreasing. The tokens of one decode step of a batch share a number; every other token has its own.
+        gates: the ids that each layer's gates would choose for the layers 1 to K = `AHEAD` further, W = `WIDTH` * A of them, best first; -1 past the
+            last layer and where there are no more experts (`jaxmoe.routing.ahead.chosen_ahead`). None if they were not recorded.
         meta: model, spec_hash (None if not known), layers, experts, active, expert_bytes [L], and what else the recorder has to say (source, ...).
 
     Raises:
@@ -57,9 +62,18 @@ class Trace:
     phase: UInt8[np.ndarray, "T"]
     step: Int32[np.ndarray, "T"]
     meta: Mapping[str, Any]
+    gates: Int16[np.ndarray, "T L K W"] | None = None
 
     def __post_init__(self):
         _check(self)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Its arrays by name, each with a row a token; `gates` only if they were recorded."""
+        return {name: getattr(self, name) for name in _DTYPES} | ({} if self.gates is None else {"gates": self.gates})
+
+    def take(self, tokens: np.ndarray, **changes: np.ndarray) -> Trace:
+        """The tokens that an index or a mask chooses, with some of the arrays replaced by others of that length."""
+        return Trace(**({name: column[tokens] for name, column in self.columns().items()} | changes), meta=self.meta)
 
     @property
     def layers(self) -> int:
@@ -117,6 +131,23 @@ def _check(trace: Trace) -> None:
         raise ValueError(f"the trace holds {L} layers, its meta data {trace.meta['layers']} and {len(trace.meta['expert_bytes'])} expert sizes")
     _check_ids(trace)
     _check_steps(trace)
+    if trace.gates is not None:
+        _check_gates(trace, trace.gates)
+
+
+def _check_gates(trace: Trace, gates: np.ndarray) -> None:
+    T, L, A = trace.ids.shape
+    shape = (T, L, AHEAD, WIDTH * A)
+    if gates.dtype != np.int16 or gates.shape != shape:
+        raise ValueError(f"the trace's gates are {gates.dtype}{list(gates.shape)}; needed: int16{list(shape)}")
+    past = np.arange(L)[:, None] + np.arange(1, AHEAD + 1) >= L
+    wrong = (gates < -1) | (gates >= trace.experts) | ((gates >= 0) & past[:, :, None])
+    if wrong.any():
+        t, layer, ahead, slot = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"token {t}, layer {layer}: the gates foretell expert {gates[t, layer, ahead, slot]} of layer {layer + ahead + 1}; "
+            f"there are {L} layers of {trace.experts} experts"
+        )
 
 
 def _check_ids(trace: Trace) -> None:
@@ -175,7 +206,7 @@ def concatenate(traces: Sequence[Trace]) -> Trace:
     """One run after another: sequences and steps are numbered on; the first trace's meta data stay.
 
     Raises:
-        ValueError: there are none, or they are of different models.
+        ValueError: there are none, they are of different models, or only some have gates.
     """
     if not traces:
         raise ValueError("no traces to join")
@@ -184,13 +215,14 @@ def concatenate(traces: Sequence[Trace]) -> Trace:
         for key in MODEL_FIELDS:
             if other.meta[key] != first.meta[key]:
                 raise ValueError(f"traces of different models can't be joined: {key} is {first.meta[key]!r} in one, {other.meta[key]!r} in another")
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in _DTYPES}
-    shift = dict.fromkeys(_DTYPES, 0)
+    if len({trace.gates is None for trace in traces}) > 1:
+        raise ValueError("traces with gates and traces without can't be joined: record all with gates, or leave them out (gates=None)")
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in first.columns()}
+    shift = {"step": np.int32(0), "sequence": np.int32(0)}
     for trace in traces:
-        for name, part in parts.items():
-            part.append(getattr(trace, name) + _DTYPES[name](shift[name]))
-        for name in ("step", "sequence"):
-            shift[name] = int(parts[name][-1].max()) + 1
+        for name, column in trace.columns().items():
+            parts[name].append(column + shift[name] if name in shift else column)
+        shift = {name: parts[name][-1].max() + np.int32(1) for name in shift}
     return Trace(**{name: np.concatenate(part) for name, part in parts.items()}, meta=first.meta)
 
 
@@ -203,8 +235,7 @@ def as_teacher_forced(trace: Trace) -> Trace:
     kept = trace.phase == PROMPT
     if not kept.any():
         raise ValueError("the trace holds no prompt")
-    columns = {name: getattr(trace, name)[kept] for name in _DTYPES}
-    return Trace(**(columns | {"phase": np.full(int(kept.sum()), TEACHER_FORCED, np.uint8)}), meta=trace.meta)
+    return trace.take(kept, phase=np.full(int(kept.sum()), TEACHER_FORCED, np.uint8))
 
 
 class TraceBuilder:
@@ -214,6 +245,7 @@ class TraceBuilder:
         """Args: meta: `model_meta(...)`."""
         self._meta = dict(meta)
         self._parts: list[tuple[np.ndarray, ...]] = []
+        self._gates: list[np.ndarray] = []
         self._steps = 0
 
     def __len__(self) -> int:
@@ -228,6 +260,7 @@ class TraceBuilder:
         sequence_T: ArrayLike,
         phase: int,
         valid_T: ArrayLike | None = None,
+        gates_TLKW: ArrayLike | None = None,
     ) -> None:
         """Takes the tokens that one call of the model saw.
 
@@ -238,12 +271,20 @@ class TraceBuilder:
             sequence_T: which sequence each token belongs to.
             phase: `DECODE` tokens make one step together, those of other phases one step each.
             valid_T: False where a token is padding; it is left out.
+            gates_TLKW: what gates foretell (`Trace.gates`); of every call or of none.
+
+        Raises:
+            ValueError: gates are given, and were not before, or the other way round.
         """
         ids = np.asarray(ids_TLA)
         valid = np.ones(len(ids), bool) if valid_T is None else np.asarray(valid_T, bool)
         count = int(valid.sum())
         if count == 0:
             return
+        if self._parts and bool(self._gates) != (gates_TLKW is not None):
+            raise ValueError("gates are recorded of every call or of none")
+        if gates_TLKW is not None:
+            self._gates.append(np.asarray(gates_TLKW)[valid].astype(np.int16))
         advance = np.zeros(count, np.int32) if phase == DECODE else np.arange(count, dtype=np.int32)
         columns = (ids, np.asarray(weights_TLA, np.float32), np.asarray(tokens_T), np.asarray(sequence_T))
         kept = [column[valid].astype(dtype) for column, dtype in zip(columns, _DTYPES.values(), strict=False)]
@@ -259,7 +300,7 @@ class TraceBuilder:
         if not self._parts:
             raise ValueError("nothing was recorded")
         columns = {name: np.concatenate(part) for name, part in zip(_DTYPES, zip(*self._parts, strict=True), strict=True)}
-        return Trace(**columns, meta=dict(self._meta))
+        return Trace(**columns, meta=dict(self._meta), gates=np.concatenate(self._gates) if self._gates else None)
 
 
 def save(path: str | Path, trace: Trace) -> None:
@@ -270,7 +311,7 @@ def save(path: str | Path, trace: Trace) -> None:
     """
     path = Path(path)
     meta = json.dumps({"format": FORMAT, "version": VERSION, **trace.meta}).encode()
-    arrays = {name: getattr(trace, name) for name in _DTYPES} | {"meta": np.frombuffer(meta, np.uint8)}
+    arrays = trace.columns() | {"meta": np.frombuffer(meta, np.uint8)}
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -302,7 +343,7 @@ def load(path: str | Path) -> Trace:
             version = meta.pop("version", None)
             if version != VERSION:
                 raise ValueError(f"a trace of version {version}; this program reads version {VERSION}")
-            return Trace(**{name: file[name] for name in _DTYPES}, meta=meta)
+            return Trace(**{name: file[name] for name in _DTYPES}, meta=meta, gates=file["gates"] if "gates" in file else None)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, OSError, NotImplementedError) as error:
         raise ValueError(f"{path}: damaged: {error}") from error
     except (ValueError, TypeError) as error:  # of `Trace`, of numpy's reader, or of the text of the meta data

@@ -6,6 +6,7 @@ the time that a step took.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from typing import Any
@@ -17,10 +18,11 @@ from jaxmoe.engine.generate import Timings
 from jaxmoe.engine.streaming import Streamed, foretell
 from jaxmoe.offload.budget import format_bytes
 from jaxmoe.offload.replay import replay
+from jaxmoe.offload.staging import Staging
 
 LINK_REPEATS = 15
 _NO_LINK: dict[str, Any] = {
-    "link_gbps": None, "link_emulated": False, "link_bound_fraction": None, "serial_bound_fraction": None, "stall": None,
+    "prefetch": None, "link_gbps": None, "link_emulated": False, "link_bound_fraction": None, "serial_bound_fraction": None, "stall": None,
 }  # fmt: skip
 
 
@@ -51,7 +53,8 @@ def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows
     Returns:
         `hit_rate`, `opt_hit_rate` and `regret` of decoding; `bytes_per_token`, `prefill_bytes` and `prefill_bytes_ratio` (of the experts that were
         asked for and not there); `link_gbps` and `link_emulated`; `link_bound_fraction` (overlapped), `serial_bound_fraction`, `stall`;
-        `device_bytes` and `resident_device_bytes`; `foretold`, what the budget promised. What can't be known is None.
+        `device_bytes` and `resident_device_bytes`; `foretold`, what the budget promised; `prefetch`, bytes sent ahead by what became of them and the
+        gain that was measured. What can't be known is None.
     """
     plan, bank = streamed.plan.budget, streamed.model.bank
     resident = plan.resident_bytes + streamed.model.bytes()["params"] + streamed.engine.kv_bytes()
@@ -75,9 +78,20 @@ def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows
         "prefill_bytes": prefill["loads"] * size,
         "prefill_bytes_ratio": prefill["loads"] / missed if missed else None,
     }
-    out |= _link(streamed, timings, decode["loads"] * size, memory_gbps, rows)
+    out["prefetch"] = prefetched(streamed.staging, streamed.plan.asked.predictor)
+    ahead = 0 if out["prefetch"] is None else sum(out["prefetch"][name] for name in ("useful", "late", "wasted", "held"))
+    out |= _link(streamed, timings, decode["loads"] * size + ahead, memory_gbps, rows)
     told = foretell(streamed.plan, streamed.model.spec, rows, streamed.engine.positions, out["link_gbps"])
     return out | {"foretold": told.splitlines()[1]}
+
+
+def prefetched(staging: Staging | None, predictor: str | None) -> dict[str, Any] | None:
+    """What became of the records that were sent ahead, in bytes, and what it brought; None without prefetching."""
+    if staging is None:
+        return None
+    switch = staging.switch
+    found: dict[str, Any] = dataclasses.asdict(staging.counters)
+    return found | {"held": staging.held_bytes(), "predictor": predictor, "gain": switch.gain, "on": staging.on, "depth": staging.depth}
 
 
 def _totals(counters: dict[str, np.ndarray]) -> dict[str, int]:
@@ -88,7 +102,7 @@ def _link(streamed: Streamed, timings: Timings, sent: int, memory_gbps: float, r
     """Decoding beside its bounds. In a compiled step on a CPU nothing crosses a link, and no time is given as if."""
     emulated = streamed.link is not None and streamed.link.gbps is not None
     gbps = streamed.link.gbps if streamed.link is not None and emulated else measure_link(streamed.model.bank.record_bytes)
-    out = _NO_LINK | {"link_gbps": gbps, "link_emulated": emulated}
+    out = {name: value for name, value in _NO_LINK.items() if name != "prefetch"} | {"link_gbps": gbps, "link_emulated": emulated}
     if gbps is None or not timings.decode_steps:
         return out
     link = sent / gbps / 1e9
@@ -98,6 +112,14 @@ def _link(streamed: Streamed, timings: Timings, sent: int, memory_gbps: float, r
     if streamed.link is not None:
         out["stall"] = timings.decode_stall_seconds / timings.decode_seconds
     return out
+
+
+def _prefetch_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    parts = ", ".join(f"{format_bytes(found[name])} {name}" for name in ("useful", "late", "wasted"))
+    gain = "too few steps to judge it" if found["gain"] is None else f"steps {found['gain']:.2f}x as fast with it: {'on' if found['on'] else 'off'}"
+    return [f"sent ahead by {found['predictor']}: {parts}; {gain}"]
 
 
 def emulation_mark(found: dict[str, Any]) -> str:
@@ -128,6 +150,7 @@ def _lines(found: dict[str, Any], experts: int) -> list[str]:
     out = [text]
     ratio = found["prefill_bytes_ratio"]
     out.append(f"prefill brought {format_bytes(found['prefill_bytes'])}" + ("" if ratio is None else f", {ratio:.2f}x the experts it lacked"))
+    out += _prefetch_lines(found.get("prefetch"))
     if found["link_gbps"] is None:
         return [*out, "host and device are one memory here: bytes are counted, and no speed of a link is claimed", memory, foretold]
     link = f"link of {found['link_gbps']:.3g} GB/s{'' if found['link_emulated'] else ' measured'}"

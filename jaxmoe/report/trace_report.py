@@ -14,6 +14,7 @@ from rich.table import Table
 from jaxmoe.offload import bounds
 from jaxmoe.offload.replay import NAMES, OPT, Replay, regret, replay
 from jaxmoe.offload.trace import DECODE, PHASES, PROMPT, TEACHER_FORCED, Trace
+from jaxmoe.residency import find_policy
 
 FORMAT = "jaxmoe-trace-report"
 VERSION = 1
@@ -87,7 +88,8 @@ def report(trace: Trace, slots: Sequence[int] = (), seed: int = 0, progress: Cal
         ValueError: a number of slots is impossible, or the trace holds nothing but its prompt.
     """
     chosen = sorted(set(slots)) or list(default_slots(trace))
-    names = [name for name in NAMES if name != "static" or (trace.phase == PROMPT).any()]
+    prompt = (trace.phase == PROMPT).any()
+    names = [name for name in NAMES if not (find_policy(name).foresees or name == "eam") and (prompt or name != "static")]
     replays = []
     for count in chosen:
         best = replay(trace, count, OPT)

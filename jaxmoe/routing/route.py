@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int16
 
 from jaxmoe.routing import stages
 from jaxmoe.routing.sparsemixer import sparsemixer
-from jaxmoe.spec import RouterSpec, SpecError
+from jaxmoe.spec import ModelSpec, RouterSpec, SpecError
 from pallas_kernels.dispatch import Kernels
 
 BUILT: dict[str, tuple[str, ...]] = {
@@ -24,11 +24,17 @@ BUILT: dict[str, tuple[str, ...]] = {
 
 
 class RouterOut(NamedTuple):
-    """`ids` [T, A] of the chosen experts, best first, ties to the lowest id; `weights` [T, A] float32, zero for padding tokens; `logits` [T, E]."""
+    """`ids` [T, A] of the chosen experts, best first, ties to the lowest id; `weights` [T, A] float32, zero for padding tokens; `logits` [T, E].
+
+    Those who call a router may add what its layer gave it to read, `inputs` [T, D], and the choices that it foretells, `ahead` int16 [T, K, W]
+    (`jaxmoe.routing.ahead`).
+    """
 
     ids: Int[Array, "T A"]
     weights: Float[Array, "T A"]
     logits: Float[Array, "T E"]
+    inputs: Float[Array, "T D"] | None = None
+    ahead: Int16[Array, "T K W"] | None = None
 
 
 def check(spec: RouterSpec) -> None:
@@ -71,6 +77,29 @@ def _check_groups(spec: RouterSpec) -> None:
         raise SpecError(f"GroupLimit.kept = {limit.kept} of {limit.groups} groups of {size} experts can't give {spec.active} active ones")
 
 
+def initial_state(spec: ModelSpec, x_TD: Float[Array, "T D"]) -> Any:
+    """What the first layer's router gets as its state: empty, but for pre-gated routers `(what the last router was given, whether one was)`.
+
+    Args:
+        spec: the model.
+        x_TD: anything of the shape and dtype that routers read.
+    """
+    pregated = any(layer.router is not None and layer.router.pregated for layer in spec.layers)
+    return (jnp.zeros_like(x_TD), jnp.bool_(False)) if pregated else ()
+
+
+def _previous(x_TD: Float[Array, "T D"], state: Any) -> tuple[Float[Array, "T D"], Any]:
+    """What the last MoE layer's router was given, or its own where this is the first; and the state for the next (Pre-gated MoE, arXiv:2308.12066).
+
+    Raises:
+        SpecError: the caller threads no state.
+    """
+    if not state:
+        raise SpecError("RouterSpec.pregated needs the router state of `initial_state`, threaded through the layers")
+    before, known = state
+    return jnp.where(known, before, x_TD), (x_TD, jnp.bool_(True))
+
+
 def route(
     spec: RouterSpec,
     params: dict,
@@ -87,7 +116,7 @@ def route(
         params: `{"kernel": [D, E]}` and, as the spec asks for them, "bias" [E], "select_bias" [E], "input_scale" [D], "expert_scale" [E]; in
             the form in which weights are held.
         x_TD: the layer's normalised activations; with `spec.input_norm`, those before the norm.
-        state: threaded through the layers by routers that look back; unchanged here.
+        state: threaded through the layers by routers that look back (`initial_state`); unchanged by others.
         valid_T: False for padding tokens, whose weights become exactly zero.
         kernels: which matmul.
         eps: of the router's own norm (`spec.input_norm`).
@@ -99,6 +128,8 @@ def route(
         SpecError: a stage that can't be run.
     """
     check(spec)
+    if spec.pregated:
+        x_TD, state = _previous(x_TD, state)
     inputs = stages.normalized(params["input_scale"], x_TD, eps, kernels) if spec.input_norm else x_TD
     logits = stages.router_logits(spec, params, inputs, kernels)
     if spec.select == "sparsemixer":

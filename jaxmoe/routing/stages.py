@@ -59,13 +59,22 @@ def select(spec: RouterSpec, params: dict, scores: Float[Array, "T E"]) -> tuple
     Returns:
         Ids, and which experts were eligible (None: all).
     """
-    if spec.select_bias:
-        scores = scores + formats.load(params["select_bias"], jnp.float32)
-    limit, eligible = spec.group_limit, None
-    if limit is not None:
-        eligible = in_kept_groups(limit, scores)
-        scores = jnp.where(eligible, scores, -jnp.inf if limit.mask_value is None else limit.mask_value)
+    scores, eligible = masked(spec, with_bias(spec, params, scores))
     return jax.lax.top_k(scores, spec.active)[1], eligible
+
+
+def with_bias(spec: RouterSpec, params: dict, scores: Float[Array, "T E"]) -> Float[Array, "T E"]:
+    """Scores for selection: with the bias, where there is one."""
+    return scores + formats.load(params["select_bias"], jnp.float32) if spec.select_bias else scores
+
+
+def masked(spec: RouterSpec, scores: Float[Array, "T E"]) -> tuple[Float[Array, "T E"], Bool[Array, "T E"] | None]:
+    """Scores in which experts outside the kept groups can't win; and which experts are eligible (None: all)."""
+    limit = spec.group_limit
+    if limit is None:
+        return scores, None
+    eligible = in_kept_groups(limit, scores)
+    return jnp.where(eligible, scores, -jnp.inf if limit.mask_value is None else limit.mask_value), eligible
 
 
 def in_kept_groups(limit: GroupLimit, scores: Float[Array, "T E"]) -> Bool[Array, "T E"]:

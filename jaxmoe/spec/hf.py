@@ -8,11 +8,12 @@ checkpoints have.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from jaxmoe.spec.families import FAMILIES
-from jaxmoe.spec.families.common import ROPE, Family, positive
-from jaxmoe.spec.types import ModelSpec, SpecError, segments_of
+from jaxmoe.spec.families.common import ROPE, Family, only, positive
+from jaxmoe.spec.types import LayerSpec, ModelSpec, SpecError, segments_of
 
 _NO_EFFECT = frozenset(
     """_name_or_path architectures attn_implementation _attn_implementation attention_dropout auto_map bos_token_id chunk_size_feed_forward
@@ -23,6 +24,10 @@ _NO_EFFECT = frozenset(
     tokenizer_class prefix decoder_start_token_id torchscript use_bfloat16 pruned_heads bad_words_ids""".split()
 )
 """Fields that no family's graph depends on, unless it lists them. `quantization_config` and `layer_types` are checked by `_common_checks`."""
+
+
+PREGATED = "jaxmoe_pregated"
+"""Of any family: true where the routers were trained to choose a layer ahead (`RouterSpec.pregated`)."""
 
 
 def from_hf(config: dict) -> ModelSpec:
@@ -40,18 +45,27 @@ def from_hf(config: dict) -> ModelSpec:
     for field in family.required:
         if config.get(field) is None:
             raise SpecError(f"config.json: {kind} needs the field {field!r}, which is missing or null")
-    known = _NO_EFFECT | {*family.required, *family.optional, *family.no_effect, *ROPE, "hidden_act"}
+    known = _NO_EFFECT | {*family.required, *family.optional, *family.no_effect, *ROPE, "hidden_act", PREGATED}
     for field in config:
         if field not in known:
             raise SpecError(f"config.json: field {field!r} = {config[field]!r} of {kind} is not known here, and may change the model")
     _common_checks(config, family)
-    layers = segments_of(family.layers(config))
+    layers = segments_of(_pregated(config, family.layers(config)))
     given: dict[str, Any] = {
         "norm_eps": float(config.get("rms_norm_eps") or 0.0),
         "max_positions": config.get("max_position_embeddings"),
         "tied": bool(config.get("tie_word_embeddings", False)),
     }
     return ModelSpec(kind, positive(config, "vocab_size"), positive(config, "hidden_size"), layers, **(given | family.model(config)))
+
+
+def _pregated(config: dict, layers: list[LayerSpec]) -> list[LayerSpec]:
+    only(config, PREGATED, True, False, None)
+    if not config.get(PREGATED):
+        return layers
+    return [
+        layer if layer.router is None else dataclasses.replace(layer, router=dataclasses.replace(layer.router, pregated=True)) for layer in layers
+    ]
 
 
 def _text_config(config: dict, field: str) -> dict:
@@ -62,7 +76,7 @@ def _text_config(config: dict, field: str) -> dict:
         return config
     if not isinstance(inner, dict):
         raise SpecError(f"config.json: {field} = {inner!r} must be an object")
-    outer = {key: config[key] for key in ("quantization_config", "tie_word_embeddings") if key in config}
+    outer = {key: config[key] for key in ("quantization_config", "tie_word_embeddings", PREGATED) if key in config}
     return {"model_type": config["model_type"]} | inner | outer
 
 

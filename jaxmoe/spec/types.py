@@ -211,6 +211,8 @@ class RouterSpec:
         scale: the weights are multiplied by it.
         weights_dtype: 'model' casts the final weights to the activations' dtype, as most of the reference implementations do.
         apply: whether a weight multiplies its expert's output or input.
+        pregated: the router reads what the last MoE layer's router was given, the first one its own: a choice is known a layer ahead (Pre-gated MoE,
+            arXiv:2308.12066, which counts such a gate to the layer before).
     """
 
     experts: int
@@ -231,6 +233,7 @@ class RouterSpec:
     scale: float = 1.0
     weights_dtype: Literal["float32", "model"] = "model"
     apply: Literal["output", "input"] = "output"
+    pregated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

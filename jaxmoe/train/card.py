@@ -36,7 +36,7 @@ def export(spec: ModelSpec, config: dict, corpus: Corpus, run: Path, out: Path, 
     checkpoints.close()
     if state is None:
         raise ValueError(f"{run}: holds no saved state")
-    params, experts = loop.to_layered(spec, state)
+    params, experts = loop.to_layered(spec, state.params, state.bank)
     leaves = flatten({"params": params, "experts": experts})
     size = export_hf(spec, leaves, config, out, "bfloat16")
     for name in _FILES:

@@ -204,9 +204,9 @@ def train(
                 break
 
 
-def to_layered(spec: ModelSpec, state: TrainState) -> tuple[dict, dict]:
+def to_layered(spec: ModelSpec, params: dict, bank: TrainBank) -> tuple[dict, dict]:
     """Trained weights as checkpoints hold them: the layered tree, and `{layer: {gate, up, down}}`, as numpy."""
-    host = jax.device_get((state.params, state.bank))
+    host = jax.device_get((params, bank))
     experts = {
         str(layer): {
             "gate": np.ascontiguousarray(host[1].w_in[n, :, :, 0]),

@@ -15,6 +15,7 @@ from jaxmoe.cache.batch import Batch, make_batch
 from jaxmoe.cache.recurrent import RecurrentState, delta_full, init_recurrent
 from jaxmoe.spec import DeltaSpec, Precision
 from pallas_kernels.dispatch import Kernels
+from tests.quick import OPTIONS
 
 SPECS = {
     "grouped": DeltaSpec(k_heads=2, v_heads=6, k_dim=8, v_dim=12, conv=4),
@@ -69,13 +70,15 @@ def by_hand(spec: DeltaSpec, sequence: Sequence) -> tuple[np.ndarray, np.ndarray
 
 @functools.cache
 def program(spec: DeltaSpec, chunked: bool = False) -> Callable:
+    """The step as the product compiles it; in chunks, which are held to tolerances only, in less time."""
+
     def step(state, layer, sequence, conv, batch):
         if not chunked:
             return state.delta(spec, layer, *sequence, conv, batch, CPU)
         x, taps = recurrent.joined(*sequence[:3]), recurrent._taps(conv, sequence[0].dtype)
         return recurrent.chunked(state, spec, layer, x, *sequence[3:], taps, batch)
 
-    return jax.jit(step, donate_argnums=0, compiler_options=CPU.compiler_options())
+    return jax.jit(step, donate_argnums=0, compiler_options=CPU.compiler_options() | (OPTIONS if chunked else {}))
 
 
 def noise(state: RecurrentState) -> RecurrentState:
@@ -258,7 +261,7 @@ def test_whole_sequences():
     stacked = [jnp.concatenate([x[:length], y]) for x, y in zip(sequences[0], longer, strict=True)]
     conv = tuple(map(jnp.asarray, random_kernels(spec)))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=OPTIONS)
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss(stacked, conv):
         o = delta_full(spec, 2, *stacked, conv)

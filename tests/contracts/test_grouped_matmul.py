@@ -21,11 +21,11 @@ from pallas_kernels.grouped_matmul.glu import GLUS
 from tests.quick import QuickKernels
 
 IMPLEMENTATIONS: dict[str, tuple[Kernels, ExpertLayout]] = {
-    "reference": (Kernels("reference"), "2fd"),
-    "cpu": (Kernels("cpu"), "d2f"),
-    "xla d2f": (Kernels("gpu", pallas=False), "d2f"),
-    "xla 2df": (Kernels("tpu", pallas=False), "2df"),
-    "xla 2fd": (Kernels("gpu", pallas=False), "2fd"),
+    "reference": (QuickKernels("reference"), "2fd"),
+    "cpu": (QuickKernels("cpu"), "d2f"),
+    "xla d2f": (QuickKernels("gpu", pallas=False), "d2f"),
+    "xla 2df": (QuickKernels("tpu", pallas=False), "2df"),
+    "xla 2fd": (QuickKernels("gpu", pallas=False), "2fd"),
     "mosaic_gpu": (QuickKernels("gpu", interpret=True), "2fd"),
     "mosaic_tpu": (QuickKernels("tpu", interpret=True), "2df"),
 }

@@ -22,8 +22,8 @@ from pallas_kernels.paged_attention.types import Pages, Partial, Queries, finish
 from tests.quick import QuickKernels
 
 IMPLEMENTATIONS = {
-    "reference": Kernels("reference"),
-    "xla": Kernels("cpu"),
+    "reference": QuickKernels("reference"),
+    "xla": QuickKernels("cpu"),
     "mosaic_gpu": QuickKernels("gpu", interpret=True),
     "mosaic_tpu": QuickKernels("tpu", interpret=True),
 }

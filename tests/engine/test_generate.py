@@ -18,6 +18,7 @@ from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine, Request, RequestError, Sampling, prompt_logits
 from jaxmoe.engine.text import Tokenizer
 from tests.models import random_model
+from tests.quick import QuickKernels
 
 VOCAB, ROWS, POSITIONS = 96, 12, 1024
 LENGTHS = (600, 1, 31, 32, 33, 5, 127, 64, 2, 129, 16, 90)
@@ -26,7 +27,7 @@ LENGTHS = (600, 1, 31, 32, 33, 5, 127, 64, 2, 129, 16, 90)
 
 @pytest.fixture(scope="module")
 def model():
-    small = random_model("mixtral")
+    small = random_model("mixtral", kernels=QuickKernels("cpu"))
     return dataclasses.replace(small, spec=dataclasses.replace(small.spec, max_positions=POSITIONS))
 
 

@@ -117,7 +117,7 @@ def test_a_trace_of_prompts_alone_gives_layers_their_slots_too(tmp_path):
 def test_the_static_policy_takes_its_profile_from_the_trace(tmp_path, checkpoint):
     made = plan(f"{10 * RECORD}B", trace=write_trace(tmp_path / "t.npz"), policy="static")
     streamed = loaded(made, checkpoint)
-    used = np.asarray(streamed.model.bank.profile)
+    used = np.asarray(streamed.model.bank.knowledge.profile)
     assert used.shape == (2, 8) and used[0].tolist() == [30, 30, 0, 0, 0, 0, 0, 0] and used[1].sum() == 60
 
 
@@ -135,7 +135,9 @@ OTHER = ModelSpec.from_hf(CONFIGS["qwen3_moe"])
     [
         ({"mode": "banana"}, "there is no expert mode 'banana'"),
         ({"policy": "banana"}, "banana"),
-        ({"policy": "static"}, "the policy 'static' needs a profile .*: give --expert-trace"),
+        ({"policy": "static"}, "the policy 'static' goes by a trace of the model: give --expert-trace"),
+        ({"policy": "eam"}, "the policy 'eam' goes by a trace of the model: give --expert-trace"),
+        ({"policy": "opt"}, "the policy 'opt' goes by a trace of the model: give --expert-trace"),
         ({"mode": "fused", "link_gbps": 1.0}, "--link-gbps needs --expert-mode host-driven, not fused"),
         ({"mode": "layer-grouped", "host_memory": "1GB"}, "--host-memory needs --expert-mode host-driven, not layer-grouped"),
         ({"link_gbps": 0.0}, "a link of 0.0 GB/s: its speed has to be positive"),

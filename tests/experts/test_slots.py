@@ -17,7 +17,8 @@ import pytest
 from jaxmoe.engine.steps import committed
 from jaxmoe.experts import ResidentBank, SlotBank, host_store
 from jaxmoe.formats import store_numpy
-from jaxmoe.residency.policies import DECAY
+from jaxmoe.residency import Knowledge
+from jaxmoe.residency.policy import DECAY
 from pallas_kernels.dispatch import Kernels
 
 LAYERS, EXPERTS, ACTIVE, WIDTH, HIDDEN = 3, 12, 2, 64, 32
@@ -83,7 +84,7 @@ def profile() -> np.ndarray:
 def banks(case: Case) -> tuple[SlotBank, ResidentBank]:
     w_in, w_out = weights(case.dtype)
     slots = SlotBank(
-        host_store.pinned(records(w_in, w_out)), profile=jnp.asarray(profile()), slots=case.slots, staging=case.staging, experts=EXPERTS,
+        host_store.pinned(records(w_in, w_out)), knowledge=Knowledge(jnp.asarray(profile())), slots=case.slots, staging=case.staging, experts=EXPERTS,
         entries=(w_in.shape[2:], w_out.shape[2:]), dtype=case.dtype, activation=case.activation, policy=case.policy, fill=case.fill,
         ordered=case.ordered, poison=True,
     )  # fmt: skip

@@ -5,6 +5,7 @@ ordered by case, and the steps that a case compiled are dropped when the next on
 """
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def forget_programs() -> None:
     """Drops every compiled step: its program goes with the function. Single operations stay, most of which the next case wants again."""
     for cached in (steps.prefill_step, steps.logits_step, steps.decode_step):
         cached.cache_clear()
+    gc.collect()
     maps = Path("/proc/self/maps")
     if not maps.exists() or maps.read_bytes().count(b"\n") > MAPS:
         jax.clear_caches()

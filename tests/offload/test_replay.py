@@ -6,9 +6,11 @@ import itertools
 import numpy as np
 import pytest
 
+from jaxmoe.offload.knowledge import knowledge
 from jaxmoe.offload.replay import NAMES, first_uses, opt_hits, policy_hits, prompt_profile, regret, replay, slots_by_layer
 from jaxmoe.offload.trace import DECODE, PROMPT, concatenate, used_steps
-from jaxmoe.residency.policies import DECAY
+from jaxmoe.residency import Knowledge, find_policy
+from jaxmoe.residency.policy import DECAY
 from tests.offload import traces
 
 # Percent at 12 and at 24 slots a layer, decode steps only, the cache warmed by the prompt.
@@ -74,7 +76,7 @@ def test_policies_do_what_plain_python_does(seed):
     plain = {"lru": lru, "lfu": lfu}
     for slots in ((1, 1), (4, 2), (3, 9)):
         for policy in ("lru", "lfu", "static"):
-            found_SL = policy_hits(used_SLE, np.array(slots), policy, profile_LE)
+            found_SL = policy_hits(used_SLE, np.array(slots), policy, Knowledge(profile_LE))
             for layer, count in enumerate(slots):
                 sets = layer_sets(used_SLE, layer)
                 wanted = static(sets, count, profile_LE[layer]) if policy == "static" else plain[policy](sets, count)
@@ -104,14 +106,29 @@ def test_opt_is_the_best_that_any_cache_can_do(share):
         assert found.tolist() == [best_hits(layer_sets(used_SLE, layer), layer + 1) for layer in range(3)], seed
 
 
+def pool_opt_hits(used_SLE: np.ndarray, slots: int) -> np.ndarray:
+    """[S, L] hits of the best pool that all layers share: layer after layer, one step of one layer that has all experts."""
+    steps, layers, experts = used_SLE.shape
+    one_SLE = np.zeros((steps, layers, layers, experts), bool)
+    one_SLE[:, np.arange(layers), np.arange(layers)] = used_SLE
+    return opt_hits(one_SLE.reshape(steps * layers, 1, -1), np.array([slots])).reshape(steps, layers)
+
+
 def test_no_policy_beats_opt():
+    """That of each layer's own slots, or of the pool that all share."""
     for seed in range(3):
         trace = traces.random_trace(seed)
-        best = replay(trace, 3, "opt")
+        used_SLE, _ = used_steps(trace)
+        pool = pool_opt_hits(used_SLE, 6).sum()
         for policy in NAMES:
-            found = replay(trace, 3, policy)
-            assert (found.hits_SL.cumsum(0)[-1] <= best.hits_SL.cumsum(0)[-1]).all()
+            found = replay(trace, 3, policy, known=knowledge(trace, find_policy(policy)))
+            if find_policy(policy).shared:
+                assert 0 < found.hits_SL.sum() <= pool
+                continue
+            best = replay(trace, found.slots_L.tolist(), "opt")
+            assert found.slots_L.sum() == 6 and (found.hits_SL.cumsum(0)[-1] <= best.hits_SL.cumsum(0)[-1]).all()
             assert 0 <= regret(found, best) <= 1
+        assert pool >= replay(trace, 3, "opt").hits_SL.sum()
 
 
 def test_counts_belong_together():
@@ -159,3 +176,5 @@ def test_replay_refuses_what_makes_no_sense():
         replay((used_SLE, np.full_like(phase_S, DECODE)), 3, "static")
     with pytest.raises(ValueError, match="the profile has"):
         replay(trace, 3, "static", np.ones((1, 9)))
+    with pytest.raises(ValueError, match="the eam policy needs how earlier texts used the experts"):
+        replay(trace, 3, "eam")

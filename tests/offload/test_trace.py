@@ -11,6 +11,7 @@ from jaxmoe.offload.trace import DECODE, PROMPT, TEACHER_FORCED, TraceBuilder, a
 from jaxmoe.spec import ModelSpec
 from tests.checkpoints.hf_folders import CONFIGS
 from tests.offload import traces
+from tests.offload.gated import with_gates
 
 CSV = """# route_trace v1
 # model=/somewhere/Small-Q4.gguf arch=x n_layer=3 n_expert=8 n_expert_used=2
@@ -191,3 +192,45 @@ def test_real_traces_are_whole(name, layers, prompt):
     trace = traces.real(name)
     assert trace.ids.shape == (prompt + 128, layers, 6) and trace.experts == 128
     assert (trace.phase == PROMPT).sum() == prompt and (trace.phase == DECODE).sum() == 128
+
+
+def test_gates_are_kept_saved_and_loaded(tmp_path):
+    trace = with_gates(traces.random_trace(0))
+    save(tmp_path / "a.npz", trace)
+    assert (load(tmp_path / "a.npz").gates == trace.gates).all()
+    kept = as_teacher_forced(trace).gates
+    assert (kept == trace.gates[trace.phase == PROMPT]).all()
+    both = concatenate([trace, trace])
+    assert (both.gates == np.concatenate([trace.gates, trace.gates])).all()
+    save(tmp_path / "b.npz", dataclasses.replace(trace, gates=None))
+    assert load(tmp_path / "b.npz").gates is None and traces.real(traces.QWEN).gates is None
+    with pytest.raises(ValueError, match="traces with gates and traces without can't be joined"):
+        concatenate([trace, traces.random_trace(0)])
+
+
+def test_gates_are_checked():
+    trace = with_gates(traces.random_trace(0))
+    with pytest.raises(ValueError, match=r"gates are int64\[.*needed: int16"):
+        dataclasses.replace(trace, gates=trace.gates.astype(np.int64))
+    with pytest.raises(ValueError, match=r"gates are int16\[.*, 2, 3, 9\]; needed: .*, 2, 4, 9\]"):
+        dataclasses.replace(trace, gates=trace.gates[:, :, :3])
+    for place, expert, layer in (((4, 0, 0, 1), 9, 1), ((4, 1, 0, 0), 3, 2), ((4, 0, 1, 0), 0, 2)):
+        wrong = trace.gates.copy()
+        wrong[place] = expert
+        reason = f"token 4, layer {place[1]}: the gates foretell expert {expert} of layer {layer}; there are 2 layers of 9"
+        with pytest.raises(ValueError, match=reason):
+            dataclasses.replace(trace, gates=wrong)
+
+
+def test_builder_takes_gates_of_every_call_or_of_none():
+    gates = np.full((2, 1, traces_module.AHEAD, traces_module.WIDTH), -1)
+    builder = TraceBuilder(traces.meta(1, 4, 1))
+    builder.add([[[0]], [[1]]], np.ones((2, 1, 1)), [5, 6], [0, 0], PROMPT, [False, True], gates)
+    with pytest.raises(ValueError, match="of every call or of none"):
+        builder.add([[[3]]], np.ones((1, 1, 1)), [8], [0], DECODE)
+    builder.add([[[3]]], np.ones((1, 1, 1)), [8], [0], DECODE, None, gates[:1])
+    assert builder.build().gates.shape == (2, 1, 4, 3)
+    builder = TraceBuilder(traces.meta(1, 4, 1))
+    builder.add([[[3]]], np.ones((1, 1, 1)), [8], [0], DECODE)
+    with pytest.raises(ValueError, match="of every call or of none"):
+        builder.add([[[3]]], np.ones((1, 1, 1)), [8], [0], DECODE, None, gates[:1])

@@ -15,6 +15,7 @@ from jaxmoe.formats import load_numpy, store_numpy
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_matmul, grouped_swiglu, swiglu_rows
 from pallas_kernels.grouped_matmul.glu import GLUS
+from tests.quick import OPTIONS
 
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "reference", "gpu", "tpu"])
 DTYPES = pytest.mark.parametrize(("weights", "activations"), [(w, x) for w in ("float32", "bfloat16") for x in ("float32", "bfloat16")])
@@ -106,8 +107,8 @@ ACTS = {
 }
 
 
-compiled = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
-"""As the engine's steps are: XLA otherwise leaves out roundings to bfloat16 that are part of the meaning."""
+compiled = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False, **OPTIONS})
+"""As the engine's steps are in what matters to values: XLA otherwise leaves out roundings to bfloat16 that are part of the meaning."""
 
 
 @functools.cache

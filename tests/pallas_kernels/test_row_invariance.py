@@ -236,8 +236,15 @@ def test_grouped_swiglu(shape, dtype):
     d, f = shape
     w_in, w_out = random((EXPERTS, d, 2, f), dtype, d**-0.5), random((EXPERTS, f, d), dtype, f**-0.5, seed=5)
     ids = jnp.arange(EXPERTS)
-    step = jax.jit(lambda x, sizes: grouped_swiglu(x, w_in, w_out, ids, sizes, GLUS["silu"], CPU))
-    one = jax.jit(lambda x: swiglu_rows(x, w_in, w_out, ids, GLUS["silu"], CPU))
+    grouped = jax.jit(lambda x, w_in, w_out, sizes: grouped_swiglu(x, w_in, w_out, ids, sizes, GLUS["silu"], CPU))
+    alike = jax.jit(lambda x, w_in, w_out: swiglu_rows(x, w_in, w_out, ids, GLUS["silu"], CPU))
+
+    def step(x, sizes):
+        return grouped(x, w_in, w_out, sizes)
+
+    def one(x):
+        return alike(x, w_in, w_out)
+
     x = activations(DISTINCT, d, dtype)
     alone = np.stack([bits(step(np.repeat(row[None], EXPERTS, axis=0), np.ones(EXPERTS, np.int32))) for row in x])
     assert len(np.unique(alone.reshape(-1, d), axis=0)) == DISTINCT * EXPERTS

@@ -277,7 +277,7 @@ MINIMUM = (LAYERS * ACTIVE + 2) * RECORD
 ARGUMENTS = {
     "below_the_minimum": (["--expert-memory", f"{MINIMUM - 1}B"], f"are too few for experts: the minimum is {MINIMUM:,} bytes"),
     "one_byte": (["--expert-memory", "1B"], f"the minimum is {MINIMUM:,} bytes"),
-    "static_needs_more": ([*HALF, "--expert-policy", "static"], "the policy 'static' needs a profile"),
+    "static_needs_more": ([*HALF, "--expert-policy", "static"], "the policy 'static' goes by a trace of the model: give --expert-trace"),
     "nothing": (["--expert-memory", "0%"], "'0%' is no amount of memory to give"),
     "no_bytes": (["--expert-memory", "0GB"], "'0GB' is no amount of memory to give"),
     "negative": (["--expert-memory", "-5GB"], "'-5GB' is not an amount of memory: write it like 4GB"),

@@ -59,7 +59,8 @@ def test_report_writes_json_and_plots(small, tmp_path):
     assert done.code == 0 and "distinct experts" in done.out, done.err
     made = json.loads(out.read_text())
     assert made["format"] == "jaxmoe-trace-report" and made["slots"] == [3, 6]
-    assert {(row["policy"], row["slots"]) for row in made["replays"]} == {(p, s) for p in ("lru", "lfu", "static", "opt") for s in (3, 6)}
+    names = ("lru", "lfu", "static", "arc", "fate", "edgemoe", "hobbit", "opt")
+    assert {(row["policy"], row["slots"]) for row in made["replays"]} == {(p, s) for p in names for s in (3, 6)}
     at = {count: rate for count, rate in zip(made["curve"]["slots"], made["curve"]["lru"], strict=True)}
     assert {row["slots"]: row["hit_rate"] for row in made["replays"] if row["policy"] == "lru"} == {3: at[3], 6: at[6]}
     assert all(math.isfinite(row["hindsight_hit_rate"]) and row["hindsight_hit_rate"] >= row["uniform_hit_rate"] for row in made["allocation"])
@@ -87,7 +88,7 @@ def test_plots_without_matplotlib_are_refused_before_the_run(small, tmp_path, mo
         (("replay", "SMALL", "--slots", 10), "10 slots in a layer of 9 experts"),
         (("replay", "SMALL", "--slots", 1, 2, 3), "3 numbers of slots for 2 layers"),
         (("replay", "SMALL", "--slots", 3, "--json", "FOLDER/r.txt"), "a record goes to a .json file"),
-        (("replay", "SMALL", "--slots", 3, "--profile", "SMALL"), "--profile is for the static policy"),
+        (("replay", "SMALL", "--slots", 3, "--profile", "SMALL"), "--profile is for the static and eam policies and for predictors, not for lfu"),
         (("replay", "FOLDER/none.npz", "--slots", 3), "none.npz: No such file"),
         (("report", "SMALL", "--slots", 12), "12 slots in a layer of 9 experts"),
         (("import", "SMALL", "FOLDER/x.npz"), "small.npz: "),

@@ -1,0 +1,68 @@
+"""From the name of a predictor to what a host-driven step asks: fitted on a trace, read from a file, or evaluated from the model's own routers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.engine.foresight import Foresight
+from jaxmoe.offload.predictors import find_predictor, sizes_of
+from jaxmoe.offload.trace import Trace
+from jaxmoe.spec import ModelSpec
+from jaxmoe.train import path_predictor
+
+TRAINED = tuple(path_predictor.NETS)
+"""Predictors that come from a file."""
+
+FROM_TRACES = ("eam", "oracle")
+"""Predictors that are nothing without a trace."""
+
+GATE_DEPTH = 4
+"""Layers ahead at which the model's own routers are asked."""
+
+
+def check_predictor(name: str, file: Path | None, trace: Trace | None) -> None:
+    """Refuses a predictor that does not exist or lacks what it goes by.
+
+    Raises:
+        ValueError: that; the message says what to give.
+    """
+    find_predictor(name)
+    if name in TRAINED and file is None:
+        raise ValueError(f"the predictor {name!r} is trained: give --predictor-file, which scripts/train.py predictor writes")
+    if name not in TRAINED and file is not None:
+        raise ValueError(f"--predictor-file {file}: the predictor {name!r} is not trained; {' and '.join(TRAINED)} are")
+    if name in FROM_TRACES and trace is None:
+        raise ValueError(f"the predictor {name!r} goes by a trace of the model: give --expert-trace")
+
+
+def can_ask_ahead(spec: ModelSpec) -> bool:
+    """Whether the model's routers can be asked about activations of layers before theirs."""
+    return all(not layer.router.input_norm and layer.router.select == "topk" for layer in spec.layers if layer.router is not None)
+
+
+def make_foresight(name: str, spec: ModelSpec, rows: int, file: Path | None = None, traces: Sequence[Trace] = ()) -> Foresight:
+    """A predictor ready to run.
+
+    Args:
+        name: of `jaxmoe.offload.predictors.PREDICTORS`.
+        spec: the model.
+        rows: cache rows of the engine.
+        file: of a trained predictor.
+        traces: what it is fitted to; may be none for those that learn as they run.
+
+    Raises:
+        ValueError: see `check_predictor`, and a file that is damaged or of another model.
+    """
+    check_predictor(name, file, traces[0] if traces else None)
+    return Foresight(find_predictor(name), fitted(name, spec, file, traces), rows, min(GATE_DEPTH, len(spec.moe_layers) - 1) if name == "gate" else 0)
+
+
+def fitted(name: str, spec: ModelSpec, file: Path | None, traces: Sequence[Trace]) -> Any:
+    """A predictor's parameters."""
+    if name in TRAINED:
+        assert file is not None
+        return path_predictor.load(file, spec, name)
+    more = {} if name in FROM_TRACES else {"sizes": sizes_of(spec)}
+    return find_predictor(name).fit(list(traces), 0, **more)

@@ -1,0 +1,232 @@
+"""What to switch on for a model, a machine and a kind of text: every policy and predictor on a recorded trace, through the event model.
+
+Policies and predictors are chosen on one part of the trace and foretold on the rest, so that the advice says how far it can be trusted. Nothing is
+run here but replays and clocks; the engine measures its own steps anyway, and switches prefetching off where it does not pay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from jaxmoe.offload import event_model
+from jaxmoe.offload.event_model import Costs, Setting
+from jaxmoe.offload.knowledge import high_steps, knowledge, new_texts
+from jaxmoe.offload.predictors import find_predictor, foresee_layers, sizes_of
+from jaxmoe.offload.replay import Steps, residents, slots_by_layer
+from jaxmoe.offload.trace import PROMPT, Trace, used_steps
+from jaxmoe.residency import find_policy
+
+POLICIES = ("lru", "lfu", "arc", "fate", "hobbit", "plec")
+"""Those that go by nothing but the run itself."""
+
+PREDICTORS = ("frequency", "previous", "transitions")
+"""Those that learn as they run; the model's own routers are added where the trace has recorded them, and trained ones where they are given."""
+
+SETTINGS = tuple(Setting(width, 4 * width) for width in (1, 2, 4))
+DEPTHS = (1, 2)
+CLOSE = 0.01
+"""Of two ways that differ by less, the one that needs less is advised."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What the advice is for.
+
+    Attributes:
+        link_gbps: 10^9 bytes per second between host and device.
+        step_seconds: of a decode step with all experts on the device.
+        front_share: of a layer's time that passes before its routing is known.
+    """
+
+    link_gbps: float
+    step_seconds: float
+    front_share: float = 0.5
+
+    def __post_init__(self):
+        for name in ("link_gbps", "step_seconds"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} = {getattr(self, name)}: give a positive number")
+        if not 0 <= self.front_share <= 1:
+            raise ValueError(f"front_share = {self.front_share}: give 0 to 1")
+
+    def costs(self, trace: Trace) -> Costs:
+        """Seconds of a layer's parts and of a record."""
+        layer = self.step_seconds / trace.layers
+        front, experts = layer * self.front_share, layer * (1 - self.front_share)
+        each = experts / max(1, trace.meta["active"])
+        return Costs(front, float(trace.expert_bytes.mean()) / self.link_gbps / 1e9, hit=each, land=each)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of running, and what it is foretold to bring.
+
+    Attributes:
+        policy: which experts stay.
+        predictor, depth, width, staging: of prefetching; None and zeros without.
+        hit_rate: of the policy, decode steps only.
+        tokens_per_second: of one sequence, on the part that the choice was made on.
+        held_out: the same on the part that it was not made on.
+        gain: over the same policy without prefetching.
+    """
+
+    policy: str
+    predictor: str | None
+    depth: int
+    width: int
+    staging: int
+    hit_rate: float
+    tokens_per_second: float
+    held_out: float
+    gain: float
+
+    @property
+    def error(self) -> float:
+        """How far the held-out part was off what was foretold, as a share of it."""
+        return self.held_out / self.tokens_per_second - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """Attributes: `best` the way advised; `ways` all, the fastest first; `slots` of a layer; `x`, copy time over layer time; `machine`."""
+
+    best: Way
+    ways: tuple[Way, ...]
+    slots: int
+    x: float
+    machine: Machine
+
+    def describe(self) -> str:
+        """The advice in two lines."""
+        way = self.best
+        ahead = f"prefetch by {way.predictor}, {way.depth} ahead, {way.width} a layer ({way.gain:.2f}x)"
+        rates = f"{way.tokens_per_second:.1f} tok/s foretold, {way.held_out:.1f} on steps it was not chosen on ({100 * way.error:+.0f} %)"
+        hits = f"{100 * way.hit_rate:.1f} % hits in {self.slots} slots"
+        return (
+            f"{way.policy}, {'no prefetching' if way.predictor is None else ahead}: {rates}\n"
+            f"an expert takes {self.x:.2f} of a layer's time to cross; {hits}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Some decode steps: what they ask for, and which of them of the trace they are."""
+
+    used: Bool[np.ndarray, "S L E"]
+    at: np.ndarray
+
+
+def slots_for(trace: Trace, bytes: int) -> int:
+    """Slots of each layer that a budget buys, all layers alike.
+
+    Raises:
+        ValueError: fewer than a token needs.
+    """
+    slots = min(trace.experts, int(bytes // trace.expert_bytes.sum()))
+    if slots < trace.meta["active"]:
+        least = int(trace.expert_bytes.sum()) * trace.meta["active"]
+        raise ValueError(f"{bytes:,} bytes buy {slots} slots a layer, and a token uses {trace.meta['active']} experts: give at least {least:,}")
+    return slots
+
+
+def advise(
+    trace: Trace,
+    slots: int,
+    machine: Machine,
+    trained: dict[str, Any] | None = None,
+    policies: Sequence[str] = POLICIES,
+    most_steps: int = 256,
+    progress: Callable[[str], None] = lambda what: None,
+) -> Advice:
+    """Compares all ways on a trace.
+
+    Args:
+        trace: recorded, its decode steps of one sequence at a time or of a batch as it will run.
+        slots: of each layer.
+        machine: see above.
+        trained: parameters of predictors that were trained on other text, by name.
+        policies: to compare.
+        most_steps: decode steps that are looked at, the first ones.
+        progress: is told what is done next.
+
+    Raises:
+        ValueError: nothing but prompt, or impossible slots.
+    """
+    used_SLE, phase_S = used_steps(trace)
+    decode = np.flatnonzero(phase_S != PROMPT)
+    if len(decode) < 4:
+        raise ValueError(f"the trace has {len(decode)} steps that are not prompt: at least 4 are needed")
+    decode = decode[:most_steps]
+    parts = [_Part(used_SLE[half], half) for half in (decode[: len(decode) // 2], decode[len(decode) // 2 :])]
+    costs, slots_L = machine.costs(trace), slots_by_layer(slots, *used_SLE.shape[1:])
+    there = {}
+    for name in policies:
+        progress(f"policy {name}")
+        there[name] = _residents(trace, used_SLE, slots_L, name, None)
+    candidates = dict(_candidates(trace, trained or {}, decode, progress))
+    ways = [way for name in policies for way in _ways(name, there[name], parts, costs, candidates)]
+    ways.sort(key=lambda way: -way.tokens_per_second)
+    fast = [way for way in ways if way.tokens_per_second >= (1 - CLOSE) * ways[0].tokens_per_second]
+    best = min(fast, key=lambda way: (way.predictor is not None, policies.index(way.policy)))
+    return Advice(best, tuple(ways), slots, costs.copy / (machine.step_seconds / trace.layers), machine)
+
+
+def best_policy(trace: Trace, slots: int, policies: Sequence[str] = POLICIES) -> str:
+    """The policy with the most hits on a trace's steps that are not prompt; of those within a hundredth of the best the first of `policies`.
+
+    For where nothing is known of the machine: prefetching then has to find out for itself whether it pays.
+    """
+    used_SLE, phase_S = used_steps(trace)
+    counted, slots_L = phase_S != PROMPT, slots_by_layer(slots, *used_SLE.shape[1:])
+    asked = used_SLE[counted]
+    rates = {name: (asked & _residents(trace, used_SLE, slots_L, name, None)[counted]).sum() / asked.sum() for name in policies}
+    return next(name for name in policies if rates[name] >= max(rates.values()) - CLOSE)
+
+
+def _residents(trace: Trace, used_SLE: np.ndarray, slots_L: np.ndarray, name: str, foreseen) -> np.ndarray:
+    policy = find_policy(name)
+    active = min(trace.meta["active"], int(slots_L.min()))
+    _, layers, experts = used_SLE.shape
+    own = slots_L if policy.allocate is None else np.array(policy.allocate(int(slots_L.sum()), layers, experts, active), np.int64)
+    return residents(Steps(used_SLE, high_steps(trace), new_texts(trace), foreseen), own, name, knowledge(trace, policy))
+
+
+def _candidates(trace: Trace, trained: dict[str, Any], decode: np.ndarray, progress):
+    """`(predictor, depth) -> what it would send`, of the decode steps."""
+    names = [*PREDICTORS, *(["gate"] if trace.gates is not None else []), *trained]
+    last, layers = int(decode[-1]), trace.layers
+    for name in names:
+        progress(f"predictor {name}")
+        predictor = find_predictor(name)
+        params = trained[name] if name in trained else predictor.fit([], 0, sizes=sizes_of(trace))
+        said = {}
+        for step, layer, scores in foresee_layers(predictor, params, trace):
+            if step > last:
+                break
+            said[step, layer] = scores
+        at = dict(enumerate(decode.tolist()))
+        for depth in DEPTHS:
+            yield (name, depth), event_model.ranked(lambda s, layer, said=said, at=at: said.get((at[s], layer)), len(decode), layers, depth)  # type: ignore[misc]
+
+
+def _ways(name: str, there_SLE: np.ndarray, parts: list[_Part], costs: Costs, candidates: dict) -> list[Way]:
+    """A policy without prefetching, and with each predictor at its best setting."""
+    first, second = parts
+    plain = [event_model.run(part.used, there_SLE[part.at], costs).seconds for part in parts]
+    hits = float((first.used & there_SLE[first.at]).sum() / first.used.sum())
+    out = [Way(name, None, 0, 0, 0, hits, 1 / plain[0], 1 / plain[1], 1.0)]
+    best: dict[str, Way] = {}
+    for (predictor, depth), ahead in candidates.items():
+        gain, setting, outcome = event_model.gain(first.used, there_SLE[first.at], costs, ahead[: len(first.at)], SETTINGS)
+        later = event_model.run(second.used, there_SLE[second.at], costs, ahead[len(first.at) :], setting)
+        way = Way(name, predictor, depth, setting.width, setting.staging, hits, 1 / outcome.seconds, 1 / later.seconds, gain)
+        if predictor not in best or best[predictor].tokens_per_second < way.tokens_per_second:
+            best[predictor] = way
+    return out + list(best.values())
+
+

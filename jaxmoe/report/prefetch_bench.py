@@ -1,0 +1,217 @@
+"""Prefetching and predictive caching in the running engine, over an emulated link: every way in turn, on the same tokens, beside what was foretold.
+
+All ways give the same tokens, so that what differs is time and bytes. The event model (`jaxmoe.offload.event_model`) is fitted to two runs without
+prefetching and then foretells every run with it, from the routing and from what the predictor said.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints.load import Checkpoint
+from jaxmoe.engine.foresight import Foresight
+from jaxmoe.engine.generate import Engine, Request, Sampling
+from jaxmoe.engine.host_driven import HostDriven
+from jaxmoe.engine.model import Offload, load_model, read_store
+from jaxmoe.engine.predicting import GATE_DEPTH, make_foresight
+from jaxmoe.experts.source import ExpertSource
+from jaxmoe.offload import event_model
+from jaxmoe.offload.event_model import Costs, Measured
+from jaxmoe.offload.link import Link
+from jaxmoe.offload.predictors import find_predictor, foresee_layers
+from jaxmoe.offload.prefetch import Prefetch
+from jaxmoe.offload.replay import residents, slots_by_layer, steps_of
+from jaxmoe.offload.trace import PROMPT, Trace, used_steps
+from pallas_kernels.dispatch import Kernels
+
+SAMPLING = Sampling(temperature=1.0)
+STAGING = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """A way of running.
+
+    Attributes:
+        name: in tables.
+        policy: which experts stay.
+        predictor: what foretells them; None for nothing.
+        prefetch: whether they are sent ahead.
+        switching: whether prefetching turns itself off.
+        cold: layers forget their experts after every step, and nothing is sent while anything is computed: load on demand.
+    """
+
+    name: str
+    policy: str = "lfu"
+    predictor: str | None = None
+    prefetch: bool = False
+    switching: bool = True
+    cold: bool = False
+
+
+ARMS = (
+    Arm("on demand", cold=True),
+    Arm("lru", "lru"),
+    Arm("lfu"),
+    Arm("plec, path", "plec", "path"),
+    Arm("lfu + transitions", predictor="transitions", prefetch=True),
+    Arm("lfu + path", predictor="path", prefetch=True),
+    Arm("lfu + gate", predictor="gate", prefetch=True),
+    Arm("lfu + gate, always", predictor="gate", prefetch=True, switching=False),
+    Arm("expertflow: plec + path", "plec", "path", prefetch=True),
+    Arm("lfu + oracle", predictor="oracle", prefetch=True, switching=False),
+)
+"""The last is a bound: it knows the run."""
+
+AUTO = "lfu + gate"
+"""What `--expert-policy auto` comes to without a trace."""
+
+
+@dataclasses.dataclass
+class Sample:
+    """One run: seconds and steps of decoding, the bank's and the staging's counters in bytes, and the ids."""
+
+    seconds: float
+    steps: int
+    hits: int
+    requests: int
+    loads: int
+    stall: float
+    ahead: dict[str, int]
+    gain: float | None
+    ids: list[list[int]]
+
+
+class Bench:
+    """A model, its records, and an engine for every way and link."""
+
+    def __init__(self, checkpoint: Checkpoint, slots: int, prompts: list[tuple[int, ...]], new: int, predictor_file: Path | None):
+        """
+        Args:
+            checkpoint: the model, run in float32.
+            slots: of each layer.
+            prompts: each decoded by itself, batch 1.
+            new: tokens to decode of each.
+            predictor_file: of the path predictor; without it the ways that need it are left out.
+        """
+        self.kernels, self.slots, self.new, self.prompts = Kernels.default(), slots, new, prompts
+        self._checkpoint, self._file = checkpoint, predictor_file
+        self.arms = tuple(a for a in ARMS if a.predictor != "path" or predictor_file is not None)
+        fused = load_model(checkpoint, "float32", self.kernels)
+        self.spec = fused.spec
+        self._records = read_store(checkpoint, fused.spec, layout=self.kernels.expert_layout)
+        self._positions = max(map(len, prompts)) + new
+        engine = Engine(fused, 1, self._positions, False, record=True, gates=True)
+        self.ids = [engine.generate([request])[0][0].ids for request in self.requests()]
+        self.trace: Trace = engine.trace()
+        self._engines: dict[tuple[str, float | None], tuple[Engine, HostDriven, Link]] = {}
+
+    def requests(self) -> list[Request]:
+        """One a prompt."""
+        return [Request(prompt, self.new, SAMPLING) for prompt in self.prompts]
+
+    def foresight(self, arm: Arm) -> Foresight | None:
+        """What an arm's predictor is, fresh."""
+        if arm.predictor is None:
+            return None
+        file = self._file if arm.predictor == "path" else None
+        return make_foresight(arm.predictor, self.spec, 1, file, [self.trace] if arm.predictor == "oracle" else [])
+
+    def engine(self, arm: Arm, gbps: float | None) -> tuple[Engine, HostDriven, Link]:
+        """The arm's engine over a link of this speed, warmed up."""
+        if (arm.name, gbps) not in self._engines:
+            model = load_model(self._checkpoint, "float32", self.kernels, offload=Offload(self.slots, policy=arm.policy, store=False))
+            link = Link(None)
+            every = tuple(range(len(self.spec.moe_layers))) if arm.cold else ()
+            ahead = Prefetch(STAGING, switching=arm.switching) if arm.prefetch else None
+            programs = HostDriven(
+                model.spec, model.bank, self.kernels, False, ExpertSource(model.spec, self._records), link, overlap=not arm.cold, cold=every,
+                prefetch=ahead, foresight=self.foresight(arm),
+            )  # fmt: skip
+            engine = Engine(model, 1, self._positions, False, programs=programs)
+            engine.generate([Request(self.prompts[0], 3, SAMPLING)])
+            link.gbps = gbps
+            self._engines[arm.name, gbps] = engine, programs, link
+        return self._engines[arm.name, gbps]
+
+    def run(self, arm: Arm, gbps: float | None) -> Sample:
+        """All prompts one after another, each beginning with nothing on the device."""
+        engine, programs, _ = self.engine(arm, gbps)
+        if programs.ahead is not None:
+            programs.ahead.clear()
+        if arm.predictor == "oracle":
+            programs.restart()
+        size, out = engine.model.bank.record_bytes, Sample(0.0, 0, 0, 0, 0, 0.0, {}, None, [])
+        for request in self.requests():
+            engine.forget()
+            results, t = engine.generate([request])
+            out.ids.append(results[0].ids)
+            out.seconds, out.steps = out.seconds + t.decode_seconds, out.steps + t.decode_steps
+            found = {name: int(counts.sum()) for name, counts in t.decode_experts.items()}
+            out.hits, out.requests = out.hits + found["hits"], out.requests + found["requests"]
+            out.loads, out.stall = out.loads + found["loads"] * size, out.stall + t.decode_stall_seconds
+        if programs.ahead is not None:
+            out.ahead = dataclasses.asdict(programs.ahead.counters) | {"held": programs.ahead.held_bytes()}
+            out.gain = programs.ahead.switch.gain
+        return out
+
+    # --- What was foretold
+
+    def foretell(self, arm: Arm, costs: Costs) -> dict[str, Any]:
+        """The event model's seconds a step without and with the arm's prefetching, from what its predictor says on the run's own trace."""
+        used_SLE, phase_S = used_steps(self.trace)
+        decode = np.flatnonzero(phase_S != PROMPT)
+        there = self.residents("lfu")
+        plain = event_model.run(used_SLE[decode], there[decode], costs)
+        if not arm.prefetch:
+            return {"without": plain.seconds}
+        foresight_params = self.foresight(arm)._params  # type: ignore[union-attr]
+        predictor = find_predictor(arm.predictor or "")
+        said = {(s, layer): scores for s, layer, scores in foresee_layers(predictor, foresight_params, self.trace)}
+        at = dict(enumerate(decode.tolist()))
+        layers = used_SLE.shape[1]
+        settings = [event_model.Setting(width, STAGING) for width in (1, 2, 4)]
+        outcomes = []
+        for depth in range(1, GATE_DEPTH + 1):
+            ahead = event_model.ranked(lambda s, layer: said.get((at[s], layer)), len(decode), layers, depth)
+            outcomes.append(event_model.gain(used_SLE[decode], there[decode], costs, ahead, settings))
+        gain, _, best = max(outcomes, key=lambda found: found[0])
+        return {"without": plain.seconds, "with": best.seconds, "gain": gain}
+
+    def residents(self, policy: str) -> np.ndarray:
+        """[S, L, E] what each step finds, every prompt beginning with nothing."""
+        used_SLE, _ = used_steps(self.trace)
+        _, index = np.unique(self.trace.step, return_inverse=True)
+        sequence_S = np.zeros(len(used_SLE), np.int64)
+        sequence_S[index] = self.trace.sequence
+        slots_L = slots_by_layer(self.slots, *used_SLE.shape[1:])
+        out = np.zeros_like(used_SLE)
+        for sequence in np.unique(sequence_S):
+            own = sequence_S == sequence
+            out[own] = residents(steps_of(used_SLE[own]), slots_L, policy)
+        return out
+
+    def costs(self, fast: Sample, slow: Sample, gbps: float) -> Costs:
+        """The event model's seconds, of runs of lfu without prefetching: one with nothing paced, one over a link."""
+        used_SLE, phase_S = used_steps(self.trace)
+        decode = phase_S != PROMPT
+        copy = self.trace.expert_bytes[0] * 1.0 / gbps / 1e9
+        pair = (Measured(fast.seconds / fast.steps, 0.0), Measured(slow.seconds / slow.steps, copy))
+        return event_model.fit_costs(*pair, used_SLE[decode], self.residents("lfu")[decode])
+
+
+def rounds(bench: Bench, speeds: tuple[float, ...], count: int) -> Iterator[tuple[Arm, float | None, Sample]]:
+    """Every way at every speed in turn, `count` times over; lfu with nothing paced among them."""
+    plain = next(arm for arm in bench.arms if arm.name == "lfu")
+    for i in range(count):
+        yield plain, None, bench.run(plain, None)
+        for gbps in speeds:
+            for arm in bench.arms if i % 2 == 0 else reversed(bench.arms):
+                yield arm, gbps, bench.run(arm, gbps)
+
+
