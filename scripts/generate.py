@@ -31,7 +31,7 @@ CACHE = Path.home() / ".cache" / "jaxmoe"
 STREAMING = {
     "expert_mode": "mode", "expert_policy": "policy", "expert_staging": "staging", "expert_trace": "trace", "expert_fill": "fill",
     "link_gbps": "link_gbps", "host_memory": "host_memory", "expert_predictor": "predictor", "predictor_file": "predictor_file",
-    "prefetch": "prefetch",
+    "prefetch": "prefetch", "lossy": "lossy",
 }  # fmt: skip
 """Options that go with --expert-memory, and the fields of `Streaming` that they set."""
 
@@ -91,6 +91,8 @@ class Arguments:
     """Host memory for experts; the others are read from disk when they are asked for."""
     link_gbps: float | None = None
     """Emulate a link of this many 10^9 bytes per second between host and device."""
+    lossy: str | None = None
+    """Give up exactness for fewer bytes: hobbit, drop-cold, cache-prior, bits=4, or fields like high=0.6,low=0.9,low_bits=4 (docs/offloading.md)."""
     json: Path | None = None
     """Write requests, results and the run's record to this file."""
     cache: Path = CACHE

@@ -117,6 +117,8 @@ class Advise:
     """Device memory for experts, like 4GB or 25%."""
     predictor_file: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
     """A trained predictor to compare too (repeatable)."""
+    alone: bool = False
+    """Take each sequence of a trace of a batch by itself."""
     steps: int = 256
     """Decode steps that are looked at; the first half chooses, the second checks."""
     json: Path | None = None
@@ -149,7 +151,7 @@ def import_trace(args: Import, console: Console) -> None:
 def replay_trace(args: Replay, console: Console) -> None:
     """Prints, and writes if asked to, what a policy did beside the optimum."""
     from jaxmoe.offload.knowledge import knowledge
-    from jaxmoe.offload.replay import OPT, replay
+    from jaxmoe.offload.replay import OPT, optimum, replay
     from jaxmoe.offload.trace import load_or_import
     from jaxmoe.report import record, trace_report
     from jaxmoe.residency import find_policy
@@ -167,8 +169,8 @@ def replay_trace(args: Replay, console: Console) -> None:
         raise ValueError("the eam policy goes by another trace of the model: give --profile")
     known = None if other is None or args.policy == OPT else knowledge(other, policy)
     foreseen = None if args.predictor is None else foresee_trace(args, trace, other)
-    best = replay(trace, args.slots, OPT, warm=not args.cold)
-    found = best if args.policy == OPT else replay(trace, args.slots, args.policy, warm=not args.cold, foreseen=foreseen, known=known)
+    found = replay(trace, args.slots, args.policy, warm=not args.cold, foreseen=foreseen, known=known)
+    best = found if args.policy == OPT else optimum(trace, found, warm=not args.cold)
     made = trace_report.summary(found, best)
     console.print(trace_report.replay_tables(made))
     if args.json is not None:
@@ -231,7 +233,8 @@ def report_trace(args: Report, console: Console) -> None:
 def advise_trace(args: Advise, console: Console) -> None:
     """Prints, and writes if asked to, all ways compared and the one advised."""
     from jaxmoe.offload import advise, budget
-    from jaxmoe.offload.trace import load_or_import
+    from jaxmoe.offload.sequences import by_sequence
+    from jaxmoe.offload.trace import concatenate, load_or_import
     from jaxmoe.report import advice, record
     from jaxmoe.train import path_predictor
 
@@ -241,6 +244,7 @@ def advise_trace(args: Advise, console: Console) -> None:
         raise ValueError("give either --slots or --expert-memory")
     machine = advise.Machine(args.link_gbps, args.step_ms / 1e3)
     trace = load_or_import(args.trace)
+    trace = concatenate(by_sequence(trace)) if args.alone else trace
     slots = args.slots
     if args.expert_memory is not None:
         amount = budget.parse_memory(args.expert_memory)

@@ -13,6 +13,7 @@ import numpy as np
 
 from checkpoints.load import Checkpoint
 from jaxmoe.experts import ResidentBank, SlotBank, host_store
+from jaxmoe.experts.lossy import Lossy
 from jaxmoe.formats import ExpertLayout
 from jaxmoe.residency import Knowledge, Shape, find_policy
 from jaxmoe.residency.policies import DEFAULT
@@ -65,6 +66,7 @@ class Offload:
         knowledge: what the policy is told beforehand (`jaxmoe.residency.Knowledge`).
         fill: a name of `pallas_kernels.expert_fill.api.METHODS`; None for the backend's.
         store: hold the experts in `pinned_host` memory for the compiled step; False where the host sends them itself.
+        lossy: what may be left out or brought in fewer bits; None for nothing.
     """
 
     slots: int | tuple[int, ...]
@@ -73,6 +75,7 @@ class Offload:
     knowledge: Knowledge = Knowledge()
     fill: str | None = None
     store: bool = True
+    lossy: Lossy | None = None
 
 
 def load_model(
@@ -140,5 +143,5 @@ def slot_bank(spec: ModelSpec, records: np.ndarray | None, offload: Offload, lay
     return SlotBank(
         None if records is None else host_store.pinned(records), knowledge=offload.knowledge, slots=tuple(slots), staging=offload.staging,
         experts=router.experts, entries=host_store.entry_shapes(spec, layout), layout=layout, dtype=spec.precision.params,
-        activation=experts.activation, policy=offload.policy, fill=offload.fill,
+        activation=experts.activation, policy=offload.policy, fill=offload.fill, lossy=offload.lossy,
     )  # fmt: skip

@@ -20,11 +20,14 @@ from jaxmoe.engine.host_driven import HostDriven
 from jaxmoe.engine.model import Model, Offload, load_model, read_store
 from jaxmoe.engine.predicting import can_ask_ahead, check_predictor, make_foresight
 from jaxmoe.experts import host_store
-from jaxmoe.experts.source import DiskSource, ExpertSource, check_host_memory, least_host_memory
+from jaxmoe.experts.lossy import Lossy
+from jaxmoe.experts.planes import plane_format
+from jaxmoe.experts.source import DiskSource, ExpertSource, LadderSource, check_host_memory, least_host_memory
 from jaxmoe.offload import bounds, budget
 from jaxmoe.offload.advise import best_policy
 from jaxmoe.offload.knowledge import knowledge
 from jaxmoe.offload.link import Link
+from jaxmoe.offload.lossy_options import parse_lossy
 from jaxmoe.offload.prefetch import Prefetch
 from jaxmoe.offload.replay import replay
 from jaxmoe.offload.staging import Staging
@@ -65,6 +68,7 @@ class Streaming:
         host_memory: host memory for experts; the others are read from disk when they are asked for.
         predictor: what foretells routing (`jaxmoe.offload.predictors`), for prefetching and for policies that look ahead.
         predictor_file: of a predictor that is trained.
+        lossy: what may be given up for fewer bytes (`jaxmoe.offload.lossy_options`); None for nothing.
         prefetch: records sent ahead of their being asked for that the device holds beside the slots, at most; None for no prefetching.
     """
 
@@ -79,6 +83,7 @@ class Streaming:
     predictor: str | None = None
     predictor_file: Path | None = None
     prefetch: int | None = None
+    lossy: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +125,7 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
     policy = find_policy(asked.policy)
     Link(asked.link_gbps)  # refuses a speed that is none
     _check_fill(asked, mode, spec)
+    _check_lossy(asked, mode, spec)
     if policy.needs and asked.trace is None:
         raise ValueError(f"the policy {asked.policy!r} goes by a trace of the model: give --expert-trace")
     trace = None if asked.trace is None else load_or_import(asked.trace)
@@ -176,6 +182,21 @@ def _check_foresight(asked: Streaming, trace: Trace | None) -> None:
     check_predictor(asked.predictor, asked.predictor_file, trace)
     if asked.prefetch is None and not find_policy(asked.policy).foresees:
         raise ValueError(f"--expert-predictor {asked.predictor} has no use without --prefetch or a policy that looks ahead (plec, lookahead)")
+
+
+def _lossy(asked: Streaming, spec: ModelSpec) -> Lossy | None:
+    return None if asked.lossy is None else parse_lossy(asked.lossy, len(spec.moe_layers), spec.moe[0].experts)
+
+
+def _check_lossy(asked: Streaming, mode: Mode, spec: ModelSpec) -> None:
+    found = _lossy(asked, spec)
+    if found is None or not found.bits:
+        return
+    if mode != "host-driven":
+        raise ValueError(f"--lossy {asked.lossy} brings experts in {found.bits[0]} bits, which needs --expert-mode host-driven, not {mode}")
+    if asked.host_memory is not None or asked.prefetch is not None:
+        given = "--host-memory" if asked.host_memory is not None else "--prefetch"
+        raise ValueError(f"--lossy {asked.lossy} brings experts in {found.bits[0]} bits, and {given} knows them only as they are stored")
 
 
 def _check_fill(asked: Streaming, mode: Mode, spec: ModelSpec) -> None:
@@ -287,7 +308,7 @@ def load_streamed(
         model = load_model(checkpoint, dtype, kernels)
         return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record))
     known = Knowledge() if plan.trace is None else knowledge(plan.trace, find_policy(asked.policy))
-    offload = Offload(plan.budget.slots, plan.budget.staging, asked.policy, known, asked.fill)
+    offload = Offload(plan.budget.slots, plan.budget.staging, asked.policy, known, asked.fill, lossy=_lossy(asked, checkpoint.spec))
     if plan.mode != "host-driven":
         model = load_model(checkpoint, dtype, kernels, offload=offload, progress=progress)
         most = steps.TOKEN_BUCKETS[-1] if plan.mode == "fused" else None
@@ -307,7 +328,10 @@ def load_streamed(
 def make_source(plan: Plan, checkpoint: Checkpoint, spec: ModelSpec, progress: Callable[[int, int], None], layout: formats.ExpertLayout = "d2f"):
     """Where the host-driven mode gets experts from, in `layout`."""
     if plan.asked.host_memory is None:
-        return ExpertSource(spec, read_store(checkpoint, spec, progress, layout))
+        records, lossy = read_store(checkpoint, spec, progress, layout), _lossy(plan.asked, spec)
+        if lossy is not None and lossy.bits:
+            return LadderSource.from_records(spec, records, plane_format(spec, layout), progress)
+        return ExpertSource(spec, records)
     room = budget.parse_memory(plan.asked.host_memory).resolve(plan.budget.resident_bytes, None)
 
     def read(moe_layer: int, expert: int) -> dict[str, np.ndarray]:

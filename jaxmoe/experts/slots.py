@@ -151,8 +151,8 @@ class SlotBank:
         return self._without_experts(state.pools)
 
     def counters(self, state: SlotState) -> dict[str, np.ndarray]:
-        """`requests`, `hits` and `loads` by layer since the start, on the host."""
-        return {name: np.array(getattr(state, name)) for name in ("requests", "hits", "loads")}
+        """`requests`, `hits` and `loads` by layer since the start, on the host; of a lossy bank also what it gave up."""
+        return {name: np.array(getattr(state, name)) for name in ("requests", "hits", "loads")} | ladder.counted(state.marks)
 
     def _without_experts(self, pools: Pools) -> SlotState:
         layers = len(self.slots)

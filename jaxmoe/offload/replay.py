@@ -137,6 +137,7 @@ def replay(
     warm: bool = True,
     foreseen: Foreseen | None = None,
     known: Knowledge | None = None,
+    pool: bool = False,
 ) -> Replay:
     """Runs a trace through a policy.
 
@@ -148,6 +149,7 @@ def replay(
         warm: whether the prompt runs through the cache first; its steps count either way as prompt.
         foreseen: what a predictor says at every step, for policies that look ahead; without it they go by recent rates.
         known: what else the policy is told beforehand.
+        pool: of the optimum, whether all layers share their slots.
 
     Raises:
         ValueError: no such policy, slots that are negative, more than the experts or of another number of layers, nothing but prompt, or a policy
@@ -169,11 +171,16 @@ def replay(
         _, layers, experts = used_SLE.shape
         slots_L = np.array(found.allocate(int(slots_L.sum()), layers, experts, min(active, int(slots_L.min()))), np.int64)
     if policy == OPT:
-        hits_SL = opt_hits(seen.used, slots_L)
+        hits_SL = pool_opt_hits(seen.used, int(slots_L.sum())) if pool else opt_hits(seen.used, slots_L)
     else:
         known = known or Knowledge(profile=None if profile is None else jnp.asarray(profile, jnp.float32))
         hits_SL = policy_hits(seen, slots_L, policy, known)
     return Replay(policy, slots_L, hits_SL, seen.used.sum(2), first_uses(seen.used).sum(2), counted_S, sizes_L)
+
+
+def optimum(trace: Trace | Used, found: Replay, warm: bool = True) -> Replay:
+    """The optimum that bounds what was found: with each layer's own slots as they were, or in one pool where the policy shares it."""
+    return replay(trace, found.slots_L.tolist(), OPT, warm=warm, pool=find_policy(found.policy).shared)
 
 
 def regret(found: Replay, best: Replay) -> float:
@@ -296,6 +303,14 @@ def opt_hits(used_SLE: np.ndarray, slots_L: np.ndarray) -> Int[np.ndarray, "S L"
     """
     next_SLE = next_uses(used_SLE, len(used_SLE))
     return foresight_hits(used_SLE, slots_L, lambda s, _: next_SLE[s])
+
+
+def pool_opt_hits(used_SLE: np.ndarray, slots: int) -> Int[np.ndarray, "S L"]:
+    """The most hits of one pool that all layers share: `opt_hits` layer after layer, each a step of one layer that has all experts."""
+    steps, layers, experts = used_SLE.shape
+    one_SLE = np.zeros((steps, layers, layers, experts), bool)
+    one_SLE[:, np.arange(layers), np.arange(layers)] = used_SLE
+    return opt_hits(one_SLE.reshape(steps * layers, 1, -1), np.array([slots])).reshape(steps, layers)
 
 
 def foresight_hits(used_SLE: np.ndarray, slots_L: np.ndarray, cost: Cost) -> Int[np.ndarray, "S L"]:

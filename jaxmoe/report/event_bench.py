@@ -30,13 +30,16 @@ WIDTHS = (1, 2, 4)
 STEPS = 32
 """Decode steps of a long trace that are run."""
 
+SAMPLE = 8
+"""Sequences that are run with real predictors."""
+
 FRONT = 0.5
 """The front's share of a layer's time."""
 
 
 def costs(x: float, active: int) -> event_model.Costs:
-    """A layer of time 1 whose experts take half of it."""
-    return event_model.Costs(front=FRONT, hits=1 - FRONT, copy=x, land=(1 - FRONT) / active)
+    """A layer of time 1 whose experts take half of it, whether they were there or came."""
+    return event_model.Costs(front=FRONT, copy=x, hit=(1 - FRONT) / active, land=(1 - FRONT) / active)
 
 
 def settings() -> list[event_model.Setting]:
@@ -67,7 +70,7 @@ def by_recall(trace: Trace, ratios: Sequence[int] = (2, 4), policy: str = "lfu",
 
 
 def by_predictor(
-    traces: Sequence[Trace], params: dict[str, Params], slots: int, sample: int = 8, tell: Tell = lambda what: None, seed: int = 0
+    traces: Sequence[Trace], params: dict[str, Params], slots: int, sample: int = SAMPLE, tell: Tell = lambda what: None, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Speed of decoding with real predictors, under LFU and under Fate's cache of as many slots in all.
 

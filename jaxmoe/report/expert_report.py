@@ -16,13 +16,16 @@ import numpy as np
 
 from jaxmoe.engine.generate import Timings
 from jaxmoe.engine.streaming import Streamed, foretell
+from jaxmoe.experts import SlotBank
 from jaxmoe.offload.budget import format_bytes
 from jaxmoe.offload.replay import replay
 from jaxmoe.offload.staging import Staging
+from jaxmoe.residency import find_policy
 
 LINK_REPEATS = 15
 _NO_LINK: dict[str, Any] = {
-    "prefetch": None, "link_gbps": None, "link_emulated": False, "link_bound_fraction": None, "serial_bound_fraction": None, "stall": None,
+    "prefetch": None, "lossy": None,
+    "link_gbps": None, "link_emulated": False, "link_bound_fraction": None, "serial_bound_fraction": None, "stall": None,
 }  # fmt: skip
 
 
@@ -51,10 +54,10 @@ def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows
         rows: sequences in a step.
 
     Returns:
-        `hit_rate`, `opt_hit_rate` and `regret` of decoding; `bytes_per_token`, `prefill_bytes` and `prefill_bytes_ratio` (of the experts that were
-        asked for and not there); `link_gbps` and `link_emulated`; `link_bound_fraction` (overlapped), `serial_bound_fraction`, `stall`;
-        `device_bytes` and `resident_device_bytes`; `foretold`, what the budget promised; `prefetch`, bytes sent ahead by what became of them and the
-        gain that was measured. What can't be known is None.
+        `hit_rate`, `opt_hit_rate` and `regret` of decoding; `bytes_per_token`, sent ahead included; `prefill_bytes` and `prefill_bytes_ratio` (of the
+        experts that were asked for and not there); `link_gbps` and `link_emulated`; `link_bound_fraction` (overlapped), `serial_bound_fraction`,
+        `stall`; `device_bytes` and `resident_device_bytes`; `foretold`, what the budget promised; `prefetch`, bytes sent ahead by what became of
+        them, and the gain that was measured; `lossy`, what was given up. What can't be known is None.
     """
     plan, bank = streamed.plan.budget, streamed.model.bank
     resident = plan.resident_bytes + streamed.model.bytes()["params"] + streamed.engine.kv_bytes()
@@ -67,20 +70,25 @@ def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows
         nothing_streams = {"hit_rate": 1.0, "opt_hit_rate": 1.0, "regret": 0.0, "bytes_per_token": 0.0, "prefill_bytes": 0}
         return out | nothing_streams | {"prefill_bytes_ratio": None, "foretold": None, **_NO_LINK}
     size, decode, prefill = bank.record_bytes, _totals(timings.decode_experts), _totals(timings.prefill_experts)
-    best = replay(streamed.engine.trace(), plan.slots, "opt").hit_rate if timings.decode_steps else None
+    shared = find_policy(streamed.plan.asked.policy).shared
+    best = replay(streamed.engine.trace(), plan.slots, "opt", pool=shared).hit_rate if timings.decode_steps else None
     hit_rate = decode["hits"] / decode["requests"] if decode["requests"] else None
     missed = prefill["requests"] - prefill["hits"]
     out |= {
         "hit_rate": hit_rate,
         "opt_hit_rate": best,
         "regret": None if not best or hit_rate is None else 1 - hit_rate / best,
-        "bytes_per_token": decode["loads"] * size / timings.decode_tokens if timings.decode_tokens else None,
+        "bytes_per_token": None,
         "prefill_bytes": prefill["loads"] * size,
         "prefill_bytes_ratio": prefill["loads"] / missed if missed else None,
     }
     out["prefetch"] = prefetched(streamed.staging, streamed.plan.asked.predictor)
+    out["lossy"] = given_up(timings.decode_experts, bank, streamed.source)
     ahead = 0 if out["prefetch"] is None else sum(out["prefetch"][name] for name in ("useful", "late", "wasted", "held"))
-    out |= _link(streamed, timings, decode["loads"] * size + ahead, memory_gbps, rows)
+    sent = ahead + (decode["loads"] * size if out["lossy"] is None else out["lossy"]["bytes"])
+    if timings.decode_tokens:
+        out["bytes_per_token"] = sent / timings.decode_tokens
+    out |= _link(streamed, timings, sent, memory_gbps, rows)
     told = foretell(streamed.plan, streamed.model.spec, rows, streamed.engine.positions, out["link_gbps"])
     return out | {"foretold": told.splitlines()[1]}
 
@@ -94,15 +102,36 @@ def prefetched(staging: Staging | None, predictor: str | None) -> dict[str, Any]
     return found | {"held": staging.held_bytes(), "predictor": predictor, "gain": switch.gain, "on": staging.on, "depth": staging.depth}
 
 
+def given_up(counters: dict[str, np.ndarray], bank: SlotBank, source: Any) -> dict[str, Any] | None:
+    """What a lossy run gave up: shares of token-expert pairs, and bytes of misses beside those that exactness would have brought; None if exact."""
+    if bank.lossy is None:
+        return None
+    pairs = max(1, int(counters["pairs"].sum()))
+    shares = {name: int(counters[name].sum()) / pairs for name in ("degraded", "skipped", "rerouted")}
+    by_bits = counters["loads_by_bits"].sum(0)
+    size = getattr(source, "bytes_at", lambda bits: bank.record_bytes)
+    sent = sum(int(by_bits[bits]) * size(int(bits)) for bits in np.flatnonzero(by_bits))
+    exact = int(counters["exact"].sum()) * bank.record_bytes
+    return shares | {"bytes": sent, "exact_bytes": exact, "miss_byte_ratio": sent / exact if exact else None}
+
+
+def _lossy_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    shares = ", ".join(f"{100 * found[name]:.1f} % {name}" for name in ("degraded", "skipped", "rerouted"))
+    ratio = "" if found["miss_byte_ratio"] is None else f"; {found['miss_byte_ratio']:.2f}x the bytes of exact misses"
+    return [f"LOSSY: of all token-expert pairs {shares}{ratio}"]
+
+
 def _totals(counters: dict[str, np.ndarray]) -> dict[str, int]:
-    return {name: int(by_layer.sum()) for name, by_layer in counters.items()}
+    return {name: int(counters[name].sum()) for name in ("requests", "hits", "loads")}
 
 
 def _link(streamed: Streamed, timings: Timings, sent: int, memory_gbps: float, rows: int) -> dict[str, Any]:
     """Decoding beside its bounds. In a compiled step on a CPU nothing crosses a link, and no time is given as if."""
     emulated = streamed.link is not None and streamed.link.gbps is not None
     gbps = streamed.link.gbps if streamed.link is not None and emulated else measure_link(streamed.model.bank.record_bytes)
-    out = {name: value for name, value in _NO_LINK.items() if name != "prefetch"} | {"link_gbps": gbps, "link_emulated": emulated}
+    out = {name: value for name, value in _NO_LINK.items() if name not in ("prefetch", "lossy")} | {"link_gbps": gbps, "link_emulated": emulated}
     if gbps is None or not timings.decode_steps:
         return out
     link = sent / gbps / 1e9
@@ -150,7 +179,7 @@ def _lines(found: dict[str, Any], experts: int) -> list[str]:
     out = [text]
     ratio = found["prefill_bytes_ratio"]
     out.append(f"prefill brought {format_bytes(found['prefill_bytes'])}" + ("" if ratio is None else f", {ratio:.2f}x the experts it lacked"))
-    out += _prefetch_lines(found.get("prefetch"))
+    out += _prefetch_lines(found.get("prefetch")) + _lossy_lines(found.get("lossy"))
     if found["link_gbps"] is None:
         return [*out, "host and device are one memory here: bytes are counted, and no speed of a link is claimed", memory, foretold]
     link = f"link of {found['link_gbps']:.3g} GB/s{'' if found['link_emulated'] else ' measured'}"

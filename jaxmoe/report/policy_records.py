@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.experts.lossy import Lossy
+from jaxmoe.experts.lossy import STORED, Lossy
 from jaxmoe.offload.ladder import replay_ladder
 from jaxmoe.offload.trace import Trace, concatenate
 from jaxmoe.report import event_bench, policy_bench, predictor_bench, record
@@ -171,7 +171,8 @@ def _batches(given: Given, tell: Tell) -> Iterator[Made]:
 def _events(given: Given, tell: Tell) -> Iterator[Made]:
     trace = given.single[0]
     rows = event_bench.by_recall(trace, tell=tell)
-    ladder = [_ladder(t, tell) for t in (*given.single, concatenate(list(given.domains.values())))]
+    ladder = [_ladder(t.meta["model"], t, tell) for t in given.single]
+    ladder.append(_ladder("recorded domains", concatenate(list(given.domains.values())), tell))
     at = max(row["gain"] for row in rows)
     bound = record.make_bound("overlapped", at, max(row["gain"] for row in rows if row["recall"] <= 0.8), "times the speed without prefetching")
     settings = {"source": trace.meta["source"], "front": event_bench.FRONT, "steps": event_bench.STEPS, "policy": "lfu"}
@@ -183,17 +184,19 @@ def _events(given: Given, tell: Tell) -> Iterator[Made]:
     found = event_bench.by_predictor(list(fold.judged.values()), params, 2 * meta["active"], tell=tell)
     most = {name: max(row["speed"] for row in found if row["predictor"] == name) for name in params}
     bound = record.make_bound("overlapped", most["oracle"], most.get("gate", most["oracle"]), "times LFU without prefetching")
-    yield "domains", meta, _domains(given) | {"front": event_bench.FRONT}, {"rows": found, "bound": bound}
+    run = {"front": event_bench.FRONT, "judged": sorted(fold.judged), "prompts": event_bench.SAMPLE, "widths": list(event_bench.WIDTHS)}
+    yield "domains", meta, _domains(given) | run, {"rows": found, "bound": bound}
 
 
-def _ladder(trace: Trace, tell: Tell) -> dict[str, Any]:
+def _ladder(name: str, trace: Trace, tell: Tell) -> dict[str, Any]:
     """HOBBIT's thresholds at twice and four times the experts of a token."""
-    out: dict[str, Any] = {"model": trace.meta["model"], "active": trace.meta["active"]}
+    out: dict[str, Any] = {"model": name, "active": trace.meta["active"]}
     for ratio in (2, 4):
-        tell(f"ladder, {trace.meta['model']}, {ratio} k slots")
+        tell(f"ladder, {name}, {ratio} k slots")
         found = replay_ladder(trace, ratio * trace.meta["active"], "lfu", HOBBIT)
         missed = [n / sum(found.missed) for n in found.missed]
-        out[f"{ratio}k"] = {"missed": [round(share, 4) for share in missed], "ratio": round(found.missed_ratio(LOW_SHARE), 4)}
+        run = found.miss_byte_ratio(lambda bits: 1.0 if bits == STORED else LOW_SHARE, of_run=True)
+        out[f"{ratio}k"] = {"missed": [round(share, 4) for share in missed], "ratio": round(found.missed_ratio(LOW_SHARE), 4), "run": round(run, 4)}
     return out
 
 

@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from jaxmoe.offload import bounds
-from jaxmoe.offload.replay import NAMES, OPT, Replay, regret, replay
+from jaxmoe.offload.replay import NAMES, OPT, Replay, optimum, regret, replay
 from jaxmoe.offload.trace import DECODE, PHASES, PROMPT, TEACHER_FORCED, Trace
 from jaxmoe.residency import find_policy
 
@@ -93,9 +93,12 @@ def report(trace: Trace, slots: Sequence[int] = (), seed: int = 0, progress: Cal
     replays = []
     for count in chosen:
         best = replay(trace, count, OPT)
+        pool = replay(trace, count, OPT, pool=True)
         for name in names:
             progress(f"{name}, {count} slots")
-            replays.append(summary(best if name == OPT else replay(trace, count, name), best))
+            found = best if name == OPT else replay(trace, count, name)
+            own = find_policy(name)
+            replays.append(summary(found, pool if own.shared else best if own.allocate is None else optimum(trace, found)))
     progress("hit rates over slots")
     histogram_LD = bounds.distance_histogram(trace)
     made = {"format": FORMAT, "version": VERSION, "trace": describe(trace), "slots": chosen, "seed": seed, "replays": replays}
@@ -289,7 +292,7 @@ def _draw_layers(axes, made: dict[str, Any]) -> None:
     for row in made["replays"]:
         if row["slots"] == slots and row["policy"] != "static":
             rates = [np.nan if layer["hit_rate"] is None else 100 * layer["hit_rate"] for layer in row["by_layer"]]
-            axes.plot(range(len(rates)), rates, marker=".", label={"lru": "LRU", "lfu": "LFU", OPT: "optimum"}[row["policy"]])
+            axes.plot(range(len(rates)), rates, marker=".", label={OPT: "optimum"}.get(row["policy"], row["policy"]))
     axes.set(xlabel="layer", ylabel=f"hit rate at {slots} slots, %", ylim=(0, 100))
 
 

@@ -66,8 +66,8 @@ def _keep_soonest(row: Tables) -> Keep:
     return -steps_until_use(predicted(row)[1:], row), row["stamp"]
 
 
-LOOKAHEAD = Policy("lookahead", no_counts, count, _keep_soonest, foresees=True)
-"""Next-use lookahead: Belady's rule on what any predictor says of the next steps, LFU beyond."""
+LOOKAHEAD = Policy("lookahead", no_counts, count, _keep_soonest, bypass=True, foresees=True)
+"""Next-use lookahead: Belady's rule, with bypass, on what any predictor says of the next steps, recent rates beyond."""
 
 
 def until_turn(layers: int, layer: Int[Array, ""] | int) -> Int[Array, "L"]:
@@ -84,8 +84,8 @@ def _keep_path(tables: Tables, layer) -> Keep:
     return -(wait + until_turn(layers, layer)[:, None] / layers), tables["stamp"]
 
 
-PLEC = Policy("plec", no_counts, count, keep_all=_keep_path, foresees=True)
+PLEC = Policy("plec", no_counts, count, keep_all=_keep_path, bypass=True, foresees=True)
 """ExpertFlow's predictive locality-aware cache (arXiv 2410.17954): one pool whose slots go to the layers in proportion to the experts that they are
 predicted to need, freed as a layer has run and refilled for those to come, and corrected as the true routing appears. Here that is one rule: what
-leaves is what is expected to be needed last, counted from the layer that runs; where an expert was really used enters at once. Slots by layer follow
-from it instead of being planned. Bringing experts ahead of their turn is prefetch's business."""
+is expected to be needed last, counted from the layer that runs, leaves or does not enter. Without that last part a batch that asks for more than it
+will need again floods the pool. Slots by layer follow from it instead of being planned. Bringing experts ahead of their turn is prefetch's business."""

@@ -15,10 +15,12 @@ from jaxmoe.offload.predictors import PREDICTORS, foresee
 from jaxmoe.offload.recall import recall
 from jaxmoe.offload.sequences import batched, by_sequence
 from jaxmoe.offload.trace import DECODE, PROMPT, TraceBuilder, used_steps
-from jaxmoe.report import policy_bench, policy_claims, policy_tables, predictor_bench, record
+from jaxmoe.report import event_bench, policy_bench, policy_claims, policy_records, policy_tables, predictor_bench, record
 from jaxmoe.residency import Knowledge, choose_shared
+from jaxmoe.train import path_predictor
 from scripts.update_readme import write
 from tests.offload import traces
+from tests.offload.gated import with_gates
 
 LAYERS, EXPERTS, ACTIVE, SLOTS = 2, 6, 2, 3
 
@@ -42,7 +44,7 @@ def parts():
     return [policy_bench.part_of(fold, {"frequency": PREDICTORS["frequency"].fit(list(fold.fit.values()))}) for fold in found]
 
 
-@pytest.mark.parametrize(("policy", "looks"), [("lfu", False), ("hobbit", False), ("plec", True)])
+@pytest.mark.parametrize(("policy", "looks"), [("hobbit", False), ("lookahead", True)])
 def test_many_at_once_hold_what_each_would_by_itself(policy, looks):
     trace = made(0)
     seen = replay_many.sequences_of([trace])
@@ -157,6 +159,30 @@ def test_calibrated_weights_are_the_best_that_were_tried():
     assert loads == calibrate._loads(seen, SLOTS, mix) <= min(tried)
     hits = replay_many.hits_many(seen, np.full(LAYERS, SLOTS), "hobbit", Knowledge(mix=mix))[:, seen.counted].sum()
     assert loads == seen.used[:, seen.counted].sum() - hits
+
+
+def test_events_are_those_of_the_gates_in_units_of_a_layer():
+    trace = with_gates(made(0, 1))
+    ahead = event_bench._gated(trace.gates)
+    assert ahead[4] == [[(1, int(e)) for e in trace.gates[4, 0, 0] if e >= 0], []]
+    used = np.ones((1, 5, LAYERS, EXPERTS), bool)
+    setting = event_bench.settings()[0]
+    assert event_bench._seconds(used, used, 9.0, ACTIVE, None, setting) == pytest.approx([5 * LAYERS])
+    assert event_bench._seconds(used, ~used, 9.0, ACTIVE, None, setting)[0] > 5 * LAYERS * EXPERTS * 9.0
+
+
+def test_predictors_are_trained_once_a_half_and_kept(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(path_predictor, "train", lambda traces, kind, settings, seed: trained.append((kind, len(traces), settings.steps)) or kind)
+    monkeypatch.setattr(path_predictor, "save", lambda path, found, meta: path.write_text(found))
+    monkeypatch.setattr(path_predictor, "load", lambda path, meta, kind: path.read_text())
+    given = {name: made(i) for i, name in enumerate("abc")}
+    for _ in range(2):
+        params = policy_records.Given(given, [], tmp_path / "kept", steps=7).params
+        assert [fitted["path"] for fitted in params] == ["path", "path"] and "oracle" not in params[0]
+    assert sorted(trained) == [("path", 1, 7), ("path", 2, 7), ("readme", 1, 7), ("readme", 2, 7)]
+    with pytest.raises(ValueError, match="no such folder"):
+        policy_records.write("policies", policy_records.Given(given, []), tmp_path / "none")
 
 
 def _record(name: str, **counters) -> dict:

@@ -145,7 +145,7 @@ def test_tables_are_what_was_asked_for():
         tables = policy.tables(Shape(2, EXPERTS, (4, 4)), knowledge(2).replace(horizon=3))
         assert (FORESEEN in tables) == policy.foresees == (name in ("plec", "lookahead")) and PINNED not in tables
         assert not policy.foresees or (tables[FORESEEN].shape == (2, 4, EXPERTS) and (tables[FORESEEN] == -1).all())
-        assert policy.shared == (name in ("edgemoe", "hobbit", "eam", "plec")) and policy.bypass == (name in ("static", "opt"))
+        assert policy.shared == (name in ("edgemoe", "hobbit", "eam", "plec")) and policy.bypass == (name in ("static", "opt", "plec", "lookahead"))
         assert (policy.restart is not None) == (name in ("edgemoe", "hobbit", "eam"))
         pinned = np.arange(2 * EXPERTS).reshape(2, -1) % 5 == 0
         tables = policy.tables(Shape(2, EXPERTS, (4, 4)), knowledge(2).replace(pinned=pinned))

@@ -87,7 +87,8 @@ def plain_residents(policy: str, seen: Steps, slots: int, patterns: np.ndarray, 
             worth = {}
             for of, e in pool | asked:
                 first = np.inf if pinned[of, e] else getattr(known, policy)(of, e, layer)
-                worth[of, e] = (not ((of, e) in asked or pinned[of, e]), -first, -known.stamp[of, e], of, e)
+                lets_in = policy != "plec" and (of, e) in asked
+                worth[of, e] = (not (lets_in or pinned[of, e]), -first, -known.stamp[of, e], of, e)
             pool = set(sorted(worth, key=worth.__getitem__)[:slots])
     return out
 
