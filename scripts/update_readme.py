@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("scripts") is None:
     sys.path.insert(0, str(ROOT))
 
-from jaxmoe.report import families, policy_tables, record
+from jaxmoe.report import families, offload_tables, policy_tables, record
 from jaxmoe.report.command import run_command
 from scripts import golden_cases
 
@@ -168,7 +168,7 @@ def run(args: Arguments) -> None:
     }  # fmt: skip
     write(args.readme, tables)
     if args.offloading.exists():
-        write(args.offloading, policy_tables.tables(records))
+        write(args.offloading, policy_tables.tables(records) | offload_tables.tables(records))
 
 
 def write(page: Path, tables: dict[str, str]) -> None:

@@ -32,8 +32,12 @@ class Foresight:
             wants_gates: as above.
         """
         self.wants_gates = wants_gates
-        self._predictor, self._params = predictor, params
+        self._predictor, self._params, self._rows = predictor, params, rows
         self._state = predictor.init(params, rows)
+
+    def restart(self) -> None:
+        """Forgets all that was learned from what has run."""
+        self._state = self._predictor.init(self._params, self._rows)
 
     def before(self, rows: Int[np.ndarray, "B"], tokens: Int[np.ndarray, "B"]) -> Float[np.ndarray, "M1 L E"] | None:
         """Probabilities of use in this step and the next M ones, before its first MoE layer; None if it has nothing to say then."""
@@ -109,6 +113,13 @@ class Lookout:
         self._next: np.ndarray | None = None
         self._rows = self._tokens = self._valid = np.zeros(0, np.int32)
         self._ids: list[np.ndarray] = []
+
+    def restart(self) -> None:
+        """The foresight forgets what has run, and what is staged is dropped."""
+        if hasattr(self._foresight, "restart"):
+            self._foresight.restart()
+        if self.staging is not None:
+            self.staging.clear()
 
     @property
     def on(self) -> bool:

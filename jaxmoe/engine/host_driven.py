@@ -250,6 +250,11 @@ class HostDriven:
         forgotten = np.isin(np.arange(len(spec.moe_layers)), list(cold))
         self._forget = jax.jit(lambda there: jnp.where(forgotten[:, None], -1, there), donate_argnums=0) if cold else None
 
+    def restart(self) -> None:
+        """What looks ahead forgets what has run, for another run to begin as this one did."""
+        if self._lookout is not None:
+            self._lookout.restart()
+
     @property
     def stalled(self) -> float:
         """Seconds that the host waited for the link."""

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from checkpoints.load import Checkpoint
-from jaxmoe.engine.foresight import Foresight
+from jaxmoe.engine.foresight import Known
 from jaxmoe.engine.generate import Engine, Request, Sampling
 from jaxmoe.engine.host_driven import HostDriven
 from jaxmoe.engine.model import Offload, load_model, read_store
-from jaxmoe.engine.predicting import GATE_DEPTH, make_foresight
+from jaxmoe.engine.predicting import GATE_DEPTH, fitted, make_foresight
 from jaxmoe.experts.source import ExpertSource
 from jaxmoe.offload import event_model
 from jaxmoe.offload.event_model import Costs, Measured
@@ -115,12 +115,13 @@ class Bench:
         """One a prompt."""
         return [Request(prompt, self.new, SAMPLING) for prompt in self.prompts]
 
-    def foresight(self, arm: Arm) -> Foresight | None:
+    def foresight(self, arm: Arm) -> Any:
         """What an arm's predictor is, fresh."""
         if arm.predictor is None:
             return None
-        file = self._file if arm.predictor == "path" else None
-        return make_foresight(arm.predictor, self.spec, 1, file, [self.trace] if arm.predictor == "oracle" else [])
+        if arm.predictor == "oracle":
+            return Known(list(self.trace.ids[:, None]), self.spec.moe[0].experts)
+        return make_foresight(arm.predictor, self.spec, 1, self._file if arm.predictor == "path" else None)
 
     def engine(self, arm: Arm, gbps: float | None) -> tuple[Engine, HostDriven, Link]:
         """The arm's engine over a link of this speed, warmed up."""
@@ -142,10 +143,7 @@ class Bench:
     def run(self, arm: Arm, gbps: float | None) -> Sample:
         """All prompts one after another, each beginning with nothing on the device."""
         engine, programs, _ = self.engine(arm, gbps)
-        if programs.ahead is not None:
-            programs.ahead.clear()
-        if arm.predictor == "oracle":
-            programs.restart()
+        programs.restart()
         size, out = engine.model.bank.record_bytes, Sample(0.0, 0, 0, 0, 0, 0.0, {}, None, [])
         for request in self.requests():
             engine.forget()
@@ -170,9 +168,9 @@ class Bench:
         plain = event_model.run(used_SLE[decode], there[decode], costs)
         if not arm.prefetch:
             return {"without": plain.seconds}
-        foresight_params = self.foresight(arm)._params  # type: ignore[union-attr]
-        predictor = find_predictor(arm.predictor or "")
-        said = {(s, layer): scores for s, layer, scores in foresee_layers(predictor, foresight_params, self.trace)}
+        name = arm.predictor or ""
+        params = fitted(name, self.spec, self._file if name == "path" else None, [self.trace] if name == "oracle" else [])
+        said = {(s, layer): scores for s, layer, scores in foresee_layers(find_predictor(name), params, self.trace)}
         at = dict(enumerate(decode.tolist()))
         layers = used_SLE.shape[1]
         settings = [event_model.Setting(width, STAGING) for width in (1, 2, 4)]
@@ -196,22 +194,52 @@ class Bench:
             out[own] = residents(steps_of(used_SLE[own]), slots_L, policy)
         return out
 
-    def costs(self, fast: Sample, slow: Sample, gbps: float) -> Costs:
-        """The event model's seconds, of runs of lfu without prefetching: one with nothing paced, one over a link."""
+    def copy_seconds(self, gbps: float) -> float:
+        """Of one expert over a link."""
+        return float(self.trace.expert_bytes[0]) / gbps / 1e9
+
+    def costs(self, fast: float, fast_gbps: float, slow: float, slow_gbps: float) -> Costs:
+        """The event model's costs, from seconds a step of lfu without prefetching over two links."""
         used_SLE, phase_S = used_steps(self.trace)
         decode = phase_S != PROMPT
-        copy = self.trace.expert_bytes[0] * 1.0 / gbps / 1e9
-        pair = (Measured(fast.seconds / fast.steps, 0.0), Measured(slow.seconds / slow.steps, copy))
+        pair = (Measured(fast, self.copy_seconds(fast_gbps)), Measured(slow, self.copy_seconds(slow_gbps)))
         return event_model.fit_costs(*pair, used_SLE[decode], self.residents("lfu")[decode])
 
 
-def rounds(bench: Bench, speeds: tuple[float, ...], count: int) -> Iterator[tuple[Arm, float | None, Sample]]:
-    """Every way at every speed in turn, `count` times over; lfu with nothing paced among them."""
-    plain = next(arm for arm in bench.arms if arm.name == "lfu")
+def rounds(bench: Bench, speeds: tuple[float, ...], count: int) -> Iterator[tuple[Arm, float, Sample]]:
+    """Every way at every speed in turn, `count` times over."""
     for i in range(count):
-        yield plain, None, bench.run(plain, None)
         for gbps in speeds:
             for arm in bench.arms if i % 2 == 0 else reversed(bench.arms):
                 yield arm, gbps, bench.run(arm, gbps)
 
 
+
+
+def summarize(bench: Bench, runs: dict[tuple[str, float], list[Sample]], speeds: tuple[float, ...]) -> list[dict[str, Any]]:
+    """A row a way and speed: medians over rounds, beside lfu without prefetching, loading on demand, and what was foretold."""
+    seconds = {key: float(np.median([s.seconds / s.steps for s in found])) for key, found in runs.items()}
+    fast, slow = max(speeds), min(speeds)
+    fitted_costs = bench.costs(seconds["lfu", fast], fast, seconds["lfu", slow], slow)
+    rows = []
+    for (name, gbps), found in runs.items():
+        arm = next(a for a in bench.arms if a.name == name)
+        gains = [b.seconds / a.seconds for a, b in zip(found, runs["lfu", gbps], strict=True)]
+        row: dict[str, Any] = {
+            "way": name, "gbps": gbps, "ms": 1e3 * seconds[name, gbps], "tokens_per_second": 1 / seconds[name, gbps],
+            "over_lfu": float(np.median(gains)), "over_lfu_low": min(gains), "over_lfu_high": max(gains),
+            "over_on_demand": seconds["on demand", gbps] / seconds[name, gbps],
+            "hit_rate": found[0].hits / found[0].requests, "stall": float(np.median([s.stall / s.seconds for s in found])),
+            "demand_bytes": found[0].loads, "same_ids": all(s.ids == bench.ids for s in found),
+        }  # fmt: skip
+        if arm.prefetch:
+            row |= {f"{kind}_bytes": int(np.median([s.ahead[kind] for s in found])) for kind in ("useful", "late", "wasted")}
+            row["switch_gain"] = found[-1].gain
+            if arm.policy == "lfu":
+                told = bench.foretell(arm, dataclasses.replace(fitted_costs, copy=bench.copy_seconds(gbps)))
+                row |= {"foretold_ms": 1e3 * told["with"], "foretold_gain": told["gain"]}
+                row["share_of_foretold"] = (row["over_lfu"] - 1) / (told["gain"] - 1) if told["gain"] > 1.005 else None
+        elif name == "lfu":
+            row["foretold_ms"] = 1e3 * bench.foretell(arm, dataclasses.replace(fitted_costs, copy=bench.copy_seconds(gbps)))["without"]
+        rows.append(row)
+    return rows

@@ -88,4 +88,5 @@ PLEC = Policy("plec", no_counts, count, keep_all=_keep_path, bypass=True, forese
 """ExpertFlow's predictive locality-aware cache (arXiv 2410.17954): one pool whose slots go to the layers in proportion to the experts that they are
 predicted to need, freed as a layer has run and refilled for those to come, and corrected as the true routing appears. Here that is one rule: what
 is expected to be needed last, counted from the layer that runs, leaves or does not enter. Without that last part a batch that asks for more than it
-will need again floods the pool. Slots by layer follow from it instead of being planned. Bringing experts ahead of their turn is prefetch's business."""
+will need again floods the pool. Slots by layer follow from it instead of being planned. Bringing experts ahead of their turn is prefetch's business.
+"""
