@@ -1,6 +1,6 @@
 """Benchmarks what can be switched on beside a policy: prefetching in the running engine, the precision ladder, and regrouping of requests.
 
-    python scripts/bench_offload.py prefetch --corpus FOLDER [--predictor-file FILE] [--speeds 0.05 0.1 0.2] [--rounds 3] --out benchmarks
+    python scripts/bench_offload.py prefetch --corpus FOLDER [--predictor-file FILE] [--speeds 0.1 0.3 1] [--rounds 3] --out benchmarks
     python scripts/bench_offload.py quality --corpus FOLDER --out benchmarks
     python scripts/bench_offload.py regroup --traces FOLDER --fit FOLDER [--orders 4] --out benchmarks
 
@@ -42,7 +42,7 @@ class Arguments:
     """prefetch: a trained path predictor; the ways that need one are left out without."""
     slots: int = 8
     """Slots a layer."""
-    speeds: Annotated[tuple[float, ...], tyro.conf.arg(help="prefetch: emulated links, 10^9 bytes per second.")] = (0.05, 0.1, 0.2)
+    speeds: Annotated[tuple[float, ...], tyro.conf.arg(help="prefetch: emulated links, 10^9 bytes per second.")] = (0.1, 0.3, 1.0)
     rounds: int = 3
     """prefetch: how often every way runs, in turn with the others."""
     prompts: int = 2
@@ -86,7 +86,7 @@ def write(args: Arguments, name: str, settings: dict[str, Any], rows: list[dict[
         return
     made = record.make_record(
         name=name, spec_hash="", settings={"model": args.model.name, **settings}, seeds={"all": 0}, timings={}, compile_seconds=0.0, bytes={},
-        counters=figures | {"rows": rows}, bound=record.make_bound("none", 1.0, 1.0, ""),
+        counters=figures | {"rows": rows}, bound=record.make_bound("link", 1.0, 1.0, "times"),
     )  # fmt: skip
     record.write_record(args.out / f"{name}-{args.model.name}.json", made)
 

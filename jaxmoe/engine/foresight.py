@@ -1,6 +1,6 @@
 """What a host-driven step expects of its next layers: a predictor of routing, fed as the step goes on, and its scores handed to prefetching.
 
-A *foresight* is any object with `before`, `at` and `after` as `Foresight` has them; `reset` and `wants_gates` may be left out.
+A *foresight* is any object with `before`, `at` and `after` as `Foresight` has them; `reset`, `restart`, `learns` and `wants_gates` may be left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.cache.batch import Batch
-from jaxmoe.offload.predictors.interface import Predictor
+from jaxmoe.offload.predictors.interface import Predictor, unchanged
 from jaxmoe.offload.staging import Staging
 
 
@@ -22,6 +22,7 @@ class Foresight:
 
     Attributes:
         wants_gates: how many layers ahead routers are to be evaluated for it (`jaxmoe.routing.ahead.gate_scores`); 0 for none.
+        learns: whether it has to be told of every step, those in which nobody asks it included.
     """
 
     def __init__(self, predictor: Predictor, params: Any, rows: int, wants_gates: int = 0):
@@ -32,6 +33,7 @@ class Foresight:
             wants_gates: as above.
         """
         self.wants_gates = wants_gates
+        self.learns = predictor.after is not unchanged
         self._predictor, self._params, self._rows = predictor, params, rows
         self._state = predictor.init(params, rows)
 
@@ -102,10 +104,18 @@ class Lookout:
         depth: for how many layers ahead routers are to be evaluated.
         decoding: whether the running step is one of single tokens, the only ones that look ahead: a prompt asks for most experts, which the link has
             its hands full with.
+        looking: whether the running step looks ahead. While prefetching is off and no policy asks, steps are those of an engine without it.
     """
 
-    def __init__(self, staging: Staging | None, foresight: Any):
-        self.staging, self._foresight = staging, foresight
+    def __init__(self, staging: Staging | None, foresight: Any, feeds: bool = False):
+        """
+        Args:
+            staging, foresight: see above.
+            feeds: a policy goes by the foresight too.
+        """
+        self.staging, self._foresight, self._feeds = staging, foresight, feeds or staging is None
+        self._learns = getattr(foresight, "learns", True)
+        self.looking = False
         self.depth: int = getattr(foresight, "wants_gates", 0)
         self.decoding = False
         self._resident: np.ndarray | None = None
@@ -134,23 +144,22 @@ class Lookout:
         """A step begins."""
         if self.staging is not None:
             self.staging.begin()
+        self.decoding = batch.run == 1
+        self.looking = self.decoding and (self.on or self._feeds)
+        self._scores = self._next = None
+        self._ids = []
+        if not (self.looking or self._learns):
+            return
         segments, tokens, positions = jax.device_get((batch.segments, batch.tokens, batch.positions))
         self._valid = segments >= 0
         self._rows, self._tokens = segments[self._valid], tokens[self._valid]
-        self.decoding = batch.run == 1
-        self._scores = self._next = None
-        self._ids = []
         new = np.unique(self._rows[positions[self._valid] == 0])
         if len(new) and hasattr(self._foresight, "reset"):
             self._foresight.reset(new)
 
-    def before(self, needed: bool = False) -> Float[np.ndarray, "M1 L E"] | None:
-        """The foresight's scores before the first layer, for those that go by them; queues what the first layers are expected to miss.
-
-        Args:
-            needed: asked for even while prefetching is off.
-        """
-        if not self.decoding or not (needed or self.on):
+    def before(self) -> Float[np.ndarray, "M1 L E"] | None:
+        """The foresight's scores before the first layer, for those that go by them; queues what the first layers are expected to miss."""
+        if not self.looking:
             return None
         scores = self._foresight.before(self._rows, self._tokens)
         if scores is None:
@@ -176,11 +185,17 @@ class Lookout:
             self.staging.foresee(layer, self._scores, resident, self._next)
 
     def end(self, chosen: Sequence[Array]) -> None:
-        """A step has been computed. Args: chosen: of a prompt, every MoE layer's ids [T, A], which have not been read."""
-        if self.decoding:
-            self._foresight.after(self._rows, self._tokens, np.stack(self._ids, axis=1))
+        """A step has been computed. Args: chosen: every MoE layer's ids [T, A], which a step that did not look has not read."""
+        if self.looking:
+            if self._learns:
+                self._foresight.after(self._rows, self._tokens, np.stack(self._ids, axis=1))
             return
         self._resident = None
+        if not self._learns:
+            return
         ids = np.stack(jax.device_get(list(chosen)), axis=1)[self._valid]
+        if self.decoding:
+            self._foresight.after(self._rows, self._tokens, ids)
+            return
         for i in range(len(ids)):  # one after another, as if they had been decoded
             self._foresight.after(self._rows[i : i + 1], self._tokens[i : i + 1], ids[i : i + 1])

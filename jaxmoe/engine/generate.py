@@ -77,7 +77,7 @@ class Timings:
     decode_experts: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-class _Row:
+class Row:
     """The host's side of one sequence: its text so far and whether it has ended."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None, eos: Sequence[int]):
@@ -198,7 +198,8 @@ class Engine:
     def start(self) -> steps.EngineState:
         """A state with an empty cache of the size that the programs were compiled for, and the experts as the last call left them."""
         moving, self._moving = self._moving, None  # steps take the arrays: an error on the way leaves nothing to go on with
-        return steps.committed(steps.EngineState(self._empty_cache(), self.model.bank.init_state() if moving is None else moving))
+        bank = self.model.bank
+        return steps.committed(steps.EngineState(self._empty_cache(), bank.init_state() if moving is None else bank.new_text(moving)))
 
     def _empty_cache(self):
         return init_layers(self.model.spec, self.rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
@@ -316,7 +317,7 @@ class Engine:
                 raise RequestError(f"request {i} has stop strings {r.stop}, but without a tokenizer there is no text to find them in")
             if self.greedy and r.sampling.temperature > 0:
                 raise RequestError(f"request {i} has temperature {r.sampling.temperature}, but this engine was made greedy")
-        rows = [_Row(r, tokenizer, self.eos) for r in requests]
+        rows = [Row(r, tokenizer, self.eos) for r in requests]
         first, self._sequence = self._sequence, self._sequence + len(requests)
         timings = Timings(prompt_tokens=sum(len(r.prompt_ids) for r in requests))
         state = self.start()
@@ -365,7 +366,7 @@ class Engine:
                 last.append((used - 1) * run + (len(ids) - 1) % run)
             yield make_batch(pieces, run, tokens, last or [0], steps.LOGIT_ROWS), ended
 
-    def _decode_all(self, rows: list[_Row], first: int, state: steps.EngineState, timings: Timings, on_text) -> steps.EngineState:
+    def _decode_all(self, rows: list[Row], first: int, state: steps.EngineState, timings: Timings, on_text) -> steps.EngineState:
         """Decodes until every row has ended, in chunks; ended rows leave the batch between chunks."""
         began = time.perf_counter()
         while live := [i for i, row in enumerate(rows) if row.result.finish_reason is None]:

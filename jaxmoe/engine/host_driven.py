@@ -42,6 +42,7 @@ from jaxmoe.nn.transformer import decoder_layer, embed, head, layer_tables
 from jaxmoe.offload.link import Link
 from jaxmoe.offload.prefetch import Prefetch
 from jaxmoe.offload.staging import Staged, Staging
+from jaxmoe.residency import find_policy
 from jaxmoe.residency.policy import FORESEEN
 from jaxmoe.routing.ahead import Gates, gate_scores, stack_gates
 from jaxmoe.routing.route import initial_state
@@ -244,7 +245,7 @@ class HostDriven:
         self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # a bare device would keep a pinned record's memory kind
         sizes = (len(spec.moe_layers), spec.moe[0].experts)
         self.ahead = None if prefetch is None else Staging(prefetch, self.link, source, *sizes, put=self._put)
-        self._lookout = None if foresight is None else Lookout(self.ahead, foresight)
+        self._lookout = None if foresight is None else Lookout(self.ahead, foresight, find_policy(bank.policy).foresees)
         self.programs = Programs(spec, bank, kernels, 0 if self._lookout is None else self._lookout.depth)
         self._gates: tuple | None = None
         forgotten = np.isin(np.arange(len(spec.moe_layers)), list(cold))
@@ -330,7 +331,7 @@ class HostDriven:
         self._lookout.begin(batch)
         if FORESEEN not in tables.tables:
             return tables
-        scores = self._lookout.before(needed=True)
+        scores = self._lookout.before()
         if scores is None:
             return tables
         table = np.full(tables.tables[FORESEEN].shape, -1, np.float32)  # what is not predicted
@@ -340,7 +341,7 @@ class HostDriven:
 
     def _look(self, params, moe_layer: int) -> tuple | None:
         """What a front that looks takes."""
-        if self._lookout is None or not self._lookout.decoding:
+        if self._lookout is None or not self._lookout.looking:
             return None
         if self._lookout.depth and (self._gates is None or self._gates[0] is not params):
             self._gates = params, stack_gates(self._spec, params)

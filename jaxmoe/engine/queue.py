@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxmoe.engine import steps
-from jaxmoe.engine.generate import Engine, Request, RequestError, Result, _Row, check_requests
+from jaxmoe.engine.generate import Engine, Request, RequestError, Result, Row, check_requests
 from jaxmoe.engine.text import Tokenizer
 from jaxmoe.offload.regroup import check_bound, find_group_policy, greedy_union
 from jaxmoe.offload.request_paths import PathSource, used_experts
@@ -169,7 +169,7 @@ class _Serving:
 
     def __init__(self, engine: QueueEngine, requests, grouping: Grouping, source: PathSource | None, tokenizer, on_text):
         self.engine, self.requests, self.grouping, self.source, self.on_text = engine, requests, grouping, source, on_text
-        self.texts = [_Row(r, tokenizer, engine.eos) for r in requests]
+        self.texts = [Row(r, tokenizer, engine.eos) for r in requests]
         self.queue, self.pool = list(range(len(requests))), Pool()
         self.free, self.row_of = list(range(engine.rows)), np.zeros(len(requests), np.int32)
         self.seen = None if source is None else source.init(engine.rows)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +15,13 @@ from jaxmoe import formats
 from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine, cache_positions, positions_bucket
 from jaxmoe.engine.host_driven import HostDriven
+from jaxmoe.engine.memory import check_fits_host, free_device_bytes
 from jaxmoe.engine.model import Model, Offload, load_model, read_store
 from jaxmoe.engine.predicting import can_ask_ahead, check_predictor, make_foresight
 from jaxmoe.experts import host_store
 from jaxmoe.experts.lossy import Lossy
 from jaxmoe.experts.planes import plane_format
-from jaxmoe.experts.source import DiskSource, ExpertSource, LadderSource, check_host_memory, least_host_memory
+from jaxmoe.experts.source import DiskSource, ExpertSource, LadderSource
 from jaxmoe.offload import bounds, budget
 from jaxmoe.offload.advise import best_policy
 from jaxmoe.offload.knowledge import knowledge
@@ -48,9 +47,6 @@ AUTO = "auto"
 
 AUTO_STAGING = 8
 """Records that `auto` lets prefetching hold."""
-
-RESERVE = 0.1
-"""Share of an accelerator's memory that `auto` leaves for activations, temporaries and the runtime."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +133,7 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
         only_prompts = (trace.phase == PROMPT).all()
         curves = {"curves_LC": bounds.marginal_hits(as_teacher_forced(trace) if only_prompts else trace), "allocate": bounds.allocate}
     shapes = budget.ExpertShapes.from_spec(spec)
-    free = _free_bytes(shapes, rows * positions_bucket(positions))
+    free = free_device_bytes(shapes, rows * positions_bucket(positions))
     amount = budget.parse_memory(asked.expert_memory)
     found = budget.solve(shapes, amount, asked.staging, free, bypass=policy.bypass, **curves)
     if auto and not found.all_resident:
@@ -145,7 +141,7 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
     if policy.allocate is not None and not found.all_resident:
         slots = policy.allocate(sum(found.slots), shapes.layers, shapes.experts, shapes.active)
         found = dataclasses.replace(found, slots=slots)
-    _check_host_memory(asked, spec, shapes.all_bytes, found.all_resident)
+    check_fits_host(spec, asked.host_memory, shapes.all_bytes, found.all_resident)
     return Plan(asked, mode, found, trace)
 
 
@@ -223,51 +219,6 @@ def _check_trace(trace: Trace, asked: Streaming, spec: ModelSpec) -> None:
         check_model(trace, spec)
     except ValueError as error:
         raise ValueError(f"{asked.trace}: {error}") from error
-
-
-def _free_bytes(shapes: budget.ExpertShapes, tokens: int) -> int | None:
-    """What the device has free for experts beside everything else; None where it does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return None
-    free = stats["bytes_limit"] * (1 - RESERVE) - stats.get("bytes_in_use", 0)
-    return max(0, int(free) - shapes.dense_bytes - tokens * shapes.kv_bytes_per_token)
-
-
-def _check_host_memory(asked: Streaming, spec: ModelSpec, all_bytes: int, all_resident: bool) -> None:
-    """Refuses experts that don't fit into this machine's memory, while there is still a choice."""
-    needed, least = all_bytes, least_host_memory(spec)
-    if asked.host_memory is not None:
-        amount = budget.parse_memory(asked.host_memory)
-        if amount.kind == "auto":
-            raise ValueError("--host-memory auto: give an amount, like 8GB or 50% of all experts")
-        given = amount.resolve(all_bytes, None)
-        check_host_memory(spec, given)
-        needed = min(needed, given)
-    free = available_host_memory()
-    if all_resident or free is None or needed <= free:
-        return
-    short = f"{budget.format_bytes(needed)} of experts do not fit into the {budget.format_bytes(free)} of host memory that is available"
-    percent = math.ceil(100 * max(free // 2, least) / all_bytes)
-    if percent * all_bytes > 100 * min(free, needed):
-        raise ValueError(f"{short}, and at least {budget.format_bytes(least)} are needed")
-    raise ValueError(f"{short}: --host-memory {percent}% keeps that share of them and reads the others from disk")
-
-
-def available_host_memory() -> int | None:
-    """Bytes that new arrays can take without swapping, as the operating system says; None where it does not."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") + _reclaimable()
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _reclaimable() -> int:
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * (int(fields["MemAvailable"].split()[0]) - int(fields["MemFree"].split()[0]))
-    except (OSError, KeyError, ValueError):
-        return 0
 
 
 def foretell(plan: Plan, spec: ModelSpec, rows: int, positions: int, link_gbps: float | None) -> str:

@@ -9,8 +9,8 @@ from jaxmoe.experts.slots import SlotBank
 from pallas_kernels.grouped_matmul.biases import Biases
 
 ExpertBank = Any
-"""A pytree with `expert_ffn`, `init_state`, `forget`, `split`, `join` and `in_order`. A bank splits into a fixed part, which steps only read, and a
-moving part, which they carry, donate and return; carrying the fixed part too would copy it out of every program."""
+"""A pytree with `expert_ffn`, `init_state`, `forget`, `new_text`, `split`, `join` and `in_order`. A bank splits into a fixed part, which steps only
+read, and a moving part, which they carry, donate and return; carrying the fixed part too would copy it out of every program."""
 
 __all__ = ["ExpertBank", "ResidentBank", "SlotBank", "expert_ffn"]
 

@@ -55,6 +55,10 @@ class ResidentBank:
         """The moving part as if nothing had been run."""
         return moving
 
+    def new_text(self, moving: tuple) -> tuple:
+        """The moving part for another text."""
+        return moving
+
     def counters(self, moving: tuple) -> dict:
         """What the bank has counted: nothing."""
         return {}

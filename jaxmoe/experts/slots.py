@@ -150,6 +150,11 @@ class SlotBank:
         """The state with empty tables and counters, and the pools as they are."""
         return self._without_experts(state.pools)
 
+    def new_text(self, state: SlotState) -> SlotState:
+        """The state for another text: experts stay where they are, and policies that count by text begin anew."""
+        restart = find_policy(self.policy).restart
+        return state if restart is None else dataclasses.replace(state, tables=restart(state.tables))
+
     def counters(self, state: SlotState) -> dict[str, np.ndarray]:
         """`requests`, `hits` and `loads` by layer since the start, on the host; of a lossy bank also what it gave up."""
         return {name: np.array(getattr(state, name)) for name in ("requests", "hits", "loads")} | ladder.counted(state.marks)

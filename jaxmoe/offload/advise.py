@@ -54,11 +54,11 @@ class Machine:
         if not 0 <= self.front_share <= 1:
             raise ValueError(f"front_share = {self.front_share}: give 0 to 1")
 
-    def costs(self, trace: Trace) -> Costs:
-        """Seconds of a layer's parts and of a record."""
+    def costs(self, trace: Trace, asked: float) -> Costs:
+        """Seconds of a layer's parts and of a record, where a layer's step asks for so many experts on the average."""
         layer = self.step_seconds / trace.layers
         front, experts = layer * self.front_share, layer * (1 - self.front_share)
-        each = experts / max(1, trace.meta["active"])
+        each = experts / max(asked, 1e-9)
         return Costs(front, float(trace.expert_bytes.mean()) / self.link_gbps / 1e9, hit=each, land=each)
 
 
@@ -163,7 +163,8 @@ def advise(
         raise ValueError(f"the trace has {len(decode)} steps that are not prompt: at least 4 are needed")
     decode = decode[:most_steps]
     parts = [_Part(used_SLE[half], half) for half in (decode[: len(decode) // 2], decode[len(decode) // 2 :])]
-    costs, slots_L = machine.costs(trace), slots_by_layer(slots, *used_SLE.shape[1:])
+    costs = machine.costs(trace, float(used_SLE[decode].sum(2).mean()))
+    slots_L = slots_by_layer(slots, *used_SLE.shape[1:])
     there = {}
     for name in policies:
         progress(f"policy {name}")

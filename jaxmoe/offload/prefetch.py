@@ -138,6 +138,9 @@ SPAN = 4
 SPANS = 6
 """Spans of a trial, with and without in turn."""
 
+CLEARLY = 0.95
+"""A trial ends early, after as many spans with as without, where steps with prefetching are clearly the slower ones."""
+
 HOLD = 64
 """Steps for which the first verdict holds."""
 
@@ -148,10 +151,10 @@ LONGEST_HOLD = 4096
 class Switch:
     """Says whether prefetching is on, by the measured times alone.
 
-    A trial of `SPANS` spans runs with prefetching and without in turn. It is on afterwards if the median of steps without it is longer than that of
-    steps with it, else off, for `HOLD` steps. After another trial with the same verdict the verdict holds twice as long, up to `LONGEST_HOLD`, and
-    `HOLD` again after one that changed it. Medians, since a step that another program disturbed is not to decide; both kinds of spans in turn, since
-    the sequence gets longer and routing changes.
+    A trial of up to `SPANS` spans runs with prefetching and without in turn. It is on afterwards if the median of steps without it is longer than
+    that of steps with it, else off, for `HOLD` steps. After another trial with the same verdict the verdict holds twice as long, up to
+    `LONGEST_HOLD`, and `HOLD` again after one that changed it. Medians, since a step that another program disturbed is not to decide; both kinds of
+    spans in turn, since the sequence gets longer and routing changes.
 
     Attributes:
         trial: whether a trial is going on.
@@ -193,9 +196,13 @@ class Switch:
             return dataclasses.replace(self, position=self.position + 1)
         on, off = (*self.on_, *([seconds] if self.on else [])), (*self.off, *([] if self.on else [seconds]))
         found = dataclasses.replace(self, position=self.position + 1, on_=on, off=off)
-        return found._judged() if found.position >= SPAN * SPANS else found
+        ended = found.position >= SPAN * SPANS or (found.position % (2 * SPAN) == 0 and found._gain() < CLEARLY)
+        return found._judged() if ended else found
+
+    def _gain(self) -> float:
+        return statistics.median(self.off) / max(statistics.median(self.on_), 1e-12)
 
     def _judged(self) -> Switch:
-        gain = statistics.median(self.off) / max(statistics.median(self.on_), 1e-12)
+        gain = self._gain()
         length = min(2 * self.length, LONGEST_HOLD) if self.verdict is (gain > 1) else HOLD
         return Switch(False, 0, length, gain > 1, gain=gain, kind=self.kind)

@@ -245,7 +245,7 @@ def residents(seen: Steps | np.ndarray, slots_L: np.ndarray, policy: str, known:
     slots = jnp.asarray(slots_L, jnp.int32)
     if found.shared:
         return np.asarray(_scan_shared(policy, int(seen.used.sum(2).max(initial=1)), slots, tables, columns))
-    return np.asarray(_scan(policy, slots, tables, columns))
+    return np.asarray(scan_layers(policy, slots, tables, columns))
 
 
 def _prepared(policy: Policy, tables: Tables, step: dict) -> Tables:
@@ -257,7 +257,7 @@ def _prepared(policy: Policy, tables: Tables, step: dict) -> Tables:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _scan(name: str, slots_L: jax.Array, tables: Tables, columns: dict) -> jax.Array:
+def scan_layers(name: str, slots_L: jax.Array, tables: Tables, columns: dict) -> jax.Array:
     """[S, L, E] residents, every layer on its own."""
     policy = find_policy(name)
 

@@ -189,11 +189,11 @@ def _in_chunks(run: Callable[[dict], jax.Array], columns: dict[str, np.ndarray])
 
 @functools.partial(jax.jit, static_argnums=0)
 def _many(name: str, slots_L, tables, columns) -> jax.Array:
-    """`replay._scan` of each."""
+    """`replay.scan_layers` of each."""
 
     def one(columns):
         new = jnp.arange(columns["used"].shape[0]) == 0
-        return replay._scan(name, slots_L, tables, columns | {"new": new})
+        return replay.scan_layers(name, slots_L, tables, columns | {"new": new})
 
     return jax.vmap(one)(columns)
 

@@ -37,6 +37,7 @@ PREFETCH: Columns = (
     ("times lfu, rounds from to", _gain),
     ("foretold ms", lambda row: f"{row['foretold_ms']:.1f}" if "foretold_ms" in row else ""),
     ("foretold gain", lambda row: f"{row['foretold_gain']:.2f}" if "foretold_gain" in row else ""),
+    ("gained of that %", lambda row: "" if row.get("share_of_foretold") is None else f"{100 * row['share_of_foretold']:.0f}"),
     ("demand MB", lambda row: f"{row['demand_bytes'] / 1e6:.1f}"),
     ("useful / late / wasted MB", _sent),
     ("stalled %", _percent("stall")),

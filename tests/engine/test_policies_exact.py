@@ -1,4 +1,4 @@
-"""Every residency policy leaves every bit of the logits as it is: in the compiled step and with the host sending experts, prompt and decode steps.
+"""Every residency policy leaves every bit of the logits as it is, in prompt and decode steps.
 
 One sequence of tokens goes through all of them, so that what they ask for is known beforehand: to policies that need a future, a profile or patterns.
 """
@@ -26,6 +26,8 @@ from tests.quick import QuickKernels
 
 PROMPT_TOKENS, DECODED, ROWS = 6, 12, 2
 SLOTS = (3, 2)
+DRIVEN = ("arc", "hobbit", "plec", "opt")
+"""Also with the host sending experts: one policy of every kind (slots of its own, a pool, foresight, bypass); resolving is the same code in both."""
 
 
 @functools.cache
@@ -113,12 +115,15 @@ def test_every_policy_gives_the_resident_models_bits(name):
     model = slot_model(resident(), SLOTS, staging=1, policy=name, knowledge=knowledge(trace, policy, horizon=2))
     fused, state = run_fused(model)
     same_bits(fused, expected())
-    driven, other, _ = run_host_driven(model)
-    same_bits(driven, expected())
-    counts = [jax.tree.map(np.asarray, s.bank) for s in (state, other)]
+    states = [state]
+    if name in DRIVEN:
+        driven, other, _ = run_host_driven(model)
+        same_bits(driven, expected())
+        states.append(other)
+    counts = [jax.tree.map(np.asarray, s.bank) for s in states]
     for field in ("slot_of_expert", "requests", "hits", "loads"):
-        np.testing.assert_array_equal(*(getattr(c, field) for c in counts), err_msg=field)
-    assert counts[0].tables.keys() == counts[1].tables.keys() and (FORESEEN in counts[0].tables) == policy.foresees
+        np.testing.assert_array_equal(getattr(counts[0], field), getattr(counts[-1], field), err_msg=field)
+    assert counts[0].tables.keys() == counts[-1].tables.keys() and (FORESEEN in counts[0].tables) == policy.foresees
     used, _ = used_steps(trace)
     asked = used[:PROMPT_TOKENS].any(0).sum(1) + used[PROMPT_TOKENS:].sum((0, 2))
     assert counts[0].requests.tolist() == asked.tolist()

@@ -9,7 +9,7 @@ import pytest
 
 from checkpoints.convert import convert
 from checkpoints.load import Checkpoint, open_checkpoint
-from jaxmoe.engine import steps, streaming
+from jaxmoe.engine import memory, steps
 from jaxmoe.engine.generate import Request
 from jaxmoe.engine.streaming import MODES, Plan, Streamed, Streaming, foretell, load_streamed, make_plan, make_source
 from jaxmoe.experts import ResidentBank, SlotBank
@@ -165,27 +165,27 @@ def test_a_trace_of_another_model_is_refused_by_its_path(tmp_path):
 
 
 def test_experts_that_do_not_fit_into_host_memory_are_refused(monkeypatch):
-    monkeypatch.setattr(streaming, "available_host_memory", lambda: ALL - 1)
+    monkeypatch.setattr(memory, "available_host_memory", lambda: ALL - 1)
     assert plan("100%").budget.all_resident  # on a device with memory of its own they would pass through only
     with pytest.raises(ValueError, match=r"of experts do not fit into the 49.2 kB of host memory that is available: --host-memory 50% keeps"):
         plan("50%")
     assert plan("50%", host_memory="50%").mode == "host-driven"
     with pytest.raises(ValueError, match=r"do not fit into .*--host-memory 50% keeps"):
         plan("50%", host_memory="100%")
-    monkeypatch.setattr(streaming, "available_host_memory", lambda: 5 * RECORD)
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 5 * RECORD)
     with pytest.raises(ValueError, match=r"--host-memory 25% keeps"):  # half of 5 would be less than what is needed
         plan("50%")
     assert plan("50%", host_memory="25%").mode == "host-driven"
-    monkeypatch.setattr(streaming, "available_host_memory", lambda: 4 * RECORD - 1)
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 4 * RECORD - 1)
     for host_memory in (None, "25%"):
         with pytest.raises(ValueError, match=r"do not fit into .*, and at least 12.3 kB are needed$"):
             plan("50%", host_memory=host_memory)
-    monkeypatch.setattr(streaming, "available_host_memory", lambda: None)
+    monkeypatch.setattr(memory, "available_host_memory", lambda: None)
     assert not plan("50%").budget.all_resident
 
 
 def test_this_machine_says_what_host_memory_it_has():
-    free = streaming.available_host_memory()
+    free = memory.available_host_memory()
     assert free is None or 1e7 < free < 1e15
 
 

@@ -77,8 +77,8 @@ def test_it_stays_on_where_steps_are_faster_and_off_where_they_are_not(with_it, 
     def seconds(on: bool, step: int) -> float:
         return 50.0 if step % SPAN == 0 or step in (2, 7) else with_it if on else 1.0
 
-    switch, _ = drive(Switch(), seconds, TRIAL)
-    assert switch.verdict is verdict and switch.gain == pytest.approx(1 / with_it)
+    switch, _ = drive(Switch(), seconds, TRIAL if verdict else 2 * SPAN)  # what clearly loses is not tried to the end
+    assert not switch.trial and switch.verdict is verdict and switch.gain == pytest.approx(1 / with_it)
     _, seen = drive(switch, seconds, HOLD)
     assert seen == [verdict] * HOLD
 
@@ -86,7 +86,7 @@ def test_it_stays_on_where_steps_are_faster_and_off_where_they_are_not(with_it, 
 def test_it_tries_again_ever_more_rarely_and_follows_a_change():
     switch, holds, faster = Switch(), [], False
     for _ in range(9):
-        switch, _ = drive(switch, lambda on, step: 0.5 if on == faster else 1.0, TRIAL)
+        switch, _ = drive(switch, lambda on, step: 0.5 if on == faster else 1.0, 2 * SPAN)  # clearly slower with it: no longer a trial
         holds.append(switch.length)
         switch, seen = drive(switch, lambda on, step: 1.0, switch.length)
         assert switch.trial and set(seen) == {faster}

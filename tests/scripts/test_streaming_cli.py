@@ -17,7 +17,7 @@ import tensorstore as ts
 
 from checkpoints.convert import convert
 from checkpoints.manifest import read_manifest, write_manifest
-from jaxmoe.engine import steps, streaming
+from jaxmoe.engine import memory, steps
 from jaxmoe.experts.source import DiskSource
 from jaxmoe.offload.trace import DECODE, PROMPT, TEACHER_FORCED, load, save
 from jaxmoe.report import record
@@ -118,6 +118,30 @@ def made(place, trace):
 
 
 STREAMED = tuple(RUNS)[2:]
+
+
+def test_what_looks_ahead_changes_nothing(place, made):
+    """auto: the model's own routers foretell, the host sends ahead; its bytes are counted once, by what became of them."""
+    resident, expected = made("resident")
+    out = place / "auto.json"
+    done = run(place, "--expert-memory", MEMORY, "--expert-policy", "auto", "--expert-mode", "host-driven", "--json", out)
+    found = json.loads(out.read_text())
+    assert done.code == 0 and done.out == resident.out and found["requests"] == expected["requests"], done.err
+    assert found["prefetch"]["predictor"] == "gate" and "sent ahead by gate" in done.err
+    sent = sum(found["prefetch"][name] for name in ("useful", "late", "wasted", "held"))
+    assert sent % RECORD == 0 and found["bytes_per_token"] * (TOKENS - 1) >= sent
+
+
+def test_a_lossy_run_says_so_and_a_lossless_setting_is_exact(place, made):
+    resident, expected = made("resident")
+    out = place / "lossy.json"
+    done = run(place, "--expert-memory", MEMORY, "--expert-mode", "fused", "--expert-policy", "plec", "--lossy", "high=1,cold=0", "--json", out)
+    found = json.loads(out.read_text())
+    assert done.code == 0 and done.out == resident.out and found["requests"] == expected["requests"], done.err
+    assert found["lossy"]["miss_byte_ratio"] == 1 and "LOSSY: of all token-expert pairs 0.0 % degraded" in done.err
+    done = run(place, "--expert-memory", MEMORY, "--expert-mode", "host-driven", "--lossy", "bits=4", "--json", out)
+    found = json.loads(out.read_text())
+    assert done.code == 0 and found["lossy"]["degraded"] == 1 and found["lossy"]["miss_byte_ratio"] < 0.25, done.err
 
 
 # --- what it prints and writes ----------------------------------------------------------------------------------------
@@ -300,6 +324,14 @@ ARGUMENTS = {
     "host_memory_banana": (["--expert-memory", "100%", "--host-memory", "banana"], "'banana' is not an amount of memory"),
     "fill_of_a_gpu": ([*HALF, "--expert-fill", "mosaic_tma"], "--expert-fill mosaic_tma is for NVIDIA GPUs, and this device is cpu"),
     "fill_and_host_driven": ([*HALF, "--expert-fill", "while", "--expert-mode", "host-driven"], "--expert-fill while is for compiled steps"),
+    "no_predictor": ([*HALF, "--prefetch", "4"], "--prefetch goes with --expert-predictor"),
+    "no_prefetch": ([*HALF, "--prefetch", "0", "--expert-predictor", "gate"], "staging = 0 of prefetching: give at least 1"),
+    "prefetch_and_fused": ([*HALF, "--prefetch", "4", "--expert-mode", "fused"], "--prefetch needs --expert-mode host-driven, not fused"),
+    "an_untrained_predictor": ([*HALF, "--prefetch", "4", "--expert-predictor", "path"], "the predictor 'path' is trained: give --predictor-file"),
+    "a_predictor_for_nothing": ([*HALF, "--expert-predictor", "gate"], "--expert-predictor gate has no use without --prefetch or a policy that"),
+    "eam_needs_more": ([*HALF, "--expert-policy", "eam"], "the policy 'eam' goes by a trace of the model: give --expert-trace"),
+    "lossy_nonsense": ([*HALF, "--lossy", "maybe"], "--lossy maybe: give hobbit"),
+    "lossy_bits_and_fused": ([*HALF, "--lossy", "bits=4"], "--lossy bits=4 brings experts in 4 bits, which needs --expert-mode host-driven"),
     "trace_that_is_not_there": ([*HALF, "--expert-trace", "none.npz"], "none.npz: No such file or directory"),
     "trace_that_is_a_folder": ([*HALF, "--expert-trace", "."], ".: Is a directory"),
     "trace_that_is_none": ([*HALF, "--expert-trace", "text.npz"], "text.npz: not a trace file"),
@@ -336,7 +368,7 @@ def test_a_choice_that_is_none(place, option):
 
 def test_host_memory_that_is_too_small_for_all_experts(place, monkeypatch):
     monkeypatch.setattr("checkpoints.load.load_hf_or_checkpoint", None)
-    monkeypatch.setattr(streaming, "available_host_memory", lambda: ALL // 2)
+    monkeypatch.setattr(memory, "available_host_memory", lambda: ALL // 2)
     check_refused(run(place, *HALF), "do not fit into the 49.2 kB of host memory that is available: --host-memory 25% keeps that share of them")
 
 

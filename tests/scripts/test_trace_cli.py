@@ -44,6 +44,26 @@ def test_replay_writes_its_json(small, tmp_path):
     assert made["trace"]["model"] == "random" and made["versions"]["jax"]
 
 
+def test_advise_writes_its_json(small, tmp_path):
+    out = tmp_path / "a.json"
+    done = commands.call(trace_script, "advise", small, "--slots", 4, "--link-gbps", 0.001, "--step-ms", 5, "--steps", 8, "--json", out)
+    assert done.code == 0 and "tok/s foretold" in done.out and "of a layer's time to cross" in done.out, done.err
+    made = json.loads(out.read_text())
+    assert made["best"] in made["ways"] and made["slots"] == 4 and made["versions"]["jax"]
+    done = commands.call(trace_script, "advise", small, "--link-gbps", 1, "--step-ms", 5)
+    assert done.code == 2 and "give either --slots or --expert-memory" in done.err
+
+
+def test_replay_looks_ahead(small, tmp_path):
+    rates = {}
+    for args in ((), ("--predictor", "oracle", "--horizon", 4)):
+        out = tmp_path / "r.json"
+        done = commands.call(trace_script, "replay", small, "--slots", 3, "--policy", "plec", *args, "--json", out)
+        assert done.code == 0, done.err
+        rates[len(args)] = json.loads(out.read_text())
+    assert rates[0]["hit_rate"] < rates[4]["hit_rate"] <= rates[4]["opt_hit_rate"] == rates[0]["opt_hit_rate"]
+
+
 def test_replay_takes_slots_by_layer_and_a_profile(small, tmp_path):
     out = tmp_path / "r.json"
     done = commands.call(trace_script, "replay", small, "--slots", 3, 5, "--policy", "static", "--profile", small, "--cold", "--json", out)
@@ -89,6 +109,8 @@ def test_plots_without_matplotlib_are_refused_before_the_run(small, tmp_path, mo
         (("replay", "SMALL", "--slots", 1, 2, 3), "3 numbers of slots for 2 layers"),
         (("replay", "SMALL", "--slots", 3, "--json", "FOLDER/r.txt"), "a record goes to a .json file"),
         (("replay", "SMALL", "--slots", 3, "--profile", "SMALL"), "--profile is for the static and eam policies and for predictors, not for lfu"),
+        (("replay", "SMALL", "--slots", 3, "--predictor", "previous"), "--predictor is for plec and lookahead, not for lfu"),
+        (("replay", "SMALL", "--slots", 3, "--policy", "eam"), "the eam policy goes by another trace of the model: give --profile"),
         (("replay", "FOLDER/none.npz", "--slots", 3), "none.npz: No such file"),
         (("report", "SMALL", "--slots", 12), "12 slots in a layer of 9 experts"),
         (("import", "SMALL", "FOLDER/x.npz"), "small.npz: "),
