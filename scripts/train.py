@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from jaxmoe.report import record  # noqa: E402
 from jaxmoe.report.command import run_command  # noqa: E402
 from jaxmoe.spec import ModelSpec  # noqa: E402
 from jaxmoe.train import card, loop, path_predictor, pregate  # noqa: E402
@@ -77,6 +79,8 @@ class Pregate:
     tune: Annotated[pregate.PregateConfig, tyro.conf.arg(name="")] = pregate.PregateConfig()
     minutes: float | None = None
     """Stop after this long."""
+    json: Path | None = None
+    """Write what was measured to this file."""
 
 
 def pregate_model(args: Pregate) -> None:
@@ -86,6 +90,8 @@ def pregate_model(args: Pregate) -> None:
     from jaxmoe.engine.model import load_model
     from pallas_kernels.dispatch import Kernels
 
+    if args.json is not None:
+        record.check_path(args.json)
     data = load_corpus(args.corpus)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_model(load_hf_or_checkpoint(args.model, Path(folder)), "float32", Kernels.default(), unroll=False)
@@ -100,6 +106,15 @@ def pregate_model(args: Pregate) -> None:
     after = pregate.nats(spec, tuned, data)["mean"]
     pregate.export(spec, tuned, args.model, args.out)
     print(f"{args.out}: held-out nats per token {before:.4f} as it was, {untuned:.4f} with routers that choose ahead, {after:.4f} tuned")
+    if args.json is not None:
+        found = {"as it was": before, "routers choose a layer ahead": untuned, f"the same after {row['step']} steps of tuning": after}
+        rows = [{"name": name, "nats": nats, "change": math.expm1(nats - before)} for name, nats in found.items()]
+        settings = {"model": args.model.name, **dataclasses.asdict(args.tune)}
+        made = record.make_record(
+            name="pregate", spec_hash=spec.hash(), settings=settings, seeds={"all": args.tune.seed}, timings={}, compile_seconds=0.0,
+            bytes={}, counters={"rows": rows}, bound=record.make_bound("compute", 1.0, 1.0, "times"),
+        )  # fmt: skip
+        record.write_record(args.json, made)
 
 
 @dataclasses.dataclass
@@ -120,9 +135,8 @@ class Predictor:
 
 def predictor(args: Predictor) -> None:
     from jaxmoe.offload.trace import load_or_import
-    from jaxmoe.report.record import check_path
 
-    check_path(args.out, "a predictor", ".npz")
+    record.check_path(args.out, "a predictor", ".npz")
     files = [file for path in args.traces for file in (sorted(path.glob("*.npz")) if path.is_dir() else [path])]
     if not files:
         raise ValueError(f"{', '.join(map(str, args.traces))}: no traces there")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.offload.predictors.interface import Predictor, unchanged
+from jaxmoe.offload.prefetch import Switch
 from jaxmoe.offload.staging import Staging
 
 
@@ -130,6 +131,7 @@ class Lookout:
             self._foresight.restart()
         if self.staging is not None:
             self.staging.clear()
+            self.staging.switch = Switch()
 
     @property
     def on(self) -> bool:

@@ -232,9 +232,11 @@ class Engine:
         for rows in self.row_buckets():
             progress(f"decode of {rows}")
             nothing, one = np.zeros(rows, np.int32), np.ones(rows, np.int32)  # one real step: XLA's CPU kernels are set up when they first run
-            out, state, _ = self._decode(self.start(), nothing, nothing, nothing, one, sampling_params(rows))
-            jax.block_until_ready(out)
-            self._moving = self.model.bank.forget(state.bank)
+            for _ in self._programs.ways():
+                out, state, _ = self._decode(self.start(), nothing, nothing, nothing, one, sampling_params(rows))
+                jax.block_until_ready(out)
+                self._moving = self.model.bank.forget(state.bank)
+            self._programs.restart()
         return time.perf_counter() - began
 
     def trace(self) -> Trace:

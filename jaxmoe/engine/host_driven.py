@@ -40,7 +40,7 @@ from jaxmoe.experts.slots import Pools, SlotBank, uses
 from jaxmoe.nn.layers import FINISHING
 from jaxmoe.nn.transformer import decoder_layer, embed, head, layer_tables
 from jaxmoe.offload.link import Link
-from jaxmoe.offload.prefetch import Prefetch
+from jaxmoe.offload.prefetch import OFF, Prefetch
 from jaxmoe.offload.staging import Staged, Staging
 from jaxmoe.residency import find_policy
 from jaxmoe.residency.policy import FORESEEN
@@ -250,6 +250,13 @@ class HostDriven:
         self._gates: tuple | None = None
         forgotten = np.isin(np.arange(len(spec.moe_layers)), list(cold))
         self._forget = jax.jit(lambda there: jnp.where(forgotten[:, None], -1, there), donate_argnums=0) if cold else None
+
+    def ways(self) -> Iterator[None]:
+        """Every way of stepping that a run can come to, one after another, for warming up: as it begins, and with prefetching switched off."""
+        yield
+        if self.ahead is not None and self.ahead.settings.switching:
+            self.ahead.switch = OFF
+            yield
 
     def restart(self) -> None:
         """What looks ahead forgets what has run, for another run to begin as this one did."""

@@ -9,7 +9,7 @@ the step's cost on the host is paid once per chunk, and text still streams.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.struct
@@ -179,6 +179,13 @@ class Fused:
     def __init__(self, spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False):
         how = (spec, kernels, greedy, record, *([True] if gates else []))
         self._prefill, self._decode = prefill_step(*how), decode_step(*how)
+
+    def ways(self) -> Iterator[None]:
+        """One way of stepping."""
+        yield
+
+    def restart(self) -> None:
+        """Nothing is kept from step to step."""
 
     def prefill(self, params, bank, state: EngineState, batch: Batch, sampling: SamplingParams, positions):
         """See `prefill_step`."""

@@ -206,3 +206,7 @@ class Switch:
         gain = self._gain()
         length = min(2 * self.length, LONGEST_HOLD) if self.verdict is (gain > 1) else HOLD
         return Switch(False, 0, length, gain > 1, gain=gain, kind=self.kind)
+
+
+OFF = Switch(trial=False, length=HOLD, verdict=False)
+"""As after a trial that was lost."""

@@ -63,6 +63,14 @@ QUALITY: Columns = (
 """Settings of the precision ladder."""
 
 
+PREGATE: Columns = (
+    ("model", lambda row: row["name"]),
+    ("held-out nats per token", lambda row: f"{row['nats']:.4f}"),
+    ("perplexity %", lambda row: f"{100 * row['change']:+.2f}"),
+)
+"""What routers that choose a layer ahead cost."""
+
+
 def _less(row: Row) -> str:
     return "" if row["policy"] == "arrival" else _limits(100 * row["reduction"], 100 * row["low"], 100 * row["high"], 1, "")
 
@@ -102,7 +110,7 @@ def markdown(columns: Columns, rows: Sequence[Row]) -> str:
 
 def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Every table that the records allow, by the name of its marker."""
-    kinds = {"prefetch": PREFETCH, "quality": QUALITY, "regroup": REGROUP}
+    kinds = {"prefetch": PREFETCH, "quality": QUALITY, "regroup": REGROUP, "pregate": PREGATE}
     out = {}
     for name, columns in kinds.items():
         rows = [row for r in records if r["name"] == name for row in _shown(name, r["counters"]["rows"])]

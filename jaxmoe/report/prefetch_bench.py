@@ -137,7 +137,7 @@ class Bench:
                 prefetch=ahead, foresight=self.foresight(arm),
             )  # fmt: skip
             engine = Engine(model, 1, self._positions, False, programs=programs)
-            engine.generate([Request(self.prompts[0], 3, SAMPLING)])
+            engine.warm_up(requests=self.requests())
             self._engines[arm.name] = engine, programs, link
         return self._engines[arm.name]
 

@@ -1,5 +1,6 @@
 """After `Engine.warm_up`, generating compiles nothing: neither a step nor a small op on the host's side."""
 
+import dataclasses
 import random
 
 import jax
@@ -9,7 +10,12 @@ import pytest
 
 from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine, Request, Sampling
-from tests.models import random_model
+from jaxmoe.engine.host_driven import HostDriven
+from jaxmoe.engine.predicting import make_foresight
+from jaxmoe.experts.source import ExpertSource
+from jaxmoe.offload.prefetch import Prefetch, Switch
+from jaxmoe.offload.staging import Counters
+from tests.models import random_model, slot_model
 from tests.quick import QuickKernels
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -110,3 +116,16 @@ def test_warming_up_again_compiles_nothing(warm, compilations):
     engine.warm_up()
     Engine(engine.model, ROWS, LONGEST, greedy=False, eos=(7, 8)).warm_up()
     assert compilations.take() == []
+
+
+def test_prefetching_turns_on_and_off_without_compiling(compilations):
+    model = slot_model(random_model("qwen3_moe", kernels=QuickKernels("cpu")), 3)
+    source, bank = ExpertSource(model.spec, np.asarray(model.bank.store)), dataclasses.replace(model.bank, store=None)
+    programs = HostDriven(model.spec, bank, model.kernels, True, source, prefetch=Prefetch(4), foresight=make_foresight("gate", model.spec, 1))
+    engine = Engine(dataclasses.replace(model, bank=bank), 1, 64, True, programs=programs)
+    requests = [Request((5, 6, 7), 40)]
+    engine.warm_up(requests=requests)
+    assert programs.ahead.switch == Switch() and programs.ahead.counters == Counters()
+    compilations.take()
+    engine.generate(requests)
+    assert compilations.take() == [] and programs.ahead.switch.gain is not None  # a trial came to its end
