@@ -14,6 +14,7 @@ import dataclasses
 import importlib.util
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,15 +79,15 @@ def needed(args: Arguments, name: str) -> Path:
     return value
 
 
-def write(args: Arguments, name: str, settings: dict[str, Any], rows: list[dict[str, Any]], figures: dict[str, Any]) -> None:
-    """One record of all rows."""
+def write(args: Arguments, name: str, settings: dict[str, Any], rows: list[dict[str, Any]], figures: dict[str, Any], bound: tuple) -> None:
+    """One record of all rows; `bound` is what `record.make_bound` takes: the best that could be had, and what was."""
     from jaxmoe.report import record
 
     if args.out is None:
         return
     made = record.make_record(
         name=name, spec_hash="", settings={"model": args.model.name, **settings}, seeds={"all": 0}, timings={}, compile_seconds=0.0, bytes={},
-        counters=figures | {"rows": rows}, bound=record.make_bound("link", 1.0, 1.0, "times"),
+        counters=figures | {"rows": rows}, bound=record.make_bound(*bound),
     )  # fmt: skip
     record.write_record(args.out / f"{name}-{args.model.name}.json", made)
 
@@ -96,6 +97,8 @@ def prefetch(args: Arguments, console) -> None:
     from jaxmoe.report import offload_tables, prefetch_bench
     from jaxmoe.train.corpus import load_corpus, windows
 
+    if len(set(args.speeds)) < 2 or min(args.speeds) <= 0:
+        raise ValueError("--speeds: give at least two different ones above 0")
     corpus = load_corpus(needed(args, "corpus"))
     domains = list(corpus.streams["held_out"])
     prompts = [tuple(map(int, windows(corpus, domains[i % len(domains)], 64, most=4)[0, :32])) for i in range(0, 5 * args.prompts, 5)]
@@ -106,9 +109,12 @@ def prefetch(args: Arguments, console) -> None:
         runs.setdefault((arm.name, gbps), []).append(sample)
         console.print(f"[dim]{arm.name} over an EMULATED link of {gbps:g} GB/s: {1e3 * sample.seconds / sample.steps:.1f} ms a token[/dim]")
     rows = prefetch_bench.summarize(bench, runs, args.speeds)
+    best = {row["way"]: row["tokens_per_second"] for row in rows if row["gbps"] == min(args.speeds)}
+    bound = ("link", best.pop("lfu + oracle"), max(best.values()), "tok/s")
     console.print(offload_tables.terminal(offload_tables.PREFETCH, rows))
     settings = {"slots": args.slots, "rounds": args.rounds, "prompts": len(prompts), "new": args.new, "link_emulated": True}
-    write(args, "prefetch", settings, rows, {})
+    predictor = None if args.predictor_file is None else f"{args.predictor_file.name}, crc32 {zlib.crc32(args.predictor_file.read_bytes()):08x}"
+    write(args, "prefetch", settings | {"predictor_file": predictor}, rows, {}, bound)
 
 
 def quality(args: Arguments, console) -> None:
@@ -118,19 +124,30 @@ def quality(args: Arguments, console) -> None:
     with console.status("") as status:
         rows, figures = quality_bench.run(opened(args), needed(args, "corpus"), DOMAINS, args.per_domain, args.tokens, args.slots, status.update)
     console.print(offload_tables.terminal(offload_tables.QUALITY, rows))
-    write(args, "quality", {"slots": args.slots, "domains": list(DOMAINS), "policy": "lfu"}, rows, figures)
+    least = min(row["ratio"] for row in rows)
+    write(args, "quality", {"slots": args.slots, "domains": list(DOMAINS), "policy": "lfu"}, rows, figures, ("link", 1.0, least, "times the bytes"))
 
 
 def regroup(args: Arguments, console) -> None:
     """Simulates queues on recorded routing."""
     from jaxmoe.report import domain_traces, offload_tables, regroup_bench
 
+    if needed(args, "traces").resolve() == needed(args, "fit").resolve():
+        raise ValueError("--fit has to be of other text than --traces")
     traces, fit = domain_traces.load_domains(needed(args, "traces")), domain_traces.load_domains(needed(args, "fit"))
     with console.status("grouping"):
         arms = [arm for batch in (8, 16) for arm in regroup_bench.arms(batch)]
         rows = regroup_bench.compare(regroup_bench.learn(fit), traces, arms, orders=args.orders)
     console.print(offload_tables.terminal(offload_tables.REGROUP, rows))
-    write(args, "regroup", {"orders": args.orders}, rows, {})
+    best = {source: max(row["reduction"] for row in rows if row["source"] == source) for source in ("token", "oracle")}
+    write(args, "regroup", {"orders": args.orders}, rows, {}, ("link", 100 * best["oracle"], 100 * best["token"], "% fewer experts"))
+
+
+def check(args: Arguments) -> None:
+    """Refuses numbers with which nothing could be measured."""
+    for name, least in (("rounds", 1), ("prompts", 1), ("new", 2), ("orders", 1), ("per_domain", 3), ("tokens", 2)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
 
 
 def main() -> int:
@@ -140,6 +157,7 @@ def main() -> int:
     def run() -> None:
         from rich.console import Console
 
+        check(args)
         {"prefetch": prefetch, "quality": quality, "regroup": regroup}[args.what](args, Console(stderr=True, width=160))
 
     return run_command(run)

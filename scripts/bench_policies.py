@@ -48,7 +48,9 @@ class Arguments:
     model: Path = ROOT / "checkpoints" / "default"
     """To record: a checkpoint or a Hugging Face folder."""
     corpus: Path | None = None
-    """To record: a corpus, or a folder of token streams by domain."""
+    """To record: a corpus, whose held-out text is taken, or a folder of token streams by domain, such as its folder `train`."""
+    prompts: int = 20
+    """To record: of each domain; at most 128."""
 
 
 def record_traces(args: Arguments) -> None:
@@ -67,7 +69,7 @@ def record_traces(args: Arguments) -> None:
     model = load_model(load_hf_or_checkpoint(args.model, Path(tempfile.gettempdir()) / "jaxmoe-bench"), "float32", Kernels.default())
     screen = Console(stderr=True)
     with screen.status("") as status:
-        found = record_domains(model, args.corpus, seed=args.seed, progress=lambda domain: status.update(domain))
+        found = record_domains(model, args.corpus, args.prompts, seed=args.seed, progress=lambda domain: status.update(domain))
     save_domains(args.out, found)
     screen.print(f"{len(found)} traces written to {args.out}")
 

@@ -73,12 +73,12 @@ class Replay:
     """What stays; opt knows the future."""
     profile: Path | None = None
     """A trace of the same model, by which static (the trace's own prompt if not given) and eam go, and to which a predictor is fitted."""
-    predictor: Literal["frequency", "previous", "transitions", "eam", "path", "readme", "oracle"] | None = None
+    predictor: Literal["frequency", "previous", "eam", "path", "readme", "oracle"] | None = None
     """What foretells routing, for plec and lookahead; recent rates if not given."""
     predictor_file: Path | None = None
     """A trained predictor (scripts/train.py predictor), for path and readme."""
     horizon: int = 1
-    """Steps ahead that the oracle knows."""
+    """Steps after the running one that the predictor is asked about; only the oracle knows more than one."""
     cold: bool = False
     """Leave the prompt out instead of letting it warm the cache."""
     json: Path | None = None
@@ -163,6 +163,8 @@ def replay_trace(args: Replay, console: Console) -> None:
         raise ValueError(f"--profile is for the static and eam policies and for predictors, not for {args.policy}")
     if args.predictor is not None and not policy.foresees:
         raise ValueError(f"--predictor is for plec and lookahead, not for {args.policy}")
+    if args.predictor_file is not None and args.predictor not in ("path", "readme"):
+        raise ValueError("--predictor-file is for the predictors path and readme")
     trace = load_or_import(args.trace)
     other = None if args.profile is None else read_other(args.profile, trace)
     if other is None and "patterns" in policy.needs:
@@ -249,6 +251,8 @@ def advise_trace(args: Advise, console: Console) -> None:
     if args.expert_memory is not None:
         amount = budget.parse_memory(args.expert_memory)
         slots = advise.slots_for(trace, amount.resolve(int(trace.expert_bytes.sum()) * trace.experts, None))
+    if len({file.name for file in args.predictor_file}) < len(args.predictor_file):
+        raise ValueError("--predictor-file is given twice: give each once")
     trained = {params.kind: params for params in (path_predictor.load(file, trace.meta) for file in args.predictor_file)}
     with Console(stderr=True).status("replaying") as status:
         found = advise.advise(trace, slots, machine, trained, most_steps=args.steps, progress=status.update)

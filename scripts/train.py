@@ -92,6 +92,8 @@ def pregate_model(args: Pregate) -> None:
 
     if args.json is not None:
         record.check_path(args.json)
+    if not (args.model / "config.json").is_file():
+        raise ValueError(f"{args.model}: no Hugging Face folder: it has no config.json")
     data = load_corpus(args.corpus)
     with tempfile.TemporaryDirectory() as folder:
         loaded = load_model(load_hf_or_checkpoint(args.model, Path(folder)), "float32", Kernels.default(), unroll=False)

@@ -140,8 +140,8 @@ class Programs:
 
         `tree` holds a layer's weights, or with `stacked` those of all repeats, of which `at` is one. `before` is the last MoE layer's `Pending`, or
         None. The layer index counts layers with the same kind of state. `tables` is a `SlotState` without pools. `look` is None, or `(staged [E],
-        gates)`. `planned` is `(Routed, read, side, weights for finishing)`, or None of a dense layer; `read` is for the host: misses [1 + E], and of
-        a front that looks also ids [T, A], resident [L, E] and the next routers' scores [depth, E] or None.
+        gates)`. `planned` is `(Routed, read, side, weights for finishing, the router's ids and weights)`, or None of a dense layer; `read` is for
+        the host: misses [1 + E], and of a front that looks also ids [T, A], resident [L, E] and the next routers' scores [depth, E] or None.
         """
         module: Any = decoder_layer(self.spec, layer, self.kernels)
 
@@ -160,7 +160,8 @@ class Programs:
             x, side, _, bank, layers, router_state, chosen = out
             routed, misses = bank.planned
             read = (misses,) if look is None else (misses, *self._seen(look[1], moe_layer, chosen.inputs, routed, bank.state.slot_of_expert))
-            return x, layers, bank.state, router_state, (routed, read, side, {name: tree[name] for name in FINISHING if name in tree})
+            finishing = {name: tree[name] for name in FINISHING if name in tree}
+            return x, layers, bank.state, router_state, (routed, read, side, finishing, (chosen.ids, chosen.weights))
 
         return self._jit(front, donate=(2, 4, 5))
 
@@ -234,6 +235,10 @@ class HostDriven:
         """
         if bank.lossy is not None and bank.lossy.bits and not hasattr(source, "bytes_at"):
             raise ValueError(f"experts at {bank.lossy.bits[0]} bits need a source that has them: give a LadderSource")
+        if prefetch is not None and bank.lossy is not None and bank.lossy.bits:
+            raise ValueError(f"prefetch sends experts as they are stored, the bank brings some in {bank.lossy.bits[0]} bits: leave out one of them")
+        if cold and find_policy(bank.policy).shared and len(set(cold)) < len(spec.moe_layers):
+            raise ValueError(f"cold = {sorted(cold)} would leave holes in the pool that {bank.policy!r} shares: give all layers, or another policy")
         if prefetch is not None and not overlap:
             raise ValueError("overlap = False sends nothing before it is asked for: leave out prefetch")
         if prefetch is not None and foresight is None:
@@ -318,10 +323,10 @@ class HostDriven:
             if i == 0 and self._lookout is not None and FORESEEN not in tables.tables:
                 self._lookout.before()  # while the device computes
             if planned is not None:
-                routed, read, side, finishing = planned
+                routed, read, side, finishing, own = planned
                 pools, y = self._experts(pools, routed, read, moe_layer)
                 before = Pending(side, finishing, y, routed, layer)
-                chosen.append((routed.ids, routed.weights))
+                chosen.append(own)  # the router's choice, which a lossy bank, or an expert that scales its input, is not given
                 moe_layer += 1
         tokens, logits = self.programs.tail(self._greedy)(params, x, before, batch, sampling, positions)
         if self._lookout is not None:
@@ -339,11 +344,10 @@ class HostDriven:
         if FORESEEN not in tables.tables:
             return tables
         scores = self._lookout.before()
-        if scores is None:
-            return tables
         table = np.full(tables.tables[FORESEEN].shape, -1, np.float32)  # what is not predicted
-        known = min(len(scores), table.shape[1])
-        table[:, :known] = scores[:known].swapaxes(0, 1)
+        if scores is not None:
+            known = min(len(scores), table.shape[1])
+            table[:, :known] = scores[:known].swapaxes(0, 1)
         return dataclasses.replace(tables, tables=tables.tables | {FORESEEN: self._put(table)})
 
     def _look(self, params, moe_layer: int) -> tuple | None:
@@ -392,6 +396,9 @@ class HostDriven:
                 expert = waiting.popleft()
                 low = bits.get(expert, STORED)
                 give = self.source.ask(moe_layer, expert, low) if low else self.source.ask(moe_layer, expert)
+                if getattr(give, "ready", lambda: True)():  # to the device now, before anything that is sent ahead
+                    record = self._put(give())
+                    give = functools.partial(_same, record)
                 asked.append((give, self.link.send(self.source.bytes_at(low) if low else self.source.record_bytes)))
                 self._loads[moe_layer] += 1
                 if self.ahead is not None:
@@ -423,3 +430,7 @@ class HostDriven:
     def _put(self, record: Any) -> jax.Array:
         """A record, or a table, on the device."""
         return jax.device_put(record, self._device)
+
+
+def _same(value: Any) -> Any:
+    return value

@@ -56,7 +56,8 @@ def make_foresight(name: str, spec: ModelSpec, rows: int, file: Path | None = No
         ValueError: see `check_predictor`, and a file that is damaged or of another model.
     """
     check_predictor(name, file, traces[0] if traces else None)
-    return Foresight(find_predictor(name), fitted(name, spec, file, traces), rows, min(GATE_DEPTH, len(spec.moe_layers) - 1) if name == "gate" else 0)
+    depth = max(1, min(GATE_DEPTH, len(spec.moe_layers) - 1)) if name == "gate" else 0
+    return Foresight(find_predictor(name), fitted(name, spec, file, traces), rows, depth)
 
 
 def fitted(name: str, spec: ModelSpec, file: Path | None, traces: Sequence[Trace]) -> Any:

@@ -27,6 +27,7 @@ from jaxmoe.offload.advise import best_policy
 from jaxmoe.offload.knowledge import knowledge
 from jaxmoe.offload.link import Link
 from jaxmoe.offload.lossy_options import parse_lossy
+from jaxmoe.offload.predictors import PREDICTORS, find_predictor
 from jaxmoe.offload.prefetch import Prefetch
 from jaxmoe.offload.replay import replay
 from jaxmoe.offload.staging import Staging
@@ -125,7 +126,6 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
     if policy.needs and asked.trace is None:
         raise ValueError(f"the policy {asked.policy!r} goes by a trace of the model: give --expert-trace")
     trace = None if asked.trace is None else load_or_import(asked.trace)
-    _check_foresight(asked, trace)
     curves: dict[str, Any] = {}
     if trace is not None:
         _check_trace(trace, asked, spec)
@@ -137,7 +137,12 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
     amount = budget.parse_memory(asked.expert_memory)
     found = budget.solve(shapes, amount, asked.staging, free, bypass=policy.bypass, **curves)
     if auto and not found.all_resident:
-        return dataclasses.replace(make_plan(_chosen(asked, spec, mode, found, trace), spec, rows, positions), mode=mode)
+        chosen = _chosen(asked, spec, mode, found, trace)
+        try:
+            return make_plan(chosen, spec, rows, positions)
+        except budget.BudgetError:  # a policy that turns experts away needs more staging
+            return make_plan(dataclasses.replace(chosen, policy=DEFAULT), spec, rows, positions)
+    _check_foresight(asked, trace)
     if policy.allocate is not None and not found.all_resident:
         slots = policy.allocate(sum(found.slots), shapes.layers, shapes.experts, shapes.active)
         found = dataclasses.replace(found, slots=slots)
@@ -148,10 +153,14 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
 def _chosen(asked: Streaming, spec: ModelSpec, mode: Mode, found: budget.BudgetPlan, trace: Trace | None) -> Streaming:
     """What `auto` comes to: the policy with the most hits on the trace, if there is one, and where the host sends experts, the model's own routers to
     foretell them; whether that pays is measured as it runs."""
+    if trace is not None and (trace.phase == PROMPT).all():
+        trace = as_teacher_forced(trace)
     policy = DEFAULT if trace is None else best_policy(trace, sum(found.slots) // len(found.slots))
     more: dict[str, Any] = {}
-    if mode == "host-driven" and asked.predictor is None and can_ask_ahead(spec):
-        more = {"predictor": "gate", "prefetch": asked.prefetch or AUTO_STAGING}
+    lossy = _lossy(asked, spec)
+    as_stored = (lossy is None or not lossy.bits) and asked.host_memory is None
+    if mode == "host-driven" and as_stored and (asked.predictor is not None or can_ask_ahead(spec)):
+        more = {"predictor": asked.predictor or "gate", "prefetch": asked.prefetch or AUTO_STAGING}
     return dataclasses.replace(asked, policy=policy, mode=mode, **more)
 
 
@@ -176,8 +185,12 @@ def _check_foresight(asked: Streaming, trace: Trace | None) -> None:
             raise ValueError(f"{given} goes with --expert-predictor, which says what will be asked for")
         return
     check_predictor(asked.predictor, asked.predictor_file, trace)
-    if asked.prefetch is None and not find_policy(asked.policy).foresees:
-        raise ValueError(f"--expert-predictor {asked.predictor} has no use without --prefetch or a policy that looks ahead (plec, lookahead)")
+    before = find_policy(asked.policy).foresees and find_predictor(asked.predictor).ahead
+    if asked.prefetch is None and not before:
+        raise ValueError(
+            f"--expert-predictor {asked.predictor} has no use without --prefetch, or a policy that looks ahead (plec, lookahead) and a predictor "
+            f"that speaks before a step ({', '.join(name for name, p in PREDICTORS.items() if p.ahead)})"
+        )
 
 
 def _lossy(asked: Streaming, spec: ModelSpec) -> Lossy | None:
@@ -186,8 +199,11 @@ def _lossy(asked: Streaming, spec: ModelSpec) -> Lossy | None:
 
 def _check_lossy(asked: Streaming, mode: Mode, spec: ModelSpec) -> None:
     found = _lossy(asked, spec)
+    if found is not None and found.prior and spec.moe[0].select != "topk":
+        raise ValueError(f"--lossy {asked.lossy}: cache-prior needs a router that chooses by top-k, and this model's is {spec.moe[0].select!r}")
     if found is None or not found.bits:
         return
+    plane_format(spec)  # says whether the model's experts can be had in few bits
     if mode != "host-driven":
         raise ValueError(f"--lossy {asked.lossy} brings experts in {found.bits[0]} bits, which needs --expert-mode host-driven, not {mode}")
     if asked.host_memory is not None or asked.prefetch is not None:
@@ -233,9 +249,16 @@ def foretell(plan: Plan, spec: ModelSpec, rows: int, positions: int, link_gbps: 
         Slots and bytes, then bytes a token and the link's ceiling: at the policy's hits on the plan's trace, or else at those of even routing.
     """
     shapes = budget.ExpertShapes.from_spec(spec)
-    hits = None if plan.trace is None or plan.budget.all_resident else replay(plan.trace, plan.budget.slots, plan.asked.policy).hit_rate
+    hits = None if plan.trace is None or plan.budget.all_resident else _replayed(plan, plan.trace)
     prediction = budget.predict(plan.budget, shapes, hits, link_gbps, None, rows)
     return budget.describe(plan.budget, shapes, positions_bucket(positions), prediction, rows)
+
+
+def _replayed(plan: Plan, trace: Trace) -> float:
+    """The policy's hits on the trace that it goes by."""
+    policy = find_policy(plan.asked.policy)
+    counted = as_teacher_forced(trace) if (trace.phase == PROMPT).all() else trace
+    return replay(counted, plan.budget.slots, policy.name, known=None if policy.name == "opt" else knowledge(trace, policy)).hit_rate
 
 
 def load_streamed(

@@ -105,6 +105,7 @@ class DiskSource:
                 self._held.pop(key, None)  # asked for again, it is read again
                 raise
 
+        result.ready = future.done  # type: ignore[attr-defined]  # whoever must not wait asks first
         return result
 
     def _load(self, moe_layer: int, expert: int) -> np.ndarray:

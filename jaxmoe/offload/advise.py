@@ -1,4 +1,4 @@
-"""What to switch on for a model, a machine and a kind of text: every policy and predictor on a recorded trace, through the event model.
+"""What to switch on for a model, a machine and a kind of text: policies and predictors on a recorded trace, through the event model.
 
 Policies and predictors are chosen on one part of the trace and foretold on the rest, so that the advice says how far it can be trusted. Nothing is
 run here but replays and clocks; the engine measures its own steps anyway, and switches prefetching off where it does not pay.
@@ -69,7 +69,7 @@ class Way:
     Attributes:
         policy: which experts stay.
         predictor, depth, width, staging: of prefetching; None and zeros without.
-        hit_rate: of the policy, decode steps only.
+        hit_rate: of the policy, on the part that the choice was made on.
         tokens_per_second: of one sequence, on the part that the choice was made on.
         held_out: the same on the part that it was not made on.
         gain: over the same policy without prefetching.
@@ -158,10 +158,9 @@ def advise(
         ValueError: nothing but prompt, or impossible slots.
     """
     used_SLE, phase_S = used_steps(trace)
-    decode = np.flatnonzero(phase_S != PROMPT)
+    decode = np.flatnonzero(phase_S != PROMPT)[: max(most_steps, 0)]
     if len(decode) < 4:
-        raise ValueError(f"the trace has {len(decode)} steps that are not prompt: at least 4 are needed")
-    decode = decode[:most_steps]
+        raise ValueError(f"{len(decode)} steps that are not prompt to look at: at least 4 are needed")
     parts = [_Part(used_SLE[half], half) for half in (decode[: len(decode) // 2], decode[len(decode) // 2 :])]
     costs = machine.costs(trace, float(used_SLE[decode].sum(2).mean()))
     slots_L = slots_by_layer(slots, *used_SLE.shape[1:])

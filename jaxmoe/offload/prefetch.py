@@ -185,10 +185,11 @@ class Switch:
 
         Args:
             seconds: of the step, which ran as `on` said.
-            kind: of the step; another one than before begins the trial anew.
+            kind: of the step; another one than before begins a trial anew, or if there was a verdict holds it for `HOLD` steps before.
         """
         if kind != self.kind:
-            return dataclasses.replace(self, trial=True, position=0, off=(), on_=(), kind=kind)
+            length = self.length if self.verdict is None else HOLD
+            return dataclasses.replace(self, trial=self.verdict is None, position=0, length=length, off=(), on_=(), kind=kind)
         if not self.trial:
             ended = self.position + 1 >= self.length
             return dataclasses.replace(self, trial=ended, position=0 if ended else self.position + 1)

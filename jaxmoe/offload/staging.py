@@ -129,10 +129,13 @@ class Staging:
         return self._bytes * sum(map(_started, self._held.values()))
 
     def clear(self) -> None:
-        """Drops everything, and begins to count anew."""
+        """Drops everything, and begins to count and to measure anew."""
         for held in list(self._held.values()):
             self._drop(held)
         self.counters = Counters()
+        self._seconds.clear()
+        self._misses.clear()
+        self.depth, self._measured = self.settings.depth or 1, self.settings.depth is not None
 
     def begin(self) -> None:
         """A step begins. What a step that failed had asked for is staged like everything else; while it is off, what is queued is cancelled."""
@@ -179,8 +182,8 @@ class Staging:
         """
         transfer = held.transfer
         assert transfer is not None
+        late = held.record is None or not self._link.has_arrived(transfer)
         record = held.record if held.record is not None else self._put(held.give())
-        late = not self._link.has_arrived(transfer)
         self._link.wait(transfer)
         if not transfer.demand:
             if late:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ class Given:
 
     def _train(self, traces: Mapping[str, Trace], kind: str, fold: int) -> path_predictor.Fitted:
         meta = next(iter(traces.values())).meta
-        path = None if self.fitted is None else self.fitted / f"{kind}-{self.steps}-{fold}.npz"
+        path = None if self.fitted is None else self.fitted / f"{kind}-{self.steps}-{fold}-{_fingerprint(self.seed, traces):08x}.npz"
         if path is not None and path.exists():
             return path_predictor.load(path, meta, kind)
         found = path_predictor.train(list(traces.values()), kind, path_predictor.FitSettings(steps=self.steps), self.seed)
@@ -66,6 +67,11 @@ class Given:
             path.parent.mkdir(parents=True, exist_ok=True)
             path_predictor.save(path, found, meta)
         return found
+
+
+def _fingerprint(seed: int, traces: Mapping[str, Trace]) -> int:
+    """Of what a predictor is trained on, so that another's is not taken for it."""
+    return zlib.crc32(repr((seed, [(name, trace.tokens.tobytes()) for name, trace in sorted(traces.items())])).encode())
 
 
 def write(name: str, given: Given, folder: Path, tell: Tell = lambda what: None) -> list[Path]:

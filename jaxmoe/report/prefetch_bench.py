@@ -233,7 +233,9 @@ def with_host_cost(bench: Bench, costs: Costs, measured: float, gbps: float) -> 
 
 
 def summarize(bench: Bench, runs: dict[tuple[str, float], list[Sample]], speeds: tuple[float, ...]) -> list[dict[str, Any]]:
-    """A row a way and speed: medians over rounds, beside lfu without prefetching, loading on demand, and what was foretold."""
+    """A row a way and speed: medians over rounds, bytes of the round in the middle, beside lfu without prefetching, loading on demand, and what was
+    foretold at the best of some widths and depths for the same steps.
+    """
     seconds = {key: float(np.median([s.seconds / s.steps for s in found])) for key, found in runs.items()}
     fast, slow = max(speeds), min(speeds)
     fitted_costs = with_host_cost(bench, bench.costs(seconds["lfu", fast], fast, seconds["lfu", slow], slow), seconds[ALWAYS, fast], fast)
@@ -241,17 +243,18 @@ def summarize(bench: Bench, runs: dict[tuple[str, float], list[Sample]], speeds:
     for (name, gbps), found in runs.items():
         arm = next(a for a in bench.arms if a.name == name)
         gains = [b.seconds / a.seconds for a, b in zip(found, runs["lfu", gbps], strict=True)]
+        middle = sorted(found, key=lambda sample: sample.seconds / sample.steps)[len(found) // 2]
         row: dict[str, Any] = {
             "way": name, "gbps": gbps, "ms": 1e3 * seconds[name, gbps], "tokens_per_second": 1 / seconds[name, gbps],
             "over_lfu": float(np.median(gains)), "over_lfu_low": min(gains), "over_lfu_high": max(gains),
             "over_on_demand": seconds["on demand", gbps] / seconds[name, gbps],
-            "hit_rate": found[0].hits / found[0].requests, "stall": float(np.median([s.stall / s.seconds for s in found])),
-            "demand_bytes": found[0].loads, "same_ids": all(s.ids == bench.ids for s in found),
+            "hit_rate": middle.hits / middle.requests, "stall": float(np.median([s.stall / s.seconds for s in found])),
+            "demand_bytes": middle.loads, "same_ids": all(s.ids == bench.ids for s in found),
         }  # fmt: skip
         if arm.prefetch:
-            row |= {f"{kind}_bytes": int(np.median([s.ahead[kind] for s in found])) for kind in ("useful", "late", "wasted")}
+            row |= {f"{kind}_bytes": middle.ahead[kind] for kind in ("useful", "late", "wasted")}
             row["switch_gain"] = found[-1].gain
-            if arm.policy == "lfu":
+            if arm.policy == "lfu" and (name, gbps) != (ALWAYS, fast):  # what the costs were fitted to is not foretold
                 told = bench.foretell(arm, dataclasses.replace(fitted_costs, copy=bench.copy_seconds(gbps)))
                 row |= {"foretold_ms": 1e3 * told["with"], "foretold_gain": told["gain"]}
                 row["share_of_foretold"] = (row["over_lfu"] - 1) / (told["gain"] - 1) if told["gain"] > 1.005 else None

@@ -120,7 +120,7 @@ class Policy:
         tables = self.init(shape, knowledge)
         if self.foresees:
             tables = tables | {FORESEEN: jnp.full((shape.layers, knowledge.horizon + 1, shape.experts), -1.0)}
-        return tables if knowledge.pinned is None else tables | {PINNED: jnp.asarray(knowledge.pinned, bool)}
+        return tables if knowledge.pinned is None else tables | {PINNED: jnp.array(knowledge.pinned, bool)}
 
     def _check_pinned(self, shape: Shape, pinned_LE: Bool[Array, "L E"]) -> None:
         counts = [int(n) for n in jnp.asarray(pinned_LE, bool).sum(1)]

@@ -63,6 +63,10 @@ class FitSettings:
     blank: float = 0.05
     next_weight: float = 0.5
 
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps = {self.steps}: give at least 1")
+
 
 def pieces(traces: Sequence[Trace], length: int) -> dict[str, np.ndarray]:
     """The traces' sequences, cut and filled up to `length` with tokens that are not there.

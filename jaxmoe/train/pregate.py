@@ -74,6 +74,8 @@ class PregateConfig:
     def __post_init__(self):
         if self.weights not in ("all", "routers"):
             raise ValueError(f"weights = {self.weights!r}: choose all or routers")
+        if self.steps < 1:
+            raise ValueError(f"steps = {self.steps}: give at least 1")
 
     @property
     def training(self) -> loop.TrainConfig:

@@ -141,7 +141,7 @@ def test_a_lossy_run_says_so_and_a_lossless_setting_is_exact(place, made):
     assert found["lossy"]["miss_byte_ratio"] == 1 and "LOSSY: of all token-expert pairs 0.0 % degraded" in done.err
     done = run(place, "--expert-memory", MEMORY, "--expert-mode", "host-driven", "--lossy", "bits=4", "--json", out)
     found = json.loads(out.read_text())
-    assert done.code == 0 and found["lossy"]["degraded"] == 1 and found["lossy"]["miss_byte_ratio"] < 0.25, done.err
+    assert done.code == 0 and found["lossy"]["degraded"] == 1 and found["lossy"]["miss_byte_ratio"] <= 0.25, done.err
 
 
 # --- what it prints and writes ----------------------------------------------------------------------------------------
