@@ -165,10 +165,10 @@ def test_events_are_those_of_the_gates_in_units_of_a_layer():
     trace = with_gates(made(0, 1))
     ahead = event_bench._gated(trace.gates)
     assert ahead[4] == [[(1, int(e)) for e in trace.gates[4, 0, 0] if e >= 0], []]
-    used = np.ones((1, 5, LAYERS, EXPERTS), bool)
+    used = np.broadcast_to(np.arange(EXPERTS) < ACTIVE, (1, 5, LAYERS, EXPERTS))
     setting = event_bench.settings()[0]
     assert event_bench._seconds(used, used, 9.0, ACTIVE, None, setting) == pytest.approx([5 * LAYERS])
-    assert event_bench._seconds(used, ~used, 9.0, ACTIVE, None, setting)[0] > 5 * LAYERS * EXPERTS * 9.0
+    assert event_bench._seconds(used, ~used, 9.0, ACTIVE, None, setting)[0] > 5 * LAYERS * ACTIVE * 9.0
 
 
 def test_predictors_are_trained_once_a_half_and_kept(tmp_path, monkeypatch):
