@@ -69,6 +69,24 @@ def test_memory_for_all_experts_makes_a_resident_bank(checkpoint, memory):
     assert streamed.link is None and streamed.source is None and streamed.model.bytes()["experts"] == ALL
 
 
+AUTO = {
+    "nothing else": ({}, ("gate", 8)),
+    "the user's number": ({"prefetch": 3}, ("gate", 3)),
+    "the user's predictor": ({"predictor": "transitions"}, ("transitions", 8)),
+    "a compiled step": ({"mode": "fused"}, (None, None)),
+    "fewer bits": ({"lossy": "bits=4"}, (None, None)),
+    "a disk": ({"host_memory": "60%"}, (None, None)),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_chooses_for_what_else_was_asked(name):
+    more, wanted = AUTO[name]
+    found = plan("50%", policy="auto", **({"mode": "host-driven"} | more)).asked
+    assert (found.predictor, found.prefetch) == wanted and found.policy == "lfu"
+    assert plan("100%", policy="auto", mode="host-driven").budget.all_resident
+
+
 @pytest.mark.parametrize(("memory", "slots"), [("50%", 3), ("62.5%", 4), (f"{10 * RECORD}B", 4), (f"{10 * RECORD - 1}B", 3), ("99%", 6)])
 def test_memory_buys_as_many_slots_in_every_layer_or_one_more(memory, slots):
     found = plan(memory).budget
