@@ -114,7 +114,7 @@ def pregate_model(args: Pregate) -> None:
         settings = {"model": args.model.name, **dataclasses.asdict(args.tune)}
         made = record.make_record(
             name="pregate", spec_hash=spec.hash(), settings=settings, seeds={"all": args.tune.seed}, timings={}, compile_seconds=0.0,
-            bytes={}, counters={"rows": rows}, bound=record.make_bound("compute", 1.0, 1.0, "times"),
+            bytes={}, counters={"rows": rows}, bound=record.make_bound("capacity", 1.0, math.exp(before - after), "of the likelihood a token had"),
         )  # fmt: skip
         record.write_record(args.json, made)
 
