@@ -22,8 +22,9 @@ from jaxtyping import Float, Int
 from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine, Request, RequestError, Result, Row, check_requests
 from jaxmoe.engine.text import Tokenizer
+from jaxmoe.offload.predictors.interface import one_hot
 from jaxmoe.offload.regroup import check_bound, find_group_policy, greedy_union
-from jaxmoe.offload.request_paths import PathSource, used_experts
+from jaxmoe.offload.request_paths import PathSource
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +276,7 @@ class _Serving:
         n, every = len(picked), self.grouping.every
         ids, new = np.asarray(routed[0])[:every, :n], out[:every, :n]
         live = new >= 0
-        used = used_experts(np.where(live[..., None, None], ids, -1), self.experts)
+        used = one_hot(np.where(live[..., None, None], ids, -1), self.experts)
         self.stats.distinct += used.any(1).sum((0, 2))
         if self.source is None or not self.source.routed:
             return

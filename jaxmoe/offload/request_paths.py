@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
-from numpy.typing import ArrayLike
+from jaxtyping import Float
 
+from jaxmoe.offload.predictors.interface import one_hot
 from jaxmoe.offload.regroup import top_paths
 from jaxmoe.offload.trace import Trace
 
@@ -44,14 +44,6 @@ def _unchanged(state: Any, row: int, *args: Any) -> Any:
     return state
 
 
-def used_experts(ids: ArrayLike, experts: int) -> Bool[np.ndarray, "*T E"]:
-    """Sets of ids [..., A], -1 for none."""
-    ids = np.asarray(ids)
-    out = np.zeros((*ids.shape[:-1], experts + 1), bool)
-    np.put_along_axis(out, ids.astype(np.int64) % (experts + 1), True, axis=-1)
-    return out[..., :experts]
-
-
 def recent(prior: Float[np.ndarray, "L E"], decay: float = 0.98) -> PathSource:
     """Each request's own routing: how often it used each expert, its last tokens weighing most; learned while it runs.
 
@@ -65,7 +57,7 @@ def recent(prior: Float[np.ndarray, "L E"], decay: float = 0.98) -> PathSource:
 
     def after(state, row, tokens, ids):
         weight_T = (1 - decay) * decay ** np.arange(len(ids) - 1, -1, -1, dtype=np.float32)
-        return _put(state, row, decay ** len(ids) * state[row] + np.tensordot(weight_T, used_experts(ids, experts).astype(np.float32), 1))
+        return _put(state, row, decay ** len(ids) * state[row] + np.tensordot(weight_T, one_hot(ids, experts).astype(np.float32), 1))
 
     return PathSource(
         "recent", lambda rows: np.tile(start, (rows, 1, 1)), lambda state, row, number: _put(state, row, start), after,
@@ -90,7 +82,7 @@ def by_token(traces: Sequence[Trace], weight: float = 1.0) -> PathSource:
     experts, tokens = traces[0].experts, np.concatenate([t.tokens for t in traces])
     seen, row_T = np.unique(tokens, return_inverse=True)
     sums = np.zeros((len(seen) + 1, traces[0].layers, experts), np.float32)
-    np.add.at(sums, row_T, np.concatenate([used_experts(t.ids, experts) for t in traces]))
+    np.add.at(sums, row_T, np.concatenate([one_hot(t.ids, experts) for t in traces]))
     mean = sums.sum(0) / len(tokens)
     counts = np.append(np.bincount(row_T), 0).astype(np.float32)[:, None, None]
     table = (sums + weight * mean) / (counts + weight)

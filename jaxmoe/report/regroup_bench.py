@@ -17,9 +17,10 @@ from rich import box
 from rich.table import Table
 
 from jaxmoe.engine.queue import Grouping, Pool
+from jaxmoe.offload.predictors.interface import one_hot
 from jaxmoe.offload.regroup import by_expert, greedy_union, pairs, two_batches
 from jaxmoe.offload.replay import replay
-from jaxmoe.offload.request_paths import PathSource, as_sets, by_profile, by_token, recent, used_experts
+from jaxmoe.offload.request_paths import PathSource, as_sets, by_profile, by_token, recent
 from jaxmoe.offload.trace import DECODE, PROMPT, Trace
 
 SPEEDS = (0.02, 0.05, 0.1, 0.5, 25.0)
@@ -109,7 +110,7 @@ def halves(trace: Trace) -> tuple[Trace, Trace]:
 
 def oracle(sequences: Sequence[Recorded], experts: int, every: int) -> PathSource:
     """What each request will ask for in its next `every` steps, [R, every L, E]: no estimate does better."""
-    truth = [np.concatenate([used_experts(s.ids, experts), np.zeros((every, s.ids.shape[1], experts), bool)]) for s in sequences]
+    truth = [np.concatenate([one_hot(s.ids, experts), np.zeros((every, s.ids.shape[1], experts), bool)]) for s in sequences]
 
     def begin(state, row, number):
         state[row] = number, 0
@@ -133,7 +134,7 @@ def learn(fit: Mapping[str, Trace], more: Callable[[Sequence[Recorded]], Mapping
     """Fits profiles and the token table to traces by domain, once; `more` makes further sources for the sequences of a queue."""
     first = next(iter(fit.values()))
     experts, active = first.experts, first.ids.shape[2]
-    by_domain = {name: used_experts(t.ids, experts).mean(0, dtype=np.float32) for name, t in fit.items()}
+    by_domain = {name: one_hot(t.ids, experts).mean(0, dtype=np.float32) for name, t in fit.items()}
     mean = np.mean(list(by_domain.values()), axis=0)
     token = by_token(list(fit.values()))
 
@@ -185,7 +186,7 @@ def simulate(sequences: Sequence[Recorded], arm: Arm, source: PathSource, expert
         for k in range(grouping.every):
             ids = [sequences[i].ids[at[i] + k] for i in picked if at[i] + k < len(sequences[i].ids)]
             if ids:
-                used.append(np.any(used_experts(np.stack(ids), experts), axis=0))
+                used.append(np.any(one_hot(np.stack(ids), experts), axis=0))
                 tokens += len(ids)
                 if held is not None:
                     held.see(used[-1])

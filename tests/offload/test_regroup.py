@@ -9,6 +9,7 @@ import pytest
 from jaxmoe.engine.queue import Grouping
 from jaxmoe.offload import regroup, request_paths
 from jaxmoe.offload.predictors import PREDICTORS
+from jaxmoe.offload.predictors.interface import one_hot
 from jaxmoe.offload.regroup import POLICIES, by_expert, expected_union, greedy_union, least_bound, pairs, top_paths, two_batches
 from jaxmoe.report import regroup_bench as bench
 from tests.offload.traces import random_trace
@@ -213,7 +214,7 @@ def test_a_predictor_gives_each_row_its_own_path():
         state = source.after(state, row, trace.tokens[[0, 3 + 4 * row]], np.stack([ids[1 - row], ids[row]]))
     state = source.begin(source.after(state, 2, trace.tokens[:1], ids[:1]), 2, 5)
     paths = source.paths(state, np.arange(3), trace.tokens[:3])
-    assert (top_paths(paths[:2], 3) >= request_paths.used_experts(ids, trace.experts)).all() and paths.shape == (3, trace.layers, trace.experts)
+    assert (top_paths(paths[:2], 3) >= one_hot(ids, trace.experts)).all() and paths.shape == (3, trace.layers, trace.experts)
     assert (paths[2] == source.paths(source.init(1), np.zeros(1, int), trace.tokens[:1])[0]).all()
 
 
@@ -237,12 +238,12 @@ def test_a_queue_runs_every_token_once_and_counts_distinct_experts():
         arm, source = bench.Arm(grouping, 3 if grouping.bound is None else 6, name), sources[name]
         run = bench.simulate(sequences, arm, source, 9)
         decoded = sum(len(s.tokens) - s.prompt for s in sequences)
-        least = max(int(request_paths.used_experts(s.ids[s.prompt :], 9).sum()) for s in sequences)
+        least = max(int(one_hot(s.ids[s.prompt :], 9).sum()) for s in sequences)
         assert run.tokens == decoded and -(-decoded // 3) <= len(run.used) <= decoded
-        assert least <= run.used.sum() <= sum(request_paths.used_experts(s.ids[s.prompt :], 9).sum() for s in sequences)
+        assert least <= run.used.sum() <= sum(one_hot(s.ids[s.prompt :], 9).sum() for s in sequences)
         assert run.waited <= (arm.grouping.bound or 0) and run.seconds > 0
     alone = bench.simulate(sequences, bench.Arm(Grouping(1, "arrival", None), 1), sources[""], 9)
-    in_turn = np.concatenate([request_paths.used_experts(s.ids[s.prompt :], 9) for s in sequences])
+    in_turn = np.concatenate([one_hot(s.ids[s.prompt :], 9) for s in sequences])
     assert (alone.used == in_turn).all()
     assert bench.loads(alone, 1.0) == in_turn.any(0).sum()  # everything fits, so each is brought once
 
@@ -252,7 +253,7 @@ def test_the_oracle_knows_the_next_steps():
     source = bench.oracle(sequences, 9, 3)
     state = source.after(source.begin(source.init(2), 1, 1), 1, sequences[1].tokens[:9], sequences[1].ids[:9])
     found = source.paths(state, np.ones(1, int), np.zeros(1)).reshape(3, 2, 9)
-    assert (found == request_paths.used_experts(sequences[1].ids[9:12], 9)).all()
+    assert (found == one_hot(sequences[1].ids[9:12], 9)).all()
 
 
 def test_records_are_compared_with_arrival_and_shown():
