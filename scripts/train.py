@@ -66,6 +66,13 @@ class Export:
     train: Annotated[loop.TrainConfig, tyro.conf.arg(name="")] = loop.TrainConfig()
 
 
+def bar() -> Progress:
+    """Shows how far a training is, where somebody looks; an error is then the only line."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 @dataclasses.dataclass
 class Pregate:
     """Tunes a model whose routers choose one layer ahead (Pre-gated MoE), and says what that costs in held-out loss."""
@@ -99,7 +106,7 @@ def pregate_model(args: Pregate) -> None:
         loaded = load_model(load_hf_or_checkpoint(args.model, Path(folder)), "float32", Kernels.default(), unroll=False)
     weights, spec = pregate.of_resident(loaded.spec, loaded.params, loaded.bank), pregate.pregated(loaded.spec)
     before, untuned = pregate.nats(pregate.pregated(spec, False), weights, data)["mean"], pregate.nats(spec, weights, data)["mean"]
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+    with bar() as progress:
         task = progress.add_task("tuning", total=args.tune.steps)
         for state, row in pregate.tune(spec, *weights, data, args.tune, args.minutes):
             last = state  # the next step takes its arrays
@@ -143,7 +150,7 @@ def predictor(args: Predictor) -> None:
     if not files:
         raise ValueError(f"{', '.join(map(str, args.traces))}: no traces there")
     traces = [load_or_import(file) for file in files]
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
+    with bar() as progress:
         task = progress.add_task("training", total=args.steps)
 
         def show(step: int, steps: int, loss: float) -> None:
@@ -179,7 +186,8 @@ def model(args: Model) -> None:
             progress.update(task, completed=row["step"], description=what)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Runs; gives the exit code."""
     parsed = tyro.cli(
         Annotated[Corpus, tyro.conf.subcommand("corpus")]
         | Annotated[Model, tyro.conf.subcommand("model")]
@@ -189,4 +197,8 @@ if __name__ == "__main__":
         description=__doc__,
     )
     commands = {Corpus: corpus, Model: model, Export: export, Predictor: predictor, Pregate: pregate_model}
-    sys.exit(run_command(lambda: commands[type(parsed)](parsed)))
+    return run_command(lambda: commands[type(parsed)](parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
