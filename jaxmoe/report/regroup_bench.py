@@ -18,7 +18,6 @@ from rich.table import Table
 
 from jaxmoe.engine.queue import Grouping, Pool
 from jaxmoe.offload.predictors.interface import one_hot
-from jaxmoe.offload.regroup import by_expert, greedy_union, pairs, two_batches
 from jaxmoe.offload.replay import replay
 from jaxmoe.offload.request_paths import PathSource, as_sets, by_profile, by_token, recent
 from jaxmoe.offload.trace import DECODE, PROMPT, Trace
@@ -293,26 +292,6 @@ def interval(mine: np.ndarray, theirs: np.ndarray, draws: int = 2000) -> dict[st
     picks = np.random.default_rng(0).integers(0, len(mine), (draws, len(mine)))
     low, high = np.percentile(1 - mine[picks].mean(1) / theirs[picks].mean(1), [2.5, 97.5])
     return {"reduction": float(1 - mine.mean() / theirs.mean()), "low": float(low), "high": float(high)}
-
-
-def policy_seconds(requests: int, places: int, size: int, repeats: int = 20) -> dict[str, float]:
-    """Median seconds of a call of each policy, on random paths, sets and probabilities; `places` is L * E, in layers of 32 or 128 experts."""
-    rng = np.random.default_rng(0)
-    experts = 32 if places < 1024 else 128
-    soft = np.clip(rng.gamma(0.2, 0.6, (requests, places // experts, experts)), 0, 1).astype(np.float32)
-    waited, out = rng.integers(0, 4, requests), {}
-    calls: dict[str, Callable[[np.ndarray], Any]] = {
-        f.__name__: lambda paths, f=f: f(paths, waited, size, 64) for f in (greedy_union, by_expert, pairs)
-    } | {"two_batches": lambda paths: two_batches(paths, requests // 2)}
-    for kind, paths in (("probabilities", soft), ("sets", rng.random(soft.shape) < 1 / 8)):
-        for name, call in calls.items():
-            taken = []
-            for _ in range(repeats):
-                began = time.perf_counter()
-                call(paths)
-                taken.append(time.perf_counter() - began)
-            out[f"{name}, {kind}"] = float(np.median(taken))
-    return out
 
 
 # --- For people
