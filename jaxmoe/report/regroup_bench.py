@@ -9,12 +9,9 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from jaxmoe.engine.queue import Grouping, Pool
 from jaxmoe.offload.predictors.interface import one_hot
@@ -292,53 +289,3 @@ def interval(mine: np.ndarray, theirs: np.ndarray, draws: int = 2000) -> dict[st
     picks = np.random.default_rng(0).integers(0, len(mine), (draws, len(mine)))
     low, high = np.percentile(1 - mine[picks].mean(1) / theirs[picks].mean(1), [2.5, 97.5])
     return {"reduction": float(1 - mine.mean() / theirs.mean()), "low": float(low), "high": float(high)}
-
-
-# --- For people
-
-
-def table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """A rich table of the records of `compare`; the break-even speed is that of the smallest cache."""
-    out = Table(box=box.SIMPLE, title="Regrouping: distinct experts a layer and batch; loads with a share of the experts in slots")
-    loads = [f"loads at {share:.0%}" for share in CACHES]
-    for name in ("batch", "policy", "paths", "pool", "bound", "steps", "distinct", "less", "95 %", "waited", "µs/step", *loads, "even GB/s"):
-        out.add_column(name, justify="left" if name in ("policy", "paths") else "right")
-    for r in records:
-        caches = [r["caches"][str(share)] for share in CACHES]
-        policy = r["policy"] + (f", held {r['held_cost']:g}" if r["held_cost"] < 1 else "")
-        bound = "-" if r["bound"] is None else str(r["bound"])
-        out.add_row(
-            str(r["batch"]), policy, r["source"], str(r["rows"]), bound, str(r["every"]), f"{r['distinct']:.2f}", f"{r['reduction']:.1%}",
-            f"{100 * r['low']:.1f} to {100 * r['high']:.1f}", str(r["waited"]), f"{r['microseconds']:.0f}",
-            *[f"{-c['reduction']:+.1%}" for c in caches], f"{caches[0]['break_even_gbps']:.3g}",
-        )  # fmt: skip
-    return out
-
-
-def plots(records: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Writes reductions by policy and source, and net reductions over link speed; returns the files. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    folder.mkdir(parents=True, exist_ok=True)
-    made = []
-    for batch in sorted({r["batch"] for r in records}):
-        mine = [r for r in records if r["batch"] == batch and r["policy"] != "arrival"]
-        figure, (left, right) = plt.subplots(1, 2, figsize=(14, 0.26 * len(mine) + 2))
-        names = [f"{r['policy']} {r['source']}, {r['rows']} rows, bound {r['bound']}, {r['every']} steps" for r in mine]
-        errors = np.abs([[r["reduction"] - r["low"], r["high"] - r["reduction"]] for r in mine]).T
-        left.barh(names, [100 * r["reduction"] for r in mine], xerr=100 * errors)
-        left.set(xlabel="% fewer distinct experts than in order of arrival", title=f"batch {batch}")
-        left.invert_yaxis()
-        for r, name in sorted(zip(mine, names, strict=True), key=lambda pair: -pair[0]["reduction"])[:8]:
-            net = r["caches"][str(CACHES[0])]["net_reduction"]
-            right.plot([float(v) for v in net], [100 * n for n in net.values()], marker="o", label=name)
-        right.set(xscale="log", xlabel="link, GB/s", ylabel="% less link and scheduler time", ylim=(-20, None))
-        right.legend(fontsize=6)
-        figure.tight_layout()
-        made.append(folder / f"regroup_batch_{batch}.png")
-        figure.savefig(made[-1], dpi=120)
-        plt.close(figure)
-    return made

@@ -11,6 +11,7 @@ from jaxmoe.offload import regroup, request_paths
 from jaxmoe.offload.predictors import PREDICTORS
 from jaxmoe.offload.predictors.interface import one_hot
 from jaxmoe.offload.regroup import POLICIES, by_expert, expected_union, greedy_union, least_bound, pairs, top_paths, two_batches
+from jaxmoe.report import offload_tables
 from jaxmoe.report import regroup_bench as bench
 from tests.offload.traces import random_trace
 
@@ -268,4 +269,4 @@ def test_records_are_compared_with_arrival_and_shown():
         assert r["reduction"] == pytest.approx(1 - r["distinct"] / base["distinct"]) and r["low"] <= r["reduction"] <= r["high"]
         slow = r["caches"]["0.5"]["net_reduction"]["0.02"]
         assert slow < r["caches"]["0.5"]["reduction"]  # the scheduler's own time is taken off
-    assert len(bench.table(records).rows) == len(chosen) == 4
+    assert offload_tables.terminal(offload_tables.REGROUP, records).row_count == len(chosen) == 4
