@@ -50,6 +50,8 @@ def test_advise_writes_its_json(small, tmp_path):
     assert done.code == 0 and "tok/s foretold" in done.out and "of a layer's time to cross" in done.out, done.err
     made = json.loads(out.read_text())
     assert made["best"] in made["ways"] and made["slots"] == 4 and made["versions"]["jax"]
+    done = commands.call(trace_script, "advise", small, "--slots", 4, "--link-gbps", 0.001, "--step-ms", 5, "--steps", 8, "--alone", "--json", out)
+    assert done.code == 0 and json.loads(out.read_text())["best"]["tokens_per_second"] != made["best"]["tokens_per_second"], done.err
     done = commands.call(trace_script, "advise", small, "--link-gbps", 1, "--step-ms", 5)
     assert done.code == 2 and "give either --slots or --expert-memory" in done.err
 
