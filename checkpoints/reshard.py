@@ -127,10 +127,12 @@ def _clear(partial: Path) -> None:
 
 
 def _arrays(source: Checkpoint | OrbaxSave, parts: dict[str, int], dtype: str | None) -> list[_Array]:
+    if "hidden" in parts:  # of experts and dense networks alike, unless the latter have their own
+        parts = {"mlp_hidden": parts["hidden"]} | parts
     plain, pinned = leaf_paths(source.spec), pinned_paths(source.spec)
     pieces = pieces_of(source.spec, layouts_of(source.spec)[0])
     known = {axis for leaf in plain.values() for axis in leaf.axes if axis is not None}
-    unknown = sorted(parts.keys() - known)
+    unknown = sorted(parts.keys() - known - {"mlp_hidden"})
     if unknown:
         raise CheckpointError(f"no leaf has an axis {unknown[0]!r}: {', '.join(sorted(known))} are there")
     out = []

@@ -35,7 +35,7 @@ CRC_BYTES = 4
 
 _PARTS = 8
 _PART_BYTES = 64 << 10  # smaller parts of a leaf aren't worth a file of their own
-_SPLIT_AXES = ("vocab", "heads", "kv_heads", "hidden", "shared_hidden")  # what tensor parallelism splits
+_SPLIT_AXES = ("vocab", "heads", "kv_heads", "hidden", "mlp_hidden", "shared_hidden")  # what tensor parallelism splits
 
 
 def chunk_shape(leaf: Leaf, piece: Piece, step: int = 1) -> tuple[int, ...]:

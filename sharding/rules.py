@@ -11,7 +11,10 @@ from typing import Literal, Protocol
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-LOGICAL = ("layers", "experts", "vocab", "embed", "embed_out", "heads", "kv_heads", "head_dim", "hidden", "shared_hidden")
+LOGICAL = (
+    "layers", "experts", "vocab", "embed", "embed_out", "heads", "kv_heads", "head_dim", "hidden", "mlp_hidden", "shared_hidden",
+    "batch", "positions",
+)  # fmt: skip
 """Every name that an axis of a leaf can have (`jaxmoe.spec.abstract_params`, `abstract_experts`, and the axes of a bank)."""
 
 MeshAxes = str | tuple[str, ...] | None

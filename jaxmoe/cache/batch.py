@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -22,6 +23,7 @@ class Batch:
         n_runs: int32 [], how many runs are real; they come first.
         logit_rows: int32 [R], the tokens whose logits are wanted (padding repeats an entry).
         run: tokens in a run (static).
+        grouped: one group's of several groups of devices, which may have no run at all (static).
     """
 
     tokens: Int[Array, "T"]
@@ -33,6 +35,20 @@ class Batch:
     n_runs: Int[Array, ""]
     logit_rows: Int[Array, "R"]
     run: int = flax.struct.field(pytree_node=False, default=1)
+    grouped: bool = flax.struct.field(pytree_node=False, default=False)
+
+
+def join_batches(batches: list[Batch], over_devices: bool | None = None) -> Batch:
+    """One batch of those of several groups of devices, one after another, each with its own runs; `n_runs` gets an axis over groups.
+
+    A single batch stays as it is, unless it is said to be `over_devices`.
+    """
+    first = batches[0]
+    if not (len(batches) > 1 if over_devices is None else over_devices):
+        return first
+    names = [field.name for field in dataclasses.fields(Batch) if field.name not in ("run", "grouped")]
+    leaves: dict[str, Any] = {name: np.concatenate([np.atleast_1d(getattr(b, name)) for b in batches]) for name in names}
+    return dataclasses.replace(first, grouped=True, **leaves)
 
 
 def make_batch(

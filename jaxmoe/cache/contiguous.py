@@ -42,7 +42,7 @@ class KVState:
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical name of every axis of every leaf."""
-        head = ("layers", "batch", "kv_heads")
+        head = ("layers", "batch", None if self.v is None else "kv_heads")  # latents are for all heads
         out: dict[str, tuple[str | None, ...]] = {"k": (*head, "head_dim", "positions")}
         return out if self.v is None else out | {"v": (*head, "positions", "head_dim")}
 
@@ -131,7 +131,7 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
         return keys, values, jax.lax.dynamic_update_slice(out, o.reshape(run, heads, width), (at, 0, 0))
 
     carry = (state.k, state.v, out)
-    if q.shape[0] == run:  # a single run needs no loop around it
+    if q.shape[0] == run and (run == 1 or not batch.grouped):  # a single run that is there needs no loop around it
         keys, values, out = one_run(0, carry)
     else:
         keys, values, out = jax.lax.fori_loop(0, batch.n_runs, one_run, carry)

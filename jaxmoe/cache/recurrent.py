@@ -43,7 +43,7 @@ class RecurrentState:
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical name of every axis of every leaf."""
         head = ("layers", "batch")
-        return {"conv": (*head, None, None), "memory": (*head, "heads", None, None)}
+        return {"conv": (*head, None, "heads"), "memory": (*head, "heads", None, None)}
 
     def delta(
         self,

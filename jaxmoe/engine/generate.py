@@ -11,15 +11,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxmoe.cache.batch import make_batch
+from jaxmoe.cache.batch import Batch, join_batches, make_batch
 from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import SamplingParams, sampling_params
 from jaxmoe.engine import steps
+from jaxmoe.engine.mesh import first_state
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.text import StopStrings, StreamDecoder, Tokenizer
 from jaxmoe.experts import SlotBank
 from jaxmoe.offload.trace import DECODE, PROMPT, Trace, TraceBuilder, model_meta
 from jaxmoe.spec import ModelSpec
+from sharding.split import local_spec
 
 
 class RequestError(ValueError):
@@ -183,54 +185,65 @@ class Engine:
         if len(eos) > steps.EOS_SLOTS:
             raise RequestError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
         self.positions = cache_positions(model.spec, positions)
+        self._shards = model.on.layout.shards
+        self._own_rows = -(-rows // self._shards)
         self.model, self.rows, self.greedy = model.for_positions(self.positions), rows, greedy
         model = self.model
         self.eos = tuple(eos)
         self._eos = steps.pad_to(self.eos, steps.EOS_SLOTS, -2)
         self._moving: Any = None
         self._sequence = 0
-        self._programs = programs or steps.Fused(model.spec, model.kernels, greedy, record, gates)
+        self._programs = programs or steps.Fused(model.spec, model.kernels, greedy, record, gates, model.on)
         self._unread: list[Callable[[TraceBuilder], None]] = []
         self._recorder = TraceBuilder(model_meta(model.spec, model.spec.family, "generation")) if record else None
-        most = self.positions * rows if isinstance(model.bank, SlotBank) else steps.TOKEN_BUCKETS[-1]
+        most = self.positions * self._own_rows if isinstance(model.bank, SlotBank) else steps.TOKEN_BUCKETS[-1]
         self._prefill_tokens = most if prefill_tokens is None else prefill_tokens
 
     def start(self) -> steps.EngineState:
         """A state with an empty cache of the size that the programs were compiled for, and the experts as the last call left them."""
         moving, self._moving = self._moving, None  # steps take the arrays: an error on the way leaves nothing to go on with
-        bank = self.model.bank
+        bank, on = self.model.bank, self.model.on
+        if on.mesh is not None:
+            state = first_state(self.model.spec, on, self._empty_cache, bank.init_state, steps.EngineState)
+            return state if moving is None else dataclasses.replace(state, bank=jax.vmap(bank.new_text)(moving))
         return steps.committed(steps.EngineState(self._empty_cache(), bank.init_state() if moving is None else bank.new_text(moving)))
 
-    def _empty_cache(self):
-        return init_layers(self.model.spec, self.rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+    def _empty_cache(self, spec: ModelSpec | None = None):
+        """One device's, for its own share of the model."""
+        return init_layers(spec or self.model.spec, self._own_rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
 
     def kv_bytes(self) -> int:
-        """Bytes of the cache of keys and values."""
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(self._empty_cache)))
+        """Bytes of the cache of keys and values, on each device."""
+        own = local_spec(self.model.spec, self.model.on.layout)
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: self._empty_cache(own))))
 
     def token_buckets(self) -> tuple[int, ...]:
         """Prefill buckets that this engine's prompts can need."""
-        most, sizes = min(self.positions * self.rows, self._prefill_tokens), list(steps.TOKEN_BUCKETS)
+        most, sizes = min(self.positions * self._own_rows, self._prefill_tokens), list(steps.TOKEN_BUCKETS)
         while sizes[-1] < most:
             sizes.append(2 * sizes[-1])
         return tuple(b for i, b in enumerate(sizes) if i == 0 or sizes[i - 1] < most)
 
     def row_buckets(self) -> tuple[int, ...]:
-        """Decode buckets that this engine can need."""
-        top = steps.bucket(self.rows, steps.ROW_BUCKETS)
+        """Decode buckets that this engine can need, of each group of devices that has its own sequences."""
+        top = steps.bucket(self._own_rows, steps.ROW_BUCKETS)
         return tuple(b for b in steps.ROW_BUCKETS if b <= top)
 
     def warm_up(self, progress: Callable[[str], None] = lambda name: None, requests: Sequence[Request] | None = None) -> float:
         """Compiles every program that `generate` can need, or only those that these requests need; returns the seconds it took."""
         began = time.perf_counter()
-        sizes = self.token_buckets() if requests is None else sorted({len(batch.tokens) for batch, _ in self._prefill_batches(requests)})
+        shards = self._shards
+        sizes = self.token_buckets() if requests is None else sorted({len(b.tokens) // shards for b, _ in self._prefill_batches(requests)})
         for tokens in sizes:
             progress(f"prefill of {tokens}")
-            batch = make_batch([(0, 0, [0])], steps.run_length(tokens), tokens, n_logits=steps.LOGIT_ROWS)
-            _, state, _ = self._prefill(self.start(), batch, sampling_params(steps.LOGIT_ROWS), np.zeros(steps.LOGIT_ROWS, np.int32))
+            own = make_batch([(0, 0, [0])], steps.run_length(tokens), tokens, n_logits=steps.LOGIT_ROWS)
+            batch = join_batches([own] * shards, self.model.on.mesh is not None)
+            ended = steps.LOGIT_ROWS * shards
+            _, state, _ = self._prefill(self.start(), batch, sampling_params(ended), np.zeros(ended, np.int32))
             self._moving = self.model.bank.forget(state.bank)
         for rows in self.row_buckets():
             progress(f"decode of {rows}")
+            rows = rows * shards
             nothing, one = np.zeros(rows, np.int32), np.ones(rows, np.int32)  # one real step: XLA's CPU kernels are set up when they first run
             for _ in self._programs.ways():
                 out, state, _ = self._decode(self.start(), nothing, nothing, nothing, one, sampling_params(rows))
@@ -273,18 +286,19 @@ class Engine:
 
         def add(recorder: TraceBuilder) -> None:
             ids, weights, *gates = map(np.asarray, routed)
-            recorder.add(ids, weights, batch.tokens, first + batch.segments, PROMPT, batch.segments >= 0, *gates)
+            group = np.repeat(np.arange(self._shards), len(batch.tokens) // self._shards)
+            recorder.add(ids, weights, batch.tokens, first + batch.segments * self._shards + group, PROMPT, batch.segments >= 0, *gates)
 
         if self._recorder is not None:
             self._unread.append(add)
 
-    def _record_decode(self, first: int, live: list[int], last: np.ndarray, out: np.ndarray, routed) -> None:
+    def _record_decode(self, first: int, live: list[int], at: list[int], last: np.ndarray, out: np.ndarray, routed) -> None:
         """Keeps a chunk's: what each step reads is what the step before wrote."""
 
         def add(recorder: TraceBuilder) -> None:
-            read, n = np.concatenate([last[None], out[:-1]]), len(live)
+            read = np.concatenate([last[None], out[:-1]])
             for tokens, new, ids, weights, *gates in zip(read, out, *map(np.asarray, routed), strict=True):
-                recorder.add(ids[:n], weights[:n], tokens[:n], first + np.asarray(live), DECODE, new[:n] >= 0, *(g[:n] for g in gates))
+                recorder.add(ids[at], weights[at], tokens[at], first + np.asarray(live), DECODE, new[at] >= 0, *(g[at] for g in gates))
 
         if self._recorder is not None:
             self._unread.append(add)
@@ -326,11 +340,12 @@ class Engine:
         at_start = self.model.bank.counters(state.bank)
         began = time.perf_counter()
         for batch, ended in self._prefill_batches(requests):
-            sampling = self._sampling([requests[i] for i in ended], steps.LOGIT_ROWS)
-            at = steps.pad_to([len(requests[i].prompt_ids) for i in ended], steps.LOGIT_ROWS)
-            tokens, state, routed = self._prefill(state, batch, sampling, at)
+            own = [[requests[i] for i in group] for group in ended]
+            at = np.concatenate([steps.pad_to([len(r.prompt_ids) for r in group], steps.LOGIT_ROWS) for group in own])
+            tokens, state, routed = self._prefill(state, batch, self._sampling(own, steps.LOGIT_ROWS), at)
             self._record_prompt(first, batch, routed)
-            for i, token in zip(ended, tokens, strict=False):
+            ends = zip(ended, np.split(tokens, self._shards), strict=True)
+            for i, token in [pair for group, new in ends for pair in zip(group, new, strict=False)]:
                 timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - began
                 on_text(i, rows[i].push(int(token)))
         timings.prefill_seconds = time.perf_counter() - began
@@ -344,61 +359,73 @@ class Engine:
         return [row.result for row in rows], timings
 
     def _prefill_batches(self, requests: Sequence[Request]):
-        """Packs prompts, in order, into prefill steps; yields each batch with the requests whose prompts end in it."""
-        waiting = [(i, 0) for i in range(len(requests))]
+        """Packs prompts, in order, into prefill steps; yields each batch with the requests whose prompts end in it, by group of devices."""
+        queues = [[(i, 0) for i in range(group, len(requests), self._shards)] for group in range(self._shards)]
         biggest = self.token_buckets()[-1]
-        while waiting:
-            total = sum(len(requests[i].prompt_ids) - at for i, at in waiting[: steps.LOGIT_ROWS])
+        while any(queues):
+            total = max(sum(len(requests[i].prompt_ids) - at for i, at in queue[: steps.LOGIT_ROWS]) for queue in queues)
             tokens = steps.bucket(min(total, biggest), self.token_buckets())
-            run = steps.run_length(tokens)
-            pieces: list[tuple[int, int, list[int]]] = []
-            ended: list[int] = []
-            last: list[int] = []
-            used = 0
-            while waiting and used < tokens // run and len(ended) < steps.LOGIT_ROWS:
-                i, at = waiting[0]
-                ids = list(requests[i].prompt_ids[at : at + (tokens // run - used) * run])
-                pieces.append((i, at, ids))
-                used += -(-len(ids) // run)
-                if at + len(ids) < len(requests[i].prompt_ids):
-                    waiting[0] = (i, at + len(ids))
-                    break
-                waiting.pop(0)
-                ended.append(i)
-                last.append((used - 1) * run + (len(ids) - 1) % run)
-            yield make_batch(pieces, run, tokens, last or [0], steps.LOGIT_ROWS), ended
+            packed = [self._pack(requests, queue, tokens) for queue in queues]
+            yield join_batches([batch for batch, _ in packed], self.model.on.mesh is not None), [ended for _, ended in packed]
+
+    def _pack(self, requests: Sequence[Request], waiting: list[tuple[int, int]], tokens: int) -> tuple[Batch, list[int]]:
+        """Takes as much from the front of a queue of (request, its next position) as a step of so many tokens has room for."""
+        run = steps.run_length(tokens)
+        pieces: list[tuple[int, int, list[int]]] = []
+        ended: list[int] = []
+        last: list[int] = []
+        used = 0
+        while waiting and used < tokens // run and len(ended) < steps.LOGIT_ROWS:
+            i, at = waiting[0]
+            ids = list(requests[i].prompt_ids[at : at + (tokens // run - used) * run])
+            pieces.append((i // self._shards, at, ids))
+            used += -(-len(ids) // run)
+            if at + len(ids) < len(requests[i].prompt_ids):
+                waiting[0] = (i, at + len(ids))
+                break
+            waiting.pop(0)
+            ended.append(i)
+            last.append((used - 1) * run + (len(ids) - 1) % run)
+        return make_batch(pieces, run, tokens, last or [0], steps.LOGIT_ROWS), ended
 
     def _decode_all(self, rows: list[Row], first: int, state: steps.EngineState, timings: Timings, on_text) -> steps.EngineState:
         """Decodes until every row has ended, in chunks; ended rows leave the batch between chunks."""
         began = time.perf_counter()
         while live := [i for i, row in enumerate(rows) if row.result.finish_reason is None]:
-            n = steps.bucket(len(live), steps.ROW_BUCKETS)
-            done = [rows[i].result for i in live]
-            last = steps.pad_to([r.ids[-1] for r in done], n)
-            positions = steps.pad_to([len(r.prompt_ids) + len(r.ids) - 1 for r in done], n)
-            budget = steps.pad_to([rows[i].request.max_new_tokens - len(rows[i].result.ids) for i in live], n)
-            sampling = self._sampling([rows[i].request for i in live], n)
-            out, state, routed = self._decode(state, steps.pad_to(live, n), last, positions, budget, sampling)
+            groups = [[i for i in live if i % self._shards == group] for group in range(self._shards)]
+            n = steps.bucket(max(map(len, groups)), steps.ROW_BUCKETS)
+            live = [i for group in groups for i in group]
+            at = [n * g + j for g, group in enumerate(groups) for j in range(len(group))]
+
+            def column(value: Callable[[Row], int], groups=groups, n=n) -> np.ndarray:
+                return np.concatenate([steps.pad_to([value(rows[i]) for i in group], n) for group in groups])
+
+            last = column(lambda row: row.result.ids[-1])
+            positions = column(lambda row: len(row.result.prompt_ids) + len(row.result.ids) - 1)
+            budget = column(lambda row: row.request.max_new_tokens - len(row.result.ids))
+            sampling = self._sampling([[rows[i].request for i in group] for group in groups], n)
+            own_rows = np.concatenate([steps.pad_to([i // self._shards for i in group], n) for group in groups])
+            out, state, routed = self._decode(state, own_rows, last, positions, budget, sampling)
             out = np.asarray(out)
-            self._record_decode(first, live, last, out, routed)
-            for tokens in out:
-                if (tokens[: len(live)] < 0).all():
+            self._record_decode(first, live, at, last, out, routed)
+            for tokens in out[:, at]:
+                if (tokens < 0).all():
                     break
                 timings.decode_steps += 1
-                for i, token in zip(live, tokens, strict=False):
+                for i, token in zip(live, tokens, strict=True):
                     if token >= 0 and rows[i].result.finish_reason is None:
                         timings.decode_tokens += 1
                         on_text(i, rows[i].push(int(token)))
         timings.decode_seconds = time.perf_counter() - began
         return state
 
-    def _sampling(self, requests: Sequence[Request], n: int) -> SamplingParams:
-        """Sampling arrays for n rows, padded with the last request's values."""
+    def _sampling(self, groups: Sequence[Sequence[Request]], n: int) -> SamplingParams:
+        """Sampling arrays for n rows of each group, padded with the group's last request's values."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(Sampling):
-            column = [getattr(r.sampling, field.name) for r in requests] or [field.default]
-            values[field.name] = np.asarray(column + [column[-1]] * (n - len(column)))
-        return sampling_params(n, **values)
+            columns = [[getattr(r.sampling, field.name) for r in group] or [field.default] for group in groups]
+            values[field.name] = np.concatenate([np.asarray(column + [column[-1]] * (n - len(column))) for column in columns])
+        return sampling_params(n * len(groups), **values)
 
 
 def prompt_logits(model: Model, ids: Sequence[int], tokens: int = 512) -> np.ndarray:

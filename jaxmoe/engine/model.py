@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints.load import Checkpoint
+from jaxmoe.engine.mesh import HERE, Devices
 from jaxmoe.experts import ResidentBank, SlotBank, host_store
 from jaxmoe.experts.lossy import Lossy
 from jaxmoe.formats import ExpertLayout
@@ -23,13 +24,15 @@ from pallas_kernels.dispatch import Kernels
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Attributes: `spec`, `kernels` (static); `params` the segmented tree; `bank` the experts; `folder` the checkpoint it came from."""
+    """Attributes: `spec`, `kernels` (static); `params` the segmented tree; `bank` the experts; `folder` the checkpoint it came from; `on` the
+    devices it is on."""
 
     spec: ModelSpec
     params: dict
     bank: Any
     kernels: Kernels
     folder: Path | None = None
+    on: Devices = HERE
 
     def for_positions(self, positions: int) -> Model:
         """The model for sequences of up to so many positions (`ModelSpec.for_positions`)."""

@@ -195,8 +195,8 @@ class _Serving:
             for i, row in zip(new, rows, strict=True):
                 self.seen = self.source.begin(self.seen, int(row), i)
         group, learning = [self.requests[i] for i in new], 0.0
-        for batch, ended in engine._prefill_batches(group):
-            sampling = engine._sampling([group[i] for i in ended], steps.LOGIT_ROWS)
+        for batch, (ended,) in engine._prefill_batches(group):
+            sampling = engine._sampling([[group[i] for i in ended]], steps.LOGIT_ROWS)
             at = steps.pad_to([len(group[i].prompt_ids) for i in ended], steps.LOGIT_ROWS)
             tokens, self.state, routed = engine._prefill(self.state, _in_rows(batch, rows), sampling, at)
             engine._record_prompt(self.first + new[0], batch, routed)
@@ -223,7 +223,7 @@ class _Serving:
         chosen = time.perf_counter()
         last, out, routed = self._decode(picked)
         decoded = time.perf_counter()
-        self.engine._record_decode(self.first, list(picked), last, out, routed)
+        self.engine._record_decode(self.first, list(picked), list(range(len(picked))), last, out, routed)
         self._learn(picked, last, out, routed)
         learned = time.perf_counter()
         self._push(picked, out)
@@ -256,7 +256,7 @@ class _Serving:
         positions = steps.pad_to([len(r.prompt_ids) + len(r.ids) - 1 for r in results], n)
         left = [self.requests[i].max_new_tokens - len(r.ids) for i, r in zip(picked, results, strict=True)]
         budget = steps.pad_to(np.minimum(left, self.grouping.every), n)
-        sampling = engine._sampling([self.requests[i] for i in picked], n)
+        sampling = engine._sampling([[self.requests[i] for i in picked]], n)
         rows = steps.pad_to(self.row_of[list(picked)], n)
         out, self.state, routed = engine._decode(self.state, rows, last, positions, budget, sampling)
         return last, np.asarray(out), routed

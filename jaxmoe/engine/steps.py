@@ -16,13 +16,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.decode.sampling import SamplingParams, sample
+from jaxmoe.engine.mesh import HERE, Devices, anywhere, on_mesh
 from jaxmoe.nn.transformer import chosen_experts, forward
 from jaxmoe.routing.ahead import AHEAD, WIDTH, Gates, stack_gates
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
+from sharding.split import ALONE, Layout, local_spec
 
 TOKEN_BUCKETS = (32, 128, 512)
 """Tokens in a prefill step."""
@@ -73,37 +76,48 @@ def committed(state: EngineState) -> EngineState:
     return jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
 
 
-def _forward(spec: ModelSpec, params, bank, state: EngineState, batch: Batch, kernels: Kernels, record: bool = False, gates: Gates | None = None):
+def _forward(
+    spec: ModelSpec, params, bank, state: EngineState, batch: Batch, kernels: Kernels, record: bool = False, gates: Gates | None = None,
+    layout: Layout = ALONE,
+):  # fmt: skip
     bank = bank.join(state.bank)
     bank = bank.in_order() if batch.run > 1 else bank
-    logits, bank, layers, aux = forward(spec, params, bank, state.layers, batch, kernels, record, gates)
+    logits, bank, layers, aux = forward(spec, params, bank, state.layers, batch, kernels, record, gates, layout)
     return logits, EngineState(layers, bank.split()[1]), chosen_experts(spec, aux["routed"]) if record else ()
 
 
 @functools.cache
-def prefill_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False) -> Callable:
+def prefill_step(
+    spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False, on: Devices = HERE
+) -> Callable:
     """The jitted `(params, bank, state, batch, sampling, positions [R]) -> (tokens [R], state, routed)`.
 
     `routed` is `chosen_experts` of the batch with `record`, else empty; with `gates` as well, what routers foretell is part of it.
+    `on`: the devices that share the work; arrays are whole ones, and a batch is `jaxmoe.cache.batch.join_batches` of theirs.
     """
+    own, layout = local_spec(spec, on.layout), on.layout
 
     def prefill(params, bank, state, batch: Batch, sampling: SamplingParams, positions):
-        stacked = stack_gates(spec, params) if gates else None
-        logits, state, routed = _forward(spec, params, bank, state, batch, kernels, record, stacked)
+        stacked = stack_gates(own, params) if gates else None
+        logits, state, routed = _forward(own, params, bank, state, batch, kernels, record, stacked, layout)
         with jax.named_scope("sample"):
             return sample(logits, sampling, positions, greedy_only=greedy), state, routed
 
-    return jax.jit(prefill, donate_argnums=2, compiler_options=kernels.compiler_options())
+    rows, tokens = P(layout.batch), P((*layout.batch, *layout.sequence))
+    whole = on_mesh(prefill, spec, on, (tokens, rows, rows), (rows, tokens))
+    return jax.jit(whole, donate_argnums=2, compiler_options=kernels.compiler_options())
 
 
 @functools.cache
-def logits_step(spec: ModelSpec, kernels: Kernels) -> Callable:
+def logits_step(spec: ModelSpec, kernels: Kernels, on: Devices = HERE) -> Callable:
     """The jitted `(params, bank, state, batch) -> (logits [R, V], state)`, for scoring and tests."""
+    own, layout = local_spec(spec, on.layout), on.layout
 
     def score(params, bank, state, batch: Batch):
-        return _forward(spec, params, bank, state, batch, kernels)[:2]
+        return _forward(own, params, bank, state, batch, kernels, layout=layout)[:2]
 
-    return jax.jit(score, donate_argnums=2, compiler_options=kernels.compiler_options())
+    whole = on_mesh(score, spec, on, (P((*layout.batch, *layout.sequence)),), (P(layout.batch),))
+    return jax.jit(whole, donate_argnums=2, compiler_options=kernels.compiler_options())
 
 
 def decode_batch(rows, tokens, positions, live) -> Batch:
@@ -128,19 +142,23 @@ def live_count(live: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False) -> Callable:
+def decode_step(
+    spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False, on: Devices = HERE
+) -> Callable:
     """The jitted `(params, bank, state, rows, tokens, positions, budget, eos, sampling) -> (out [CHUNK, n], state, routed)`.
 
     `rows` are cache rows of the sequences, `tokens` their last tokens at `positions`, `budget` int32 [n] how many more each may produce in this call
     (0 for padding). A sequence stops after an end-of-text id; the program ends when all have. Entries past a sequence's end are -1. `routed` is
     `chosen_experts` of every step, [CHUNK, n, L, A], with `record`, else empty; with `gates` as well, what routers foretell is part of it.
+    `on`: the devices that share the work; each group of them has an equal share of the n sequences, and `rows` count its own.
     """
+    own, layout = local_spec(spec, on.layout), on.layout
 
     def decode(params, bank, state, rows, tokens, positions, budget, eos, sampling: SamplingParams):
         def body(carry):
             i, state, tokens, positions, left, out, routed = carry
             live = left > 0
-            logits, state, chosen = _forward(spec, params, bank, state, decode_batch(rows, tokens, positions, live), kernels, record, stacked)
+            logits, state, chosen = _forward(own, params, bank, state, decode_batch(rows, tokens, positions, live), kernels, record, stacked, layout)
             routed = tuple(jax.lax.dynamic_update_index_in_dim(all, one, i, 0) for all, one in zip(routed, chosen, strict=True))
             new = sample(logits, sampling, positions + 1, greedy_only=greedy)
             out = jax.lax.dynamic_update_slice(out, jnp.where(live, new, -1)[None], (i, 0))
@@ -150,17 +168,19 @@ def decode_step(spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = 
             left = jnp.where(live & ~ended, left - 1, 0)
             return i + 1, state, tokens, positions, left, out, routed
 
-        stacked = stack_gates(spec, params) if gates else None
+        stacked = stack_gates(own, params) if gates else None
         out = jnp.full((CHUNK, rows.shape[0]), -1, jnp.int32)
         routed = _unrouted(spec, rows.shape[0], gates) if record else ()
         carry = (jnp.int32(0), state, tokens, positions, budget, out, routed)
         if kernels.backend in ("cpu", "reference"):
-            carry = jax.lax.while_loop(lambda c: (c[0] < CHUNK) & (c[4] > 0).any(), body, carry)
+            carry = jax.lax.while_loop(lambda c: (c[0] < CHUNK) & anywhere((c[4] > 0).any(), layout), body, carry)
         else:  # a loop of unknown length reads its predicate back to the host on GPUs; this one's length is known
             carry = jax.lax.fori_loop(0, CHUNK, lambda _, c: body(c), carry)
         return carry[5], carry[1], carry[6]
 
-    return jax.jit(decode, donate_argnums=2, compiler_options=kernels.compiler_options())
+    rows, chunk = P(layout.batch), P(None, layout.batch)
+    whole = on_mesh(decode, spec, on, (rows, rows, rows, rows, P(), rows), (chunk, chunk))
+    return jax.jit(whole, donate_argnums=2, compiler_options=kernels.compiler_options())
 
 
 def _unrouted(spec: ModelSpec, rows: int, gates: bool) -> tuple[jax.Array, ...]:
@@ -176,8 +196,8 @@ class Fused:
 
     stalled = 0.0
 
-    def __init__(self, spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False):
-        how = (spec, kernels, greedy, record, *([True] if gates else []))
+    def __init__(self, spec: ModelSpec, kernels: Kernels, greedy: bool, record: bool = False, gates: bool = False, on: Devices = HERE):
+        how = (spec, kernels, greedy, record, *([gates, on] if gates or on != HERE else []))
         self._prefill, self._decode = prefill_step(*how), decode_step(*how)
 
     def ways(self) -> Iterator[None]:

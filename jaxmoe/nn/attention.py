@@ -16,6 +16,7 @@ from jaxmoe.nn.rope import apply_rope
 from jaxmoe.spec import AttentionSpec, LatentSpec, ModelSpec
 from pallas_kernels.dense.api import dense_heads
 from pallas_kernels.dispatch import Kernels
+from sharding.split import ALONE, Layout
 
 
 class Attention(nn.Module):
@@ -24,6 +25,7 @@ class Attention(nn.Module):
     spec: AttentionSpec
     model: ModelSpec
     kernels: Kernels
+    layout: Layout = ALONE
 
     @nn.compact
     def __call__(self, x: Float[Array, "T D"], layer, state: Any, batch: Batch, tables) -> tuple[jax.Array, Any]:
@@ -37,8 +39,9 @@ class Attention(nn.Module):
         v = k if s.values == "keys" else project("v", s.kv_heads)
         if s.qk_norm in ("head", "full"):
             q_shape, k_shape = ((s.heads, s.head_dim), (s.kv_heads, s.head_dim)) if s.qk_norm == "full" else ((s.head_dim,), (s.head_dim,))
-            q = model_norm(self.model, self.kernels, q_shape, "q_norm")(q)
-            k = model_norm(self.model, self.kernels, k_shape, "k_norm")(k)
+            over = self.layout.heads if s.qk_norm == "full" else ()
+            q = model_norm(self.model, self.kernels, q_shape, "q_norm", over)(q)
+            k = model_norm(self.model, self.kernels, k_shape, "k_norm", over)(k)
         if s.v_norm:
             v = self._unscaled(v)
         if s.clip is not None:
@@ -56,7 +59,7 @@ class Attention(nn.Module):
         if s.gate:
             o = o * jax.nn.sigmoid(project("gate", s.heads))
         o = o.reshape(x.shape[0], -1)
-        return Linear((s.heads, s.head_dim), (self.model.width,), precision, self.kernels, s.out_bias, name="o")(o), state
+        return Linear((s.heads, s.head_dim), (self.model.width,), precision, self.kernels, s.out_bias, self.layout.heads, name="o")(o), state
 
     def _unscaled(self, x: Float[Array, "T H C"]) -> jax.Array:
         """Each head normalised, without a learned scale."""
@@ -74,6 +77,7 @@ class LatentAttention(nn.Module):
     spec: AttentionSpec
     model: ModelSpec
     kernels: Kernels
+    layout: Layout = ALONE
 
     @nn.compact
     def __call__(self, x: Float[Array, "T D"], layer, state: Any, batch: Batch, tables) -> tuple[jax.Array, Any]:
@@ -93,7 +97,7 @@ class LatentAttention(nn.Module):
         with jax.named_scope("attend"):
             o, state = state.attend(s, layer, q, k, None, batch, self.kernels)
         o = dense_heads(o, self._up("v_up", m.value), self.kernels, transposed=True).reshape(x.shape[0], -1)
-        return Linear((s.heads, m.value), (self.model.width,), precision, self.kernels, s.out_bias, name="o")(o), state
+        return Linear((s.heads, m.value), (self.model.width,), precision, self.kernels, s.out_bias, self.layout.heads, name="o")(o), state
 
     def _linear(self, name: str, width: int, bias: bool) -> Linear:
         return Linear((self.model.width,), (width,), self.model.precision, self.kernels, bias, name=name)

@@ -14,6 +14,7 @@ from jaxmoe.cache.batch import Batch
 from jaxmoe.nn.parts import NORMAL, Held, Linear, rms
 from jaxmoe.spec import DeltaSpec, Precision
 from pallas_kernels.dispatch import Kernels
+from sharding.split import ALONE, Layout
 
 
 class GatedDelta(nn.Module):
@@ -28,6 +29,7 @@ class GatedDelta(nn.Module):
     eps: float
     precision: Precision
     kernels: Kernels
+    layout: Layout = ALONE
 
     @nn.compact
     def __call__(self, x: Float[Array, "T D"], layer, state: Any, batch: Batch) -> tuple[Float[Array, "T D"], Any]:
@@ -50,4 +52,4 @@ class GatedDelta(nn.Module):
         o = rms(o.astype(x.dtype), self.eps, self.kernels).astype(x.dtype).reshape(o.shape)
         o = o * formats.load(own("norm", "scale", s.v_dim), x.dtype)
         o = (o * jax.nn.silu(z.astype(jnp.float32))).astype(x.dtype)
-        return Linear(values, (self.width,), self.precision, self.kernels, name="o")(o.reshape(x.shape[0], -1)), state
+        return Linear(values, (self.width,), self.precision, self.kernels, summed=self.layout.heads, name="o")(o.reshape(x.shape[0], -1)), state

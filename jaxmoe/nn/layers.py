@@ -14,28 +14,30 @@ from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank, expert_ffn
 from jaxmoe.nn.attention import Attention, LatentAttention
 from jaxmoe.nn.delta import GatedDelta
-from jaxmoe.nn.parts import NORMAL, Held, Linear, held, model_norm, rounded
+from jaxmoe.nn.parts import NORMAL, Held, Linear, held, joined, model_norm, rounded
 from jaxmoe.routing.route import RouterOut, route
 from jaxmoe.spec import ExpertSpec, LayerSpec, ModelSpec, Precision, RouterSpec, SpecError
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.glu import GLUS
+from sharding.split import ALONE, Layout
 
 
 class GatedMLP(nn.Module):
-    """A dense gated feed-forward network."""
+    """A dense gated feed-forward network. Attributes: `summed`, mesh axes that its hidden width is split over."""
 
     spec: ExpertSpec
     width: int
     precision: Precision
     kernels: Kernels
+    summed: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "T D"]) -> jax.Array:
-        def linear(name: str, inputs: int, outputs: int, x: jax.Array) -> jax.Array:
-            return Linear((inputs,), (outputs,), self.precision, self.kernels, self.spec.bias, name=name)(x)
+        def linear(name: str, inputs: int, outputs: int, x: jax.Array, summed: tuple[str, ...] = ()) -> jax.Array:
+            return Linear((inputs,), (outputs,), self.precision, self.kernels, self.spec.bias, summed, name=name)(x)
 
         gate, up = (linear(name, self.width, self.spec.width, x) for name in ("gate", "up"))
-        return linear("down", self.spec.width, self.width, GLUS[self.spec.activation](gate, up))
+        return linear("down", self.spec.width, self.width, GLUS[self.spec.activation](gate, up), self.summed)
 
 
 class Router(nn.Module):
@@ -65,18 +67,23 @@ class Router(nn.Module):
 
 
 class ExpertBias(nn.Module):
-    """The biases of a layer's experts: `w_in` [E, 2, F] and `w_out` [E, D]. They stay on the device when experts are streamed."""
+    """The biases of a layer's experts: `w_in` [E, 2, F] and `w_out` [E, D]. They stay on the device when experts are streamed.
+
+    Attributes: `summed`, mesh axes that the hidden width is split over: the first device along them adds `w_out`, to its part of the sum.
+    """
 
     experts: int
     spec: ExpertSpec
     width: int
     precision: Precision
+    summed: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array]:
         zeros = held(nn.initializers.zeros, self.precision)
         w_in = self.param("w_in", zeros, (self.experts, 2, self.spec.width))
-        return w_in, self.param("w_out", zeros, (self.experts, self.width))
+        w_out = self.param("w_out", zeros, (self.experts, self.width))
+        return w_in, jnp.where(jax.lax.axis_index(self.summed) == 0, w_out, jnp.zeros_like(w_out)) if self.summed else w_out
 
 
 Side = Float[Array, "T D"] | None
@@ -93,6 +100,7 @@ class DecoderLayer(nn.Module):
     spec: LayerSpec
     model: ModelSpec
     kernels: Kernels
+    layout: Layout = ALONE
 
     @nn.compact
     def __call__(self, what: str, *args: Any) -> Any:
@@ -114,7 +122,7 @@ class DecoderLayer(nn.Module):
         side: Side
         if s.dense is not None:
             with jax.named_scope("mlp"):
-                side = GatedMLP(s.dense, self.model.width, self.model.precision, self.kernels, name="mlp")(h)
+                side = GatedMLP(s.dense, self.model.width, self.model.precision, self.kernels, self.layout.mlp, name="mlp")(h)
             if not s.sparse:
                 return x, side, None, bank, state, router_state, None
             if not s.post_norms:
@@ -123,6 +131,7 @@ class DecoderLayer(nn.Module):
         else:
             side, into_router = self._shared(h), h
         y, bank, router_state, routed = self._experts(into_router, h, moe_layer, bank, router_state, batch)
+        y = y if self._together else joined(y, self.layout.summed)
         return x, side, y, bank, state, router_state, routed
 
     def _finish(self, x: Float[Array, "T D"], side: Side, y: Float[Array, "T D"] | None) -> Float[Array, "T D"]:
@@ -131,6 +140,8 @@ class DecoderLayer(nn.Module):
         if y is not None and s.dense is not None:
             y = self._normed("norm_experts_out", y)
         out: Any = side if y is None else y if side is None else y + side
+        if y is not None and self._together:
+            out = joined(out, self.layout.summed)
         if s.post_norms:
             out = self._normed("norm_mlp_out", out)
         x = self._added(x, out)
@@ -141,12 +152,12 @@ class DecoderLayer(nn.Module):
         with jax.named_scope("attention"):
             h = self._norm("norm_attn")(x)
             if s.delta is not None:
-                module = GatedDelta(s.delta, self.model.width, self.model.norm_eps, self.model.precision, self.kernels, name="delta")
+                module = GatedDelta(s.delta, self.model.width, self.model.norm_eps, self.model.precision, self.kernels, self.layout, name="delta")
                 h, state = module(h, layer, state, batch)
             else:
                 assert s.attention is not None, "a layer has attention or a delta rule"
                 kind = Attention if s.attention.latent is None else LatentAttention
-                h, state = kind(s.attention, self.model, self.kernels, name="attn")(h, layer, state, batch, tables)
+                h, state = kind(s.attention, self.model, self.kernels, self.layout, name="attn")(h, layer, state, batch, tables)
             return self._added(x, self._normed("norm_attn_out", h) if s.post_norms else h), state
 
     def _shared(self, h: Float[Array, "T D"]) -> Side:
@@ -154,7 +165,8 @@ class DecoderLayer(nn.Module):
         if s.shared is None:
             return None
         with jax.named_scope("shared"):
-            out = GatedMLP(s.shared, m.width, m.precision, self.kernels, name="shared")(h)
+            summed = () if self._together else self.layout.shared
+            out = GatedMLP(s.shared, m.width, m.precision, self.kernels, summed, name="shared")(h)
             if s.shared_gate:
                 out = rounded(jax.nn.sigmoid(Linear((m.width,), (1,), m.precision, self.kernels, name="shared_gate")(h)) * out)
             return out
@@ -174,10 +186,17 @@ class DecoderLayer(nn.Module):
             h, weights = h * weights.astype(h.dtype), jnp.where(valid[:, None], 1.0, 0.0)
         more = {}
         if s.experts.bias:
-            more["biases"] = ExpertBias(s.router.experts, s.experts, m.width, m.precision, name="expert_bias")()
+            own, hidden = s.router.experts // self.layout.size(self.layout.experts), self.layout.expert_hidden
+            more["biases"] = ExpertBias(own, s.experts, m.width, m.precision, hidden, name="expert_bias")()
         with jax.named_scope("experts"):
             y, bank, _ = expert_ffn(bank, moe_layer, h, ids, weights, valid, self.kernels, **more)
         return y, bank, router_state, routed._replace(inputs=into_router)
+
+    @property
+    def _together(self) -> bool:
+        """Whether the shared expert's part of a sum over devices is added to the experts' parts first, so that one sum does for both."""
+        shared, layout = self.spec.shared, self.layout
+        return shared is not None and not shared.bias and self.spec.dense is None and set(layout.shared) == set(layout.summed) != set()
 
     def _norm(self, name: str):
         return model_norm(self.model, self.kernels, name=name)

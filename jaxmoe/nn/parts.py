@@ -33,10 +33,21 @@ def rounded(x: jax.Array) -> jax.Array:
     return jnp.where(x == x, x, jnp.nan) if x.dtype == jnp.float32 else x
 
 
-def rms(x: Float[Array, "... C"], eps: float, kernels: Kernels, width: int | None = None) -> Float[Array, "rows C"]:
-    """float32 rows of `width` numbers (the last axis, if not given) divided by their root mean square."""
+def joined(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
+    """The sum of what the devices along some mesh axes have; `x` itself without axes."""
+    if not over:
+        return x
+    with jax.named_scope("join"):
+        return jax.lax.psum(x, over)
+
+
+def rms(
+    x: Float[Array, "... C"], eps: float, kernels: Kernels, width: int | None = None, over: tuple[str, ...] = ()
+) -> Float[Array, "rows C"]:
+    """float32 rows of `width` numbers (the last axis, if not given) divided by their root mean square; `over`: mesh axes that share the rows."""
     rows = x.astype(jnp.float32).reshape(-1, width or x.shape[-1])
-    return rows * jax.lax.rsqrt(row_sum(rows * rows, kernels) / rows.shape[1] + eps)
+    count = rows.shape[1] * jax.lax.axis_size(over) if over else rows.shape[1]
+    return rows * jax.lax.rsqrt(joined(row_sum(rows * rows, kernels), over) / count + eps)
 
 
 class RMSNorm(nn.Module):
@@ -45,6 +56,7 @@ class RMSNorm(nn.Module):
     Attributes:
         offset: what is added to the scale.
         wide: multiply by the scale in float32 too, and round afterwards; otherwise round first, as Llama does.
+        over: mesh axes that share what is normalised.
     """
 
     shape: tuple[int, ...]
@@ -53,11 +65,12 @@ class RMSNorm(nn.Module):
     kernels: Kernels
     offset: float = 0.0
     wide: bool = False
+    over: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", held(nn.initializers.constant(1.0 - self.offset), self.precision), self.shape)
-        rows = rms(x, self.eps, self.kernels, math.prod(self.shape)).reshape(x.shape)
+        rows = rms(x, self.eps, self.kernels, math.prod(self.shape), self.over).reshape(x.shape)
         dtype = jnp.float32 if self.wide else x.dtype
         factor = formats.load(scale, dtype)
         return (rows.astype(dtype) * (factor + self.offset if self.offset else factor)).astype(x.dtype)
@@ -81,26 +94,32 @@ class LayerNorm(nn.Module):
         return (rows * formats.load(scale, jnp.float32) + formats.load(bias, jnp.float32)).astype(x.dtype)
 
 
-def model_norm(spec: ModelSpec, kernels: Kernels, shape: tuple[int, ...] | None = None, name: str | None = None) -> RMSNorm | LayerNorm:
-    """A norm as the model has them; over the model's width, or root-mean-square over `shape`."""
+def model_norm(
+    spec: ModelSpec, kernels: Kernels, shape: tuple[int, ...] | None = None, name: str | None = None, over: tuple[str, ...] = ()
+) -> RMSNorm | LayerNorm:
+    """A norm as the model has them; over the model's width, or root-mean-square over `shape` and what the mesh axes `over` share."""
     if spec.norm == "layer" and shape is None:
         return LayerNorm(spec.width, spec.norm_eps, spec.precision, kernels, name=name)
-    return RMSNorm(shape or (spec.width,), spec.norm_eps, spec.precision, kernels, spec.norm_offset, spec.norm_wide, name=name)
+    return RMSNorm(shape or (spec.width,), spec.norm_eps, spec.precision, kernels, spec.norm_offset, spec.norm_wide, over, name=name)
 
 
 class Linear(nn.Module):
-    """A dense layer whose kernel is `[*inputs, *outputs]`; the input is given flattened to [T, prod(inputs)]."""
+    """A dense layer whose kernel is `[*inputs, *outputs]`; the input is given flattened to [T, prod(inputs)].
+
+    Attributes: `summed`, mesh axes over which its inputs are split: results are summed over them before the bias is added.
+    """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     precision: Precision
     kernels: Kernels
     bias: bool = False
+    summed: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "T K"]) -> jax.Array:
         kernel = self.param("kernel", held(NORMAL, self.precision), self.inputs + self.outputs)
-        y = dense(x, kernel.reshape(x.shape[1], -1), self.kernels)
+        y = joined(dense(x, kernel.reshape(x.shape[1], -1), self.kernels), self.summed)
         y = y.reshape(x.shape[0], *self.outputs)
         if self.bias:
             y = y + formats.load(self.param("bias", held(nn.initializers.zeros, self.precision), self.outputs), y.dtype)

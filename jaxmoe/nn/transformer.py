@@ -20,18 +20,19 @@ from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank
 from jaxmoe.nn.layers import DecoderLayer
-from jaxmoe.nn.parts import model_norm, rounded
+from jaxmoe.nn.parts import joined, model_norm, rounded
 from jaxmoe.nn.rope import rope_tables
 from jaxmoe.routing.ahead import Gates, chosen_ahead
 from jaxmoe.routing.route import RouterOut, initial_state
 from jaxmoe.spec import LayerSpec, ModelSpec, Segment, abstract_params, stack_layers
 from pallas_kernels.dense.api import dense
 from pallas_kernels.dispatch import Kernels
+from sharding.split import ALONE, Layout
 
 
-def decoder_layer(spec: ModelSpec, layer: LayerSpec, kernels: Kernels) -> DecoderLayer:
+def decoder_layer(spec: ModelSpec, layer: LayerSpec, kernels: Kernels, layout: Layout = ALONE) -> DecoderLayer:
     """The Linen module of one layer."""
-    return DecoderLayer(layer, spec, kernels)
+    return DecoderLayer(layer, spec, kernels, layout)
 
 
 def layer_tables(layer: LayerSpec, batch: Batch, dtype) -> tuple[jax.Array, jax.Array] | None:
@@ -41,7 +42,8 @@ def layer_tables(layer: LayerSpec, batch: Batch, dtype) -> tuple[jax.Array, jax.
 
 
 def forward(
-    spec: ModelSpec, params: dict, bank: ExpertBank, state: Any, batch: Batch, kernels: Kernels, collect: bool = False, gates: Gates | None = None
+    spec: ModelSpec, params: dict, bank: ExpertBank, state: Any, batch: Batch, kernels: Kernels, collect: bool = False, gates: Gates | None = None,
+    layout: Layout = ALONE,
 ) -> tuple[Float[Array, "R V"], ExpertBank, Any, dict]:
     """Runs the model over a batch.
 
@@ -54,30 +56,40 @@ def forward(
         kernels: which implementations run.
         collect: also return every layer's routing.
         gates: of `jaxmoe.routing.ahead.stack_gates`: with `collect`, return what they foretell of the next layers as well.
+        layout: how the model is split over devices, inside `shard_map`: `spec` is then `sharding.split.local_spec`, and all else a device's own part.
 
     Returns:
         float32 logits of `batch.logit_rows`; the bank and the state afterwards; aux: `{"routed": [RouterOut of [r, ...] leaves per sparse layer of
         each pattern]}` with `collect`, else empty.
     """
     fixed, moving = bank.split()
-    x = embed(spec, params, batch)
+    x = embed(spec, params, batch, layout)
     carry = (x, moving, state, initial_state(spec, x))
     routed = []
     for segment, trees in zip(spec.segments, params["segments"], strict=True):
-        carry, seen = _run_segment(spec, segment, trees, fixed, carry, batch, kernels, collect, gates)
+        carry, seen = _run_segment(spec, segment, trees, fixed, carry, batch, kernels, collect, gates, layout)
         routed.extend(seen)
     x, moving, state, _ = carry
-    return head(spec, params, x, batch, kernels), fixed.join(moving), state, {"routed": routed} if collect else {}
+    return head(spec, params, x, batch, kernels, layout), fixed.join(moving), state, {"routed": routed} if collect else {}
 
 
-def embed(spec: ModelSpec, params: dict, batch: Batch) -> Float[Array, "T D"]:
-    """The tokens' embeddings."""
+def embed(spec: ModelSpec, params: dict, batch: Batch, layout: Layout = ALONE) -> Float[Array, "T D"]:
+    """The tokens' embeddings; where the vocabulary is split, from whichever device has them."""
     with jax.named_scope("embed"):
-        x = formats.load(params["embed"]["table"][batch.tokens], formats.compute_dtype(spec.precision.compute))
+        table, dtype = params["embed"]["table"], formats.compute_dtype(spec.precision.compute)
+        if layout.vocab:
+            at = batch.tokens - jax.lax.axis_index(layout.vocab) * spec.vocab
+            own = (at >= 0) & (at < spec.vocab)
+            rows = formats.load(table[jnp.clip(at, 0, spec.vocab - 1)], dtype)
+            x = joined(jnp.where(own[:, None], rows, jnp.zeros_like(rows)), layout.vocab)
+        else:
+            x = formats.load(table[batch.tokens], dtype)
         return x if spec.embed_scale == 1.0 else rounded(x * jnp.asarray(spec.embed_scale, x.dtype))
 
 
-def head(spec: ModelSpec, params: dict, x_TD: Float[Array, "T D"], batch: Batch, kernels: Kernels) -> Float[Array, "R V"]:
+def head(
+    spec: ModelSpec, params: dict, x_TD: Float[Array, "T D"], batch: Batch, kernels: Kernels, layout: Layout = ALONE
+) -> Float[Array, "R V"]:
     """float32 logits of `batch.logit_rows`."""
     with jax.named_scope("head"):
         norm: Any = model_norm(spec, kernels)
@@ -85,6 +97,8 @@ def head(spec: ModelSpec, params: dict, x_TD: Float[Array, "T D"], batch: Batch,
         logits = dense(norm.apply({"params": params["final_norm"]}, x_TD[batch.logit_rows]), kernel, kernels, jnp.float32, transposed)
         if spec.head_bias:
             logits = logits + formats.load(params["lm_head"]["bias"], jnp.float32)
+        if layout.vocab:
+            logits = jax.lax.all_gather(logits, layout.vocab, axis=1, tiled=True)
         if spec.logit_divisor != 1.0:
             logits = logits / spec.logit_divisor
         return logits if spec.logit_cap is None else jnp.tanh(logits / spec.logit_cap) * spec.logit_cap
@@ -114,10 +128,10 @@ def chosen_experts(spec: ModelSpec, routed: list[RouterOut]) -> tuple[Array, ...
     return tuple(jnp.concatenate(out).swapaxes(0, 1).astype(jnp.float16 if name == "weights" else jnp.int16) for name, out in found.items())
 
 
-def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, collect: bool, gates: Gates | None):
+def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, collect: bool, gates: Gates | None, layout: Layout):
     """Runs all repeats of a pattern; returns the carry and, per sparse layer of the pattern, its routing stacked over repeats."""
     pattern, before = segment.pattern, spec.layers[: segment.first]
-    modules: list[Any] = [decoder_layer(spec, layer, kernels) for layer in pattern]
+    modules: list[Any] = [decoder_layer(spec, layer, kernels, layout) for layer in pattern]
 
     def number(same: Callable[[LayerSpec], bool], r, j: int):
         """Which of the model's layers of some kind the j-th of the r-th repeat is."""

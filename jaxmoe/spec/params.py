@@ -100,7 +100,7 @@ def _delta(d: DeltaSpec, width: int, leaf: MakeLeaf) -> dict:
     }
 
 
-def _mlp(e: ExpertSpec, width: int, leaf: MakeLeaf, hidden: str = "hidden") -> dict:
+def _mlp(e: ExpertSpec, width: int, leaf: MakeLeaf, hidden: str = "mlp_hidden") -> dict:
     return {
         "gate": _linear(leaf, (width, e.width), ("embed", hidden), bias=e.bias),
         "up": _linear(leaf, (width, e.width), ("embed", hidden), bias=e.bias),

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxmoe.cache.contiguous import KVState
+from jaxmoe.cache.recurrent import RecurrentState
 from jaxmoe.experts import ResidentBank
 from jaxmoe.formats import LAYOUTS
 from jaxmoe.spec import Leaf, abstract_experts, abstract_params
@@ -68,7 +70,7 @@ def test_sizes_that_do_not_divide():
 
 
 def test_every_axis_that_a_model_has_is_known():
-    """All published configs, and the bank in every layout."""
+    """All published configs, the bank in every layout, and what layers carry."""
     found = set()
     for name in names():
         spec = published(name)
@@ -76,6 +78,9 @@ def test_every_axis_that_a_model_has_is_known():
             found |= set(leaf.axes)
     for layout in LAYOUTS:
         for axes in ResidentBank(None, None, layout=layout).logical_axes().values():
+            found |= set(axes)
+    for state in (KVState(None, 0), RecurrentState(None, None)):
+        for axes in state.logical_axes().values():
             found |= set(axes)
     assert found - {None} == set(LOGICAL)
 

@@ -1,0 +1,200 @@
+"""Steps on a mesh of devices: where each array of a model and its state lies, and the `shard_map` around a whole step.
+
+Inside it every device computes `sharding.split.local_spec` of the model with its own part of each array; see `sharding.split`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxmoe.cache.batch import Batch
+from jaxmoe.cache.layers import LayerStates
+from jaxmoe.experts.resident import ResidentBank
+from jaxmoe.experts.sharded import ShardedBank
+from jaxmoe.experts.slots import SlotBank
+from jaxmoe.spec import LayerSpec, Leaf, ModelSpec, abstract_params, stack_layers
+from sharding.split import ALONE, AXES, Layout, Split, layout_of, local_spec
+
+P = PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """Where steps run; a jit key. Attributes: `layout` how the model is split, `mesh` over which devices; None for the default device alone."""
+
+    layout: Layout = ALONE
+    mesh: Mesh | None = None
+
+    def sharding(self, partition: PartitionSpec) -> NamedSharding:
+        """Where an array that is split so goes."""
+        assert self.mesh is not None
+        return NamedSharding(self.mesh, partition)
+
+
+HERE = Devices()
+"""The default device alone."""
+
+
+def devices_for(spec: ModelSpec, split: Split, devices: Any = None) -> Devices:
+    """The first of the process's devices (or of `devices`) that a split takes.
+
+    Raises:
+        SplitError: the model can't be split so, or there are fewer devices.
+    """
+    return Devices(layout_of(spec, split), split.mesh(devices))
+
+
+def bank_spec(spec: ModelSpec, layout: Layout) -> ModelSpec:
+    """The model as a device's own bank sees it: routers know the device's experts alone."""
+    share = layout.size(layout.experts)
+
+    def layer(x: LayerSpec) -> LayerSpec:
+        if x.router is None:
+            return x
+        count = x.router.experts // share
+        return dataclasses.replace(x, router=dataclasses.replace(x.router, experts=count, active=min(x.router.active, count)))
+
+    own = local_spec(spec, layout)
+    segments = [dataclasses.replace(segment, pattern=tuple(map(layer, segment.pattern))) for segment in own.segments]
+    return dataclasses.replace(own, segments=tuple(segments))
+
+
+# --- which mesh axes the axes of each array are split over
+
+
+def params_partition(spec: ModelSpec, layout: Layout, params: dict) -> dict:
+    """Partition specs of the segmented tree `params` (arrays or shapes), which is stacked or has tuples of layers."""
+    unrolled = isinstance(params["segments"][0][0]["norm_attn"]["scale"], tuple)
+
+    def stacked(leaves: list[Leaf]) -> Any:
+        first = leaves[0]
+        return tuple(leaves) if unrolled else Leaf((len(leaves), *first.shape), first.dtype, ("layers", *first.axes))
+
+    tree = stack_layers(spec, abstract_params(dataclasses.replace(spec, extra_heads=())), stacked)
+    if spec.tied and "lm_head" in params:
+        table = tree["embed"]["table"]
+        tree["lm_head"] = {"kernel": Leaf(table.shape[::-1], table.dtype, table.axes[::-1])}
+    return jax.tree.map(lambda leaf: layout.partition(*leaf.axes), tree)
+
+
+def bank_partition(layout: Layout, bank: Any) -> Any:
+    """Partition specs of a bank's fixed part."""
+    if isinstance(bank, ResidentBank):
+        return _with(bank, {name: layout.partition(*axes) for name, axes in bank.logical_axes().items()})
+    assert isinstance(bank, SlotBank), f"a bank of the kind {type(bank).__name__} can't be split"
+    return _with(bank, {"store": None if bank.store is None else P(AXES)})
+
+
+def layers_partition(layout: Layout, layers: LayerStates) -> LayerStates:
+    """Partition specs of the layers' states."""
+    states = [_with(state, {name: layout.partition(*axes) for name, axes in state.logical_axes().items()}) for state in layers.states]
+    return dataclasses.replace(layers, states=tuple(states))
+
+
+def state_partition(layout: Layout, state: Any) -> Any:
+    """Partition specs of an `EngineState`; what a bank carries is each device's own, one after another along a first axis."""
+    return dataclasses.replace(state, layers=layers_partition(layout, state.layers), bank=jax.tree.map(lambda _: P(AXES), state.bank))
+
+
+def _with(tree: Any, leaves: dict[str, Any]) -> Any:
+    return dataclasses.replace(tree, **leaves)
+
+
+# --- the step
+
+
+def on_mesh(step: Callable, spec: ModelSpec, on: Devices, inputs: tuple[PartitionSpec, ...], outputs: Any) -> Callable:
+    """A step over all devices.
+
+    Args:
+        step: `(params, bank, state, *rest) -> (first, state, *more)`, for one device's part of everything.
+        spec: the model.
+        on: the devices.
+        inputs: how each of `rest` is split; a `Batch` is one of `join_batches`.
+        outputs: how `first` and `more` are split: `(first, *more)`, each a partition spec for all leaves.
+
+    Returns:
+        The same function of whole arrays; `step` itself on one device.
+    """
+    if on.mesh is None:
+        return step
+    layout, experts = on.layout, spec.moe[0].experts if spec.moe_layers else 0
+
+    def whole(params, bank, state, *rest):
+        split = state_partition(layout, state)
+        into = (params_partition(spec, layout, params), bank_partition(layout, bank), split, *inputs)
+
+        def one(params, bank, state, *rest):
+            own = dataclasses.replace(state, bank=jax.tree.map(lambda x: x[0], state.bank))
+            rest = tuple(dataclasses.replace(x, n_runs=x.n_runs[0]) if isinstance(x, Batch) else x for x in rest)
+            first, own, *more = step(params, ShardedBank(bank, layout, experts), own, *rest)
+            return first, dataclasses.replace(own, bank=jax.tree.map(lambda x: x[None], own.bank)), *more
+
+        out = (outputs[0], split, *outputs[1:])
+        return jax.shard_map(one, mesh=on.mesh, in_specs=into, out_specs=out, check_vma=False)(params, bank, state, *rest)
+
+    return whole
+
+
+def anywhere(flag: jax.Array, layout: Layout) -> jax.Array:
+    """Whether a flag is up on any of the devices that have different sequences."""
+    return jax.lax.pmax(flag.astype(jnp.int32), layout.batch) > 0 if layout.batch else flag
+
+
+# --- arrays
+
+
+def first_state(spec: ModelSpec, on: Devices, init: Callable[[ModelSpec], LayerStates], bank_state: Callable[[], Any], make: Callable) -> Any:
+    """The state to begin with, made where it will be.
+
+    Args:
+        spec: the model.
+        on: the devices.
+        init: one device's layer states, of its local spec.
+        bank_state: one device's `init_state`.
+        make: of layer states and a bank's moving part, the state.
+    """
+
+    def one():
+        return make(init(local_spec(spec, on.layout)), jax.tree.map(lambda x: x[None], bank_state()))
+
+    split = state_partition(on.layout, jax.eval_shape(one))
+    return jax.jit(jax.shard_map(one, mesh=on.mesh, in_specs=(), out_specs=split, check_vma=False))()
+
+
+def place_params(spec: ModelSpec, on: Devices, params: dict) -> dict:
+    """Parameters on their devices, key-value heads copied where there are more devices than heads."""
+    if on.layout.kv_copies > 1:
+        params = _copied(spec, on.layout.kv_copies, params)
+    return _put(on, params, params_partition(spec, on.layout, params))
+
+
+def place_bank(on: Devices, bank: ResidentBank) -> ResidentBank:
+    """Experts on their devices."""
+    return _put(on, bank, bank_partition(on.layout, bank))
+
+
+def _put(on: Devices, tree: Any, partition: Any) -> Any:
+    return jax.tree.map(lambda x, p: jax.device_put(x, on.sharding(p)), tree, partition)
+
+
+def _copied(spec: ModelSpec, copies: int, params: dict) -> dict:
+    """Each key-value head `copies` times in a row, as devices find their own."""
+
+    def leaf(path: tuple, leaf: Leaf, x: Any) -> Any:
+        if "attn" not in [getattr(key, "key", None) for key in path] or "kv_heads" not in leaf.axes:
+            return x
+        axis = leaf.axes.index("kv_heads") - len(leaf.axes)
+        repeat = functools.partial(jnp.repeat, repeats=copies, axis=axis)
+        return tuple(map(repeat, x)) if isinstance(x, tuple) else repeat(x)
+
+    layers = stack_layers(spec, {"layers": abstract_params(spec)["layers"]}, lambda leaves: leaves[0])
+    segments = jax.tree.map_with_path(leaf, layers["segments"], params["segments"], is_leaf=lambda x: isinstance(x, Leaf))
+    return params | {"segments": segments}
