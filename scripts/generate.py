@@ -93,6 +93,10 @@ class Arguments:
     """Emulate a link of this many 10^9 bytes per second between host and device."""
     lossy: str | None = None
     """Give up exactness for fewer bytes: hobbit, drop-cold, cache-prior, bits=4, or fields like high=0.6,low=0.9,low_bits=4 (docs/offloading.md)."""
+    split: str | None = None
+    """Run on several devices, such as data=2,expert=4 or expert=8,attention=tensor (docs/planning.md); --expert-memory is then that of each."""
+    plan: Path | None = None
+    """Run as a file of scripts/plan.py says."""
     json: Path | None = None
     """Write requests, results and the run's record to this file."""
     cache: Path = CACHE
@@ -170,22 +174,27 @@ def open_checkpoint(args: Arguments, console: Console):
 
 
 def plan_streaming(args: Arguments, spec, rows: int, positions: int):
-    """What was asked for about experts, checked; None if nothing was."""
+    """What was asked for about experts and devices, checked; None if nothing was."""
+    from jaxmoe.engine.planned import choose_devices
     from jaxmoe.engine.streaming import Streaming, make_plan
 
     options = {name: getattr(args, option) for option, name in STREAMING.items() if getattr(args, option) is not None}
-    if args.expert_memory is not None:
-        return make_plan(Streaming(args.expert_memory, **options), spec, rows, positions)
-    if options:
+    streaming = None if args.expert_memory is None else Streaming(args.expert_memory, **options)
+    if streaming is not None and args.split is None and args.plan is None:
+        return make_plan(streaming, spec, rows, positions)
+    if options and streaming is None:
         option = next(option for option, name in STREAMING.items() if name in options)
         raise ValueError(f"--{option.replace('_', '-')} is for streamed experts: give --expert-memory too")
-    return None
+    if args.split is None and args.plan is None:
+        return None
+    return choose_devices(spec, args.split, args.plan, streaming, rows, positions)
 
 
 def load(args: Arguments, plan, checkpoint, spec, kernels, requests, eos, console: Console):
     """The model and its engine, and what streams its experts if anything does."""
     from jaxmoe.engine.generate import Engine
     from jaxmoe.engine.model import load_model
+    from jaxmoe.engine.planned import Planned, load_planned
     from jaxmoe.engine.streaming import load_streamed
 
     size = (len(requests), max(len(r.prompt_ids) + r.max_new_tokens for r in requests), args.temperature == 0, eos)
@@ -196,7 +205,14 @@ def load(args: Arguments, plan, checkpoint, spec, kernels, requests, eos, consol
     columns = (TextColumn("reading experts"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
-        streamed = load_streamed(plan, checkpoint, dtype, kernels, *size, progress=lambda n, total: progress.update(task, completed=n, total=total))
+
+        def show(n: int, total: int) -> None:
+            progress.update(task, completed=n, total=total)
+
+        if isinstance(plan, Planned):
+            engine = load_planned(plan, checkpoint, kernels, *size, progress=show)
+            return engine.model, engine, None
+        streamed = load_streamed(plan, checkpoint, dtype, kernels, *size, progress=show)
     return streamed.model, streamed.engine, streamed
 
 
@@ -261,7 +277,7 @@ def run(args: Arguments, console: Console) -> None:
 
 def report(args: Arguments, model, engine, streamed, results, timings, load_seconds: float, console: Console) -> None:
     """Prints what the run achieved against the machine's bound, and writes the record if one was asked for."""
-    from jaxmoe.report import expert_report, record
+    from jaxmoe.report import expert_report, mesh_report, record
 
     rows = len(results)
     sizes = model.bytes()
@@ -283,6 +299,9 @@ def report(args: Arguments, model, engine, streamed, results, timings, load_seco
     if streamed is not None:
         for line in expert_report.lines(experts, model.spec.moe[0].experts):
             console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
+    on_mesh = {} if model.on.mesh is None else mesh_report.mesh_report(engine, timings)
+    for line in mesh_report.lines(on_mesh) if on_mesh else []:
+        console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
     if args.json is None:
         return
     seconds = {n: getattr(timings, f"{n}_seconds") for n in ("prefill", "decode", "first_token")} | {"load": load_seconds}
@@ -302,7 +321,7 @@ def report(args: Arguments, model, engine, streamed, results, timings, load_seco
         | {"prefill_tokens_per_second": prefill_rate, "decode_tokens_per_second": decode_rate},
         bound=bound,
     )
-    made |= experts
+    made |= experts | on_mesh
     made["requests"] = [
         {"prompt_ids": list(r.prompt_ids), "ids": r.ids, "text": r.text, "finish_reason": r.finish_reason} for r in results
     ]

@@ -59,18 +59,19 @@ def devices(target: str) -> tuple[Any, ...]:
     """Compile-only devices of `target`.
 
     Args:
-        target: 'h100', or a TPU topology such as 'v5e:2x2', 'v5p:2x2x1', 'v6e:4x4' or 'tpu7x:2x2x1'.
+        target: 'h100', 'h100:8' for several of one machine, or a TPU topology such as 'v5e:2x2', 'v5p:2x2x1', 'v6e:4x4' or 'tpu7x:2x2x1'.
 
     Raises:
         MissingCompiler: the compiler for it is not installed.
         ValueError: XLA knows no such topology.
     """
-    plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12") if target == "h100" else ("libtpu",)
+    plugins = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12") if target.startswith("h100") else ("libtpu",)
     if not any(_installed(name) for name in plugins):
         raise MissingCompiler(f"no compiler for {target!r} here ({' or '.join(plugins)} is not installed): pip install 'jaxmoe[compile]'")
     try:
-        if target == "h100":
-            topology = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology="1x1x1")
+        if target.startswith("h100"):
+            count = target.partition(":")[2] or "1"
+            topology = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology=f"1x1x{int(count)}")
         else:
             for name, value in _TPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)

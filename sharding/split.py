@@ -129,7 +129,6 @@ class Layout:
         split: what was chosen.
         batch: of sequences, and of tokens outside the experts.
         heads: of attention and delta rules; what the output projections give is summed over them.
-        kv_copies: each key-value head is held by so many neighbouring devices of `heads`, where there are more devices than heads.
         mlp, shared: of the hidden widths of dense networks and of shared experts.
         experts: of the experts.
         expert_hidden: of the experts' hidden width.
@@ -141,7 +140,6 @@ class Layout:
     split: Split
     batch: tuple[str, ...] = ()
     heads: tuple[str, ...] = ()
-    kv_copies: int = 1
     mlp: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
@@ -153,6 +151,17 @@ class Layout:
     def size(self, axes: tuple[str, ...]) -> int:
         """Devices along some axes."""
         return math.prod(getattr(self.split, axis) for axis in axes)
+
+    def index(self, axes: tuple[str, ...], at: Sequence[int]) -> int:
+        """Which part along some axes the device at a place of the mesh has; `at` in the order of `AXES`."""
+        out = 0
+        for axis in axes:
+            out = out * getattr(self.split, axis) + int(at[AXES.index(axis)])
+        return out
+
+    def copies(self, kv_heads: int) -> int:
+        """How many neighbouring devices of `heads` hold each of so many key-value heads: more than one where there are more devices than heads."""
+        return max(1, self.size(self.heads) // kv_heads)
 
     @property
     def alone(self) -> bool:
@@ -203,16 +212,11 @@ def layout_of(spec: ModelSpec, split: Split) -> Layout:
         raise SplitError(f"expert = {split.expert}: the model has no experts")
     both = used("expert", "tensor") if split.attention == "tensor" else used("tensor")
     batch = used("data", "expert") if split.attention == "data" else used("data")
-    n, copies = size(both), 1
+    n = size(both)
     for layer in spec.layers:
         for what, have in _heads(layer):
             if have % n and not (what == "key-value heads" and n % have == 0):
                 raise SplitError(f"{' * '.join(both)} = {n} doesn't divide the model's {have} {what}")
-            if what == "key-value heads" and n > have:
-                copies = max(copies, n // have)
-        kv = {have for what, have in _heads(layer) if what == "key-value heads"}
-        if kv and copies > 1 and copies != max(1, n // min(kv)):
-            raise SplitError(f"{' * '.join(both)} = {n}: layers with different numbers of key-value heads can't be copied alike")
         for what, part in (("dense networks' hidden width", layer.dense), ("shared experts' hidden width", layer.shared)):
             if part is not None and part.width % n:
                 raise SplitError(f"{' * '.join(both)} = {n} doesn't divide the model's {what} of {part.width}")
@@ -232,7 +236,7 @@ def layout_of(spec: ModelSpec, split: Split) -> Layout:
     has_dense = any(layer.dense is not None for layer in spec.layers)
     has_shared = any(layer.shared is not None for layer in spec.layers)
     return Layout(
-        split, batch, both, copies, both if has_dense else (), both if has_shared else (), used("expert"), used("tensor"), vocab, used("sequence"),
+        split, batch, both, both if has_dense else (), both if has_shared else (), used("expert"), used("tensor"), vocab, used("sequence"),
         used("stage"),
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ class KVState:
         """
         if kernels.backend == "cpu":
             return _attend_runs(self, spec, layer, q, k, v, batch, kernels.row_invariant, sinks)
-        return _attend_gathered(self, spec, layer, q, k, v, batch, sinks)
+        return _attend_gathered(self, spec, layer, q, k, v, batch, sinks, kernels.backend == "tpu")
 
 
 def init_kv(shape: tuple[int, int, int | None], layers: int, rows: int, positions: int, max_run: int, dtype: str) -> KVState:
@@ -196,7 +196,7 @@ def _blocks(rows, at_row, keys, values, where, end, first, spec: AttentionSpec, 
     return o / total[..., None]
 
 
-def _write_runs(state: KVState, layer, k, v, batch: Batch) -> tuple[jax.Array, jax.Array]:
+def _write_runs(state: KVState, layer, k, v, batch: Batch, tpu: bool = False) -> tuple[jax.Array, jax.Array]:
     """The caches with every run written, one contiguous piece each: a scatter would have XLA lay the whole cache out for its own sake, in a copy."""
     run, valid = batch.run, batch.segments >= 0
     segments, positions = jnp.asarray(batch.run_segments), jnp.asarray(batch.run_positions)
@@ -206,7 +206,12 @@ def _write_runs(state: KVState, layer, k, v, batch: Batch) -> tuple[jax.Array, j
         kept = jax.lax.dynamic_slice(cache, start, (1, 1, *new.shape))
         cache = jax.lax.dynamic_update_slice(cache, jnp.where(mine, _held(new, cache)[None, None], kept), start)
         # As it was given: the new piece's layout would else become the whole cache's, by a copy of it.
-        return with_layout_constraint(cache, Layout(tuple(range(cache.ndim))))
+        return with_layout_constraint(cache, Layout(order(cache)))
+
+    def order(cache):
+        """As TPUs have it by default: with the positions last where the channels would have to be filled up to 128."""
+        narrow = tpu and cache.shape[-1] % 128 and not cache.shape[-2] % 128
+        return (0, 1, 2, 4, 3) if narrow else tuple(range(cache.ndim))
 
     def one_run(r, caches):
         keys, values = caches
@@ -221,13 +226,13 @@ def _write_runs(state: KVState, layer, k, v, batch: Batch) -> tuple[jax.Array, j
     return jax.lax.fori_loop(0, batch.tokens.shape[0] // run, one_run, (state.k, state.v))
 
 
-def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, sinks):
+def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, sinks, tpu: bool = False):
     """The plain way, for backends without a kernel and as a reference: one run after another, each over its whole cache row.
 
     All rows at once would be gathered first: a copy of a layer's cache, for which XLA's TPU compiler cuts up, and copies, the cache of all layers.
     """
     run, (heads, c), kv_heads, width = batch.run, q.shape[1:], k.shape[1], _value_width(state, spec)
-    keys, values = _write_runs(state, layer, k, v, batch)
+    keys, values = _write_runs(state, layer, k, v, batch, tpu)
     group = heads // kv_heads
     m = max(run * group, MIN_ROWS)  # of fewer XLA makes sums of products, and lays the whole cache out anew for them
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None

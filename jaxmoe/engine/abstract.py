@@ -1,7 +1,6 @@
 """A step and the shapes it takes, before any array exists: what planners compile for machines that aren't there.
 
-Every argument has the place that it has in a run: its sharding, its memory, and on accelerators its order of axes. XLA's own choice of an order for
-an argument is the one that pads least, and where that isn't the order a step computes in, the step would copy whole weights each time it runs.
+Every argument has the place that it has in a run: its sharding, its memory, and on TPUs its order of axes.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental.layout import Format
-from jax.experimental.layout import Layout as Order
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe import formats
@@ -75,30 +71,26 @@ def abstract_step(spec: ModelSpec, on: Devices, workload: Workload, kernels: Ker
 
 
 def placed(x: Any, on: Devices, partition: P, memory_kind: str | None = None) -> jax.ShapeDtypeStruct:
-    """A shape with its place, its axes in the order they are written."""
-    assert on.mesh is not None
-    sharding = NamedSharding(on.mesh, partition, memory_kind=memory_kind)
-    if memory_kind is not None or not x.shape or on.mesh.devices.flat[0].platform == "cpu":
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=Format(Order(tuple(range(len(x.shape)))), sharding))
+    """A shape with its place."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on.sharding(partition, memory_kind))
 
 
-def _placed_tree(tree: Any, on: Devices, partition: Any) -> Any:
-    return jax.tree.map(lambda x, p: placed(x, on, p), tree, partition)
+def _held(x: Any, on: Devices, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    """A weight's shape with its place."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.held(x, on, axes))
 
 
 def _abstract_params(spec: ModelSpec, on: Devices) -> dict:
-    def whole(path: tuple, leaf: Leaf) -> jax.ShapeDtypeStruct:
-        copies = on.layout.kv_copies if "attn" in [getattr(key, "key", None) for key in path] else 1
-        shape = [n * copies if axis == "kv_heads" else n for n, axis in zip(leaf.shape, leaf.axes, strict=True)]
+    def whole(leaf: Leaf) -> jax.ShapeDtypeStruct:
+        shape = [n * on.layout.copies(n) if axis == "kv_heads" else n for n, axis in zip(leaf.shape, leaf.axes, strict=True)]
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
 
     def stack(leaves: list) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
 
-    layered = jax.tree.map_with_path(whole, abstract_params(dataclasses.replace(spec, extra_heads=())))
+    layered = jax.tree.map(whole, abstract_params(dataclasses.replace(spec, extra_heads=())))
     params = stack_layers(spec, layered, stack)
-    return _placed_tree(params, on, mesh.params_partition(spec, on.layout, params))
+    return jax.tree.map(lambda x, leaf: _held(x, on, leaf.axes), params, mesh.params_leaves(spec, params))
 
 
 def _abstract_bank(spec: ModelSpec, on: Devices, workload: Workload, kernels: Kernels) -> tuple[Any, Callable[[], Any]]:
@@ -109,8 +101,9 @@ def _abstract_bank(spec: ModelSpec, on: Devices, workload: Workload, kernels: Ke
         dtype, layers = formats.leaf_dtype(spec.precision.params), len(spec.moe_layers)
         shapes = formats.expert_shapes(spec.width, experts.width, layout)
         w_in, w_out = (jax.ShapeDtypeStruct((layers, router.experts, *shape), dtype) for shape in shapes)
-        bank = ResidentBank(w_in, w_out, experts.activation, layout)  # type: ignore[arg-type]
-        return _placed_tree(bank, on, mesh.bank_partition(on.layout, bank)), lambda: ()
+        axes = formats.expert_axis_names(layout)
+        w_in, w_out = (_held(x, on, ("layers", "experts", *names)) for x, names in zip((w_in, w_out), axes, strict=True))
+        return ResidentBank(w_in, w_out, experts.activation, layout), lambda: ()  # type: ignore[arg-type]
     own = mesh.bank_spec(spec, on.layout)
     local = slot_bank(own, None, Offload(workload.slots, max(1, workload.staging)), layout)
     records = len(own.moe_layers) * own.moe[0].experts * on.layout.split.devices

@@ -205,12 +205,22 @@ class Engine:
         bank, on = self.model.bank, self.model.on
         if on.mesh is not None:
             state = first_state(self.model.spec, on, self._empty_cache, bank.init_state, steps.EngineState)
-            return state if moving is None else dataclasses.replace(state, bank=jax.vmap(bank.new_text)(moving))
+            return state if moving is None else dataclasses.replace(state, bank=self._on_each(bank.new_text, moving))
         return steps.committed(steps.EngineState(self._empty_cache(), bank.init_state() if moving is None else bank.new_text(moving)))
+
+    def _on_each(self, change: Callable[[Any], Any], moving: Any) -> Any:
+        """A bank's moving part changed, on each device its own."""
+        on_mesh = self.model.on.mesh is not None and jax.tree.leaves(moving)
+        return jax.vmap(change)(moving) if on_mesh else change(moving)
 
     def _empty_cache(self, spec: ModelSpec | None = None):
         """One device's, for its own share of the model."""
         return init_layers(spec or self.model.spec, self._own_rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+
+    def _counters(self, state: steps.EngineState) -> dict[str, np.ndarray]:
+        """The bank's counters, of all devices together."""
+        counted = self.model.bank.counters(state.bank)
+        return counted if self.model.on.mesh is None else {name: n.sum(0) for name, n in counted.items()}
 
     def kv_bytes(self) -> int:
         """Bytes of the cache of keys and values, on each device."""
@@ -240,7 +250,7 @@ class Engine:
             batch = join_batches([own] * shards, self.model.on.mesh is not None)
             ended = steps.LOGIT_ROWS * shards
             _, state, _ = self._prefill(self.start(), batch, sampling_params(ended), np.zeros(ended, np.int32))
-            self._moving = self.model.bank.forget(state.bank)
+            self._moving = self._on_each(self.model.bank.forget, state.bank)
         for rows in self.row_buckets():
             progress(f"decode of {rows}")
             rows = rows * shards
@@ -248,7 +258,7 @@ class Engine:
             for _ in self._programs.ways():
                 out, state, _ = self._decode(self.start(), nothing, nothing, nothing, one, sampling_params(rows))
                 jax.block_until_ready(out)
-                self._moving = self.model.bank.forget(state.bank)
+                self._moving = self._on_each(self.model.bank.forget, state.bank)
             self._programs.restart()
         return time.perf_counter() - began
 
@@ -268,7 +278,7 @@ class Engine:
     def forget(self) -> None:
         """Forgets the experts that are on the device, for the next call to begin without any."""
         if self._moving is not None:
-            self._moving = self.model.bank.forget(self._moving)
+            self._moving = self._on_each(self.model.bank.forget, self._moving)
 
     def experts(self) -> Any:
         """The bank's moving part as the last call left it; None before the first."""
@@ -337,7 +347,7 @@ class Engine:
         first, self._sequence = self._sequence, self._sequence + len(requests)
         timings = Timings(prompt_tokens=sum(len(r.prompt_ids) for r in requests))
         state = self.start()
-        at_start = self.model.bank.counters(state.bank)
+        at_start = self._counters(state)
         began = time.perf_counter()
         for batch, ended in self._prefill_batches(requests):
             own = [[requests[i] for i in group] for group in ended]
@@ -350,11 +360,11 @@ class Engine:
                 on_text(i, rows[i].push(int(token)))
         timings.prefill_seconds = time.perf_counter() - began
         stalled = self._programs.stalled
-        after_prefill = self.model.bank.counters(state.bank)
+        after_prefill = self._counters(state)
         state = self._decode_all(rows, first, state, timings, on_text)
         timings.decode_stall_seconds = self._programs.stalled - stalled
         timings.prefill_experts = {name: n - at_start[name] for name, n in after_prefill.items()}
-        timings.decode_experts = {name: n - after_prefill[name] for name, n in self.model.bank.counters(state.bank).items()}
+        timings.decode_experts = {name: n - after_prefill[name] for name, n in self._counters(state).items()}
         self._moving = state.bank
         return [row.result for row in rows], timings
 

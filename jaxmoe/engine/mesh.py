@@ -12,14 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as Order
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.layers import LayerStates
+from jaxmoe.experts.placed import PlacedBank
 from jaxmoe.experts.resident import ResidentBank
 from jaxmoe.experts.sharded import ShardedBank
 from jaxmoe.experts.slots import SlotBank
 from jaxmoe.spec import LayerSpec, Leaf, ModelSpec, abstract_params, stack_layers
+from sharding.padding import held_order
 from sharding.split import ALONE, AXES, Layout, Split, layout_of, local_spec
 
 P = PartitionSpec
@@ -32,10 +36,10 @@ class Devices:
     layout: Layout = ALONE
     mesh: Mesh | None = None
 
-    def sharding(self, partition: PartitionSpec) -> NamedSharding:
+    def sharding(self, partition: PartitionSpec, memory_kind: str | None = None) -> NamedSharding:
         """Where an array that is split so goes."""
         assert self.mesh is not None
-        return NamedSharding(self.mesh, partition)
+        return NamedSharding(self.mesh, partition, memory_kind=memory_kind)
 
 
 HERE = Devices()
@@ -69,8 +73,8 @@ def bank_spec(spec: ModelSpec, layout: Layout) -> ModelSpec:
 # --- which mesh axes the axes of each array are split over
 
 
-def params_partition(spec: ModelSpec, layout: Layout, params: dict) -> dict:
-    """Partition specs of the segmented tree `params` (arrays or shapes), which is stacked or has tuples of layers."""
+def params_leaves(spec: ModelSpec, params: dict) -> dict:
+    """The leaves, with their logical axes, of the segmented tree `params` (arrays or shapes), which is stacked or has tuples of layers."""
     unrolled = isinstance(params["segments"][0][0]["norm_attn"]["scale"], tuple)
 
     def stacked(leaves: list[Leaf]) -> Any:
@@ -81,13 +85,20 @@ def params_partition(spec: ModelSpec, layout: Layout, params: dict) -> dict:
     if spec.tied and "lm_head" in params:
         table = tree["embed"]["table"]
         tree["lm_head"] = {"kernel": Leaf(table.shape[::-1], table.dtype, table.axes[::-1])}
-    return jax.tree.map(lambda leaf: layout.partition(*leaf.axes), tree)
+    return tree
+
+
+def params_partition(spec: ModelSpec, layout: Layout, params: dict) -> dict:
+    """Partition specs of the segmented tree `params`."""
+    return jax.tree.map(lambda leaf: layout.partition(*leaf.axes), params_leaves(spec, params))
 
 
 def bank_partition(layout: Layout, bank: Any) -> Any:
     """Partition specs of a bank's fixed part."""
     if isinstance(bank, ResidentBank):
         return _with(bank, {name: layout.partition(*axes) for name, axes in bank.logical_axes().items()})
+    if isinstance(bank, PlacedBank):
+        return PlacedBank(bank_partition(layout, bank.own), layout.partition("layers", None))  # type: ignore[arg-type]
     assert isinstance(bank, SlotBank), f"a bank of the kind {type(bank).__name__} can't be split"
     return _with(bank, {"store": None if bank.store is None else P(AXES)})
 
@@ -134,13 +145,19 @@ def on_mesh(step: Callable, spec: ModelSpec, on: Devices, inputs: tuple[Partitio
         def one(params, bank, state, *rest):
             own = dataclasses.replace(state, bank=jax.tree.map(lambda x: x[0], state.bank))
             rest = tuple(dataclasses.replace(x, n_runs=x.n_runs[0]) if isinstance(x, Batch) else x for x in rest)
-            first, own, *more = step(params, ShardedBank(bank, layout, experts), own, *rest)
+            first, own, *more = step(params, _sharded(bank, layout, experts), own, *rest)
             return first, dataclasses.replace(own, bank=jax.tree.map(lambda x: x[None], own.bank)), *more
 
         out = (outputs[0], split, *outputs[1:])
         return jax.shard_map(one, mesh=on.mesh, in_specs=into, out_specs=out, check_vma=False)(params, bank, state, *rest)
 
     return whole
+
+
+def _sharded(bank: Any, layout: Layout, experts: int) -> ShardedBank:
+    if isinstance(bank, PlacedBank):
+        return ShardedBank(bank.own, layout, experts, bank.position_of_expert)
+    return ShardedBank(bank, layout, experts)
 
 
 def anywhere(flag: jax.Array, layout: Layout) -> jax.Array:
@@ -169,32 +186,53 @@ def first_state(spec: ModelSpec, on: Devices, init: Callable[[ModelSpec], LayerS
     return jax.jit(jax.shard_map(one, mesh=on.mesh, in_specs=(), out_specs=split, check_vma=False))()
 
 
+def leaf_sharding(on: Devices) -> Callable[[Leaf], NamedSharding] | None:
+    """Where leaves of a checkpoint go as they are read; key-value heads that are going to be copied are whole on every device until then."""
+    if on.mesh is None:
+        return None
+
+    def place(leaf: Leaf) -> NamedSharding:
+        sized = zip(leaf.axes, leaf.shape, strict=True)
+        return on.sharding(on.layout.partition(*(None if axis == "kv_heads" and on.layout.copies(n) > 1 else axis for axis, n in sized)))
+
+    return place
+
+
 def place_params(spec: ModelSpec, on: Devices, params: dict) -> dict:
     """Parameters on their devices, key-value heads copied where there are more devices than heads."""
-    if on.layout.kv_copies > 1:
-        params = _copied(spec, on.layout.kv_copies, params)
-    return _put(on, params, params_partition(spec, on.layout, params))
+    params = params | {"segments": _copied(spec, on.layout, params["segments"])}
+    return jax.tree.map(lambda x, leaf: jax.device_put(x, held(x, on, leaf.axes)), params, params_leaves(spec, params))
 
 
 def place_bank(on: Devices, bank: ResidentBank) -> ResidentBank:
     """Experts on their devices."""
-    return _put(on, bank, bank_partition(on.layout, bank))
+    return _with(bank, {name: jax.device_put(getattr(bank, name), held(getattr(bank, name), on, axes)) for name, axes in bank.logical_axes().items()})
 
 
-def _put(on: Devices, tree: Any, partition: Any) -> Any:
-    return jax.tree.map(lambda x, p: jax.device_put(x, on.sharding(p)), tree, partition)
+def held(x: Any, on: Devices, axes: tuple[str | None, ...]) -> NamedSharding | Format:
+    """Where a weight goes; on TPUs with the order of axes that steps compute in.
+
+    XLA's own choice of an order for an argument is the one that pads least, and where that isn't the order a step computes in, the step would copy
+    whole weights each time it runs.
+    """
+    sharding = on.sharding(on.layout.partition(*axes))
+    if sharding.mesh.devices.flat[0].platform != "tpu":
+        return sharding
+    return Format(Order(held_order(sharding.shard_shape(x.shape), axes, x.dtype.itemsize)), sharding)
 
 
-def _copied(spec: ModelSpec, copies: int, params: dict) -> dict:
-    """Each key-value head `copies` times in a row, as devices find their own."""
+def _copied(spec: ModelSpec, layout: Layout, segments: Any) -> Any:
+    """Each key-value head as often, in a row, as there are devices for it."""
 
-    def leaf(path: tuple, leaf: Leaf, x: Any) -> Any:
-        if "attn" not in [getattr(key, "key", None) for key in path] or "kv_heads" not in leaf.axes:
+    def leaf(leaf: Leaf, x: Any) -> Any:
+        if "kv_heads" not in leaf.axes:
             return x
-        axis = leaf.axes.index("kv_heads") - len(leaf.axes)
-        repeat = functools.partial(jnp.repeat, repeats=copies, axis=axis)
+        axis = leaf.axes.index("kv_heads")
+        copies = layout.copies(leaf.shape[axis])
+        if copies == 1:
+            return x
+        repeat = functools.partial(jnp.repeat, repeats=copies, axis=axis - len(leaf.axes))
         return tuple(map(repeat, x)) if isinstance(x, tuple) else repeat(x)
 
-    layers = stack_layers(spec, {"layers": abstract_params(spec)["layers"]}, lambda leaves: leaves[0])
-    segments = jax.tree.map_with_path(leaf, layers["segments"], params["segments"], is_leaf=lambda x: isinstance(x, Leaf))
-    return params | {"segments": segments}
+    leaves = stack_layers(spec, {"layers": abstract_params(spec)["layers"]}, lambda leaves: leaves[0])
+    return jax.tree.map(leaf, leaves["segments"], segments, is_leaf=lambda x: isinstance(x, Leaf))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from checkpoints.load import Checkpoint
+from jaxmoe import formats
+from jaxmoe.engine import mesh
 from jaxmoe.engine.mesh import HERE, Devices
 from jaxmoe.experts import ResidentBank, SlotBank, host_store
 from jaxmoe.experts.lossy import Lossy
@@ -20,6 +24,7 @@ from jaxmoe.residency import Knowledge, Shape, find_policy
 from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec, stack_layers
 from pallas_kernels.dispatch import Kernels
+from sharding.split import AXES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +44,32 @@ class Model:
         return dataclasses.replace(self, spec=self.spec.for_positions(positions))
 
     def bytes(self) -> dict[str, int]:
-        """Bytes of the arrays on device, by kind, counted from the leaves."""
+        """Bytes of the arrays on the device, or on each of a mesh, by kind, counted from the leaves."""
 
-        def count(tree) -> int:
-            return sum(x.nbytes for x in jax.tree.leaves(tree))
-
-        return {"params": count(self.params), "experts": self.bank.device_bytes}
+        bank = self.bank.device_bytes if isinstance(self.bank, SlotBank) else device_bytes(self.bank)
+        return {"params": device_bytes(self.params), "experts": bank}
 
     def bytes_per_token(self, rows: int = 1) -> int:
-        """Bytes of weights that one decode step of `rows` sequences has to read, if no two sequences share an expert.
+        """Bytes of weights that one decode step of `rows` sequences has to read, on each device, if no two sequences share an expert.
 
         The embedding counts when it is also the output matrix; else only its looked-up rows are read, which are few.
         """
         dense = self.bytes()["params"]
         if "lm_head" in self.params:
-            dense -= self.params["embed"]["table"].nbytes
+            dense -= device_bytes(self.params["embed"]["table"])
         router, _ = self.spec.moe
-        return dense + min(rows * router.active, router.experts) * sum(self.spec.expert_bytes())
+        layout = self.on.layout
+        parts = layout.size((*layout.experts, *layout.expert_hidden))
+        return dense + min(rows * router.active, router.experts) * sum(self.spec.expert_bytes()) // parts
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree's arrays on one of the devices that they are on."""
+
+    def own(x: jax.Array) -> int:
+        return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+
+    return sum(map(own, jax.tree.leaves(tree)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +102,9 @@ def load_model(
     unroll: bool | None = None,
     offload: Offload | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    on: Devices = HERE,
 ) -> Model:
-    """Restores a converted checkpoint onto the default device.
+    """Restores a converted checkpoint onto the default device, or onto a mesh of which each device reads its own part.
 
     Args:
         checkpoint: from `checkpoints.load.open_checkpoint`.
@@ -98,21 +113,61 @@ def load_model(
         unroll: keep one array a layer instead of scanning over stacked ones; the CPU's default, where it spares copies.
         offload: keep the experts in host memory, and bring them to the device as they are asked for.
         progress: called with experts read and experts in all, with `offload`.
+        on: the devices; `offload.slots` are those of each device, for its own experts.
 
     On the CPU a tied embedding gets a transposed copy as the output matrix: XLA there multiplies few rows with [V, D] at half the speed of [D, V].
     """
     spec = checkpoint.spec.with_precision(dtype)
     unroll = kernels.backend == "cpu" if unroll is None else unroll
-    layered = checkpoint.restore_params(spec)
+    layered = checkpoint.restore_params(spec, mesh.leaf_sharding(on))
     params = stack_layers(spec, layered, tuple if unroll else jnp.stack)
     if kernels.backend == "cpu" and "lm_head" not in params:
         params["lm_head"] = {"kernel": jnp.array(params["embed"]["table"].T)}
+    if on.mesh is not None:
+        params = mesh.place_params(spec, on, params)
+        bank = resident_bank(checkpoint, spec, kernels, on) if offload is None else sharded_slots(checkpoint, spec, offload, kernels, on, progress)
+        return Model(spec, params, bank, kernels, checkpoint.folder, on)
     if offload is not None:
         records = read_store(checkpoint, spec, progress, kernels.expert_layout) if offload.store else None
         return Model(spec, params, slot_bank(spec, records, offload, kernels.expert_layout), kernels, checkpoint.folder)
-    arrays = checkpoint.restore_bank(spec, layout=kernels.expert_layout)
-    bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation, kernels.expert_layout)
-    return Model(spec, params, bank, kernels, checkpoint.folder)
+    return Model(spec, params, resident_bank(checkpoint, spec, kernels, on), kernels, checkpoint.folder)
+
+
+def resident_bank(checkpoint: Checkpoint, spec: ModelSpec, kernels: Kernels, on: Devices = HERE) -> ResidentBank:
+    """All experts on the device, or each device's on it."""
+    arrays = checkpoint.restore_bank(spec, sharding=mesh.leaf_sharding(on), layout=kernels.expert_layout)
+    return ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation, kernels.expert_layout)
+
+
+def sharded_slots(
+    checkpoint: Checkpoint, spec: ModelSpec, offload: Offload, kernels: Kernels, on: Devices, progress: Callable[[int, int], None]
+) -> SlotBank:
+    """A slot bank for each device's own experts, whose records lie in its host's pinned memory, device after device along the first axis."""
+    own, layout = mesh.bank_spec(spec, on.layout), kernels.expert_layout
+    bank = slot_bank(own, None, offload, layout)
+    if not offload.store:
+        raise ValueError("experts of a mesh are brought by compiled steps: choose the mode fused or layer-grouped")
+    assert on.mesh is not None
+    layers, experts, width = own.moe_layers, own.moe[0].experts, own.moe[1].width
+    shape, dtype = (len(layers) * experts, *host_store.record_shape(own)), formats.leaf_dtype(spec.precision.params)
+    total, done = len(on.mesh.local_devices) * shape[0], 0
+
+    def records(index: Any) -> np.ndarray:
+        nonlocal done
+        at = np.unravel_index((index[0].start or 0) // shape[0], on.layout.split.shape)
+        first, part = (on.layout.index(axes, at) for axes in (on.layout.experts, on.layout.expert_hidden))
+        hidden, out = slice(part * width, (part + 1) * width), formats.aligned_empty(shape, dtype)
+        for i in range(shape[0]):
+            read = checkpoint.read_expert(layers[i // experts], first * experts + i % experts, spec.precision.params, verify=True)
+            mine = {"gate": read["gate"][:, hidden], "up": read["up"][:, hidden], "down": read["down"][hidden]}
+            host_store.pack_record(own, mine, out[i], layout)
+            done += 1
+            progress(done, total)
+        return out
+
+    whole = (shape[0] * on.layout.split.devices, *shape[1:])
+    store = jax.make_array_from_callback(whole, on.sharding(P(AXES), "pinned_host"), records)
+    return dataclasses.replace(bank, store=store)
 
 
 def read_store(

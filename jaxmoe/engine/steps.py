@@ -20,12 +20,13 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.decode.sampling import SamplingParams, sample
+from jaxmoe.engine.coherent import coherent_forward, moves
 from jaxmoe.engine.mesh import HERE, Devices, anywhere, on_mesh
 from jaxmoe.nn.transformer import chosen_experts, forward
 from jaxmoe.routing.ahead import AHEAD, WIDTH, Gates, stack_gates
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
-from sharding.split import ALONE, Layout, local_spec
+from sharding.split import ALONE, Layout, SplitError, local_spec
 
 TOKEN_BUCKETS = (32, 128, 512)
 """Tokens in a prefill step."""
@@ -82,6 +83,11 @@ def _forward(
 ):  # fmt: skip
     bank = bank.join(state.bank)
     bank = bank.in_order() if batch.run > 1 else bank
+    if moves(layout, batch):
+        if record:
+            raise SplitError("exchange = 'coherent' decodes where experts are, and records no routing: choose 'tokens'")
+        logits, bank, layers = coherent_forward(spec, params, bank, state.layers, batch, kernels, layout)
+        return logits, EngineState(layers, bank.split()[1]), ()
     logits, bank, layers, aux = forward(spec, params, bank, state.layers, batch, kernels, record, gates, layout)
     return logits, EngineState(layers, bank.split()[1]), chosen_experts(spec, aux["routed"]) if record else ()
 

@@ -1,0 +1,81 @@
+"""What a user asked for about devices: a split, or a plan's file; checked, and turned into a model on a mesh with an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from checkpoints.load import Checkpoint
+from jaxmoe.engine.generate import Engine
+from jaxmoe.engine.mesh import HERE, Devices, bank_spec, devices_for
+from jaxmoe.engine.model import Offload, load_model
+from jaxmoe.engine.streaming import Streaming, make_plan
+from jaxmoe.spec import ModelSpec
+from pallas_kernels.dispatch import Kernels
+from sharding.plan import load_plan, planned_spec
+from sharding.split import SplitError, parse_split
+
+ELSEWHERE = ("trace", "link_gbps", "host_memory", "predictor", "predictor_file", "lossy", "prefetch")
+"""Options of streaming that one device alone has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """Where a model is to run. Attributes: `spec` the model in the precision it is to have, `on` the devices, `offload` how each device streams its
+    experts (None: they all stay)."""
+
+    spec: ModelSpec
+    on: Devices = HERE
+    offload: Offload | None = None
+
+
+def choose_devices(
+    spec: ModelSpec, split: str | None, plan: Path | None, streaming: Streaming | None, rows: int, positions: int
+) -> Planned:
+    """What was asked for, checked against the model and the process's devices.
+
+    Args:
+        spec: the model, in the precision that was asked for.
+        split: as `parse_split` reads it.
+        plan: a file of `scripts/plan.py`, which brings its own split, precision and slots.
+        streaming: what was asked for about experts; its memory is that of each device.
+        rows, positions: sequences at a time, and tokens of the longest.
+
+    Raises:
+        ValueError: options that don't go together, or that the model or the devices can't do.
+    """
+    if plan is not None:
+        if split is not None or streaming is not None:
+            raise ValueError(f"--plan {plan} brings its own split and expert memory: leave out --split and --expert-memory")
+        read = load_plan(plan)
+        spec = planned_spec(dataclasses.replace(spec, extra_heads=()), read.workload)
+        read.check_model(spec.hash())
+        work = read.workload
+        offload = None if work.slots is None else Offload(work.slots, max(1, work.staging))
+        return Planned(spec, devices_for(spec, read.split), offload)
+    if split is None:
+        return Planned(spec)
+    on = devices_for(spec, parse_split(split))
+    return Planned(spec, on, None if streaming is None else _offload(spec, on, streaming, rows, positions))
+
+
+def _offload(spec: ModelSpec, on: Devices, asked: Streaming, rows: int, positions: int) -> Offload | None:
+    for name in ELSEWHERE:
+        if getattr(asked, name) is not None:
+            raise SplitError(f"{name} = {getattr(asked, name)!r} is for experts on one device: leave it or the split out")
+    if asked.mode == "host-driven":
+        raise SplitError("the mode 'host-driven' is for one device: choose fused or layer-grouped, or leave the split out")
+    found = make_plan(asked, bank_spec(spec, on.layout), -(-rows // on.layout.shards), positions)
+    return None if found.budget.all_resident else Offload(found.budget.slots, found.budget.staging, found.asked.policy, fill=found.asked.fill)
+
+
+def load_planned(
+    planned: Planned, checkpoint: Checkpoint, kernels: Kernels, rows: int, positions: int, greedy: bool, eos: Sequence[int] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Engine:  # fmt: skip
+    """Reads each device's part of the weights and makes the engine; arguments as for `load_model` and `Engine`."""
+    spec = planned.spec
+    model = load_model(checkpoint, spec.precision.params, kernels, offload=planned.offload, progress=progress, on=planned.on)
+    model = dataclasses.replace(model, spec=dataclasses.replace(model.spec, precision=spec.precision))
+    return Engine(model, rows, positions, greedy, eos)
