@@ -97,6 +97,12 @@ class Arguments:
     """Run on several devices, such as data=2,expert=4 or expert=8,attention=tensor (docs/planning.md); --expert-memory is then that of each."""
     plan: Path | None = None
     """Run as a file of scripts/plan.py says."""
+    coordinator: str | None = None
+    """Run with other processes, each with its own devices: HOST:PORT of process 0, or auto. Needs --split or --plan, the same in all."""
+    processes: int | None = None
+    """How many processes there are."""
+    process: int | None = None
+    """Which of them this is, from 0; the first one prints."""
     json: Path | None = None
     """Write requests, results and the run's record to this file."""
     cache: Path = CACHE
@@ -216,6 +222,20 @@ def load(args: Arguments, plan, checkpoint, spec, kernels, requests, eos, consol
     return streamed.model, streamed.engine, streamed
 
 
+def join_processes(args: Arguments) -> bool:
+    """Joins other processes if there are any; whether this one is to be silent."""
+    from jaxmoe.engine import processes
+
+    if args.coordinator is None:
+        if args.processes is not None or args.process is not None:
+            raise ValueError("--processes and --process are for runs of several processes: give --coordinator HOST:PORT too")
+        return False
+    if args.split is None and args.plan is None:
+        raise ValueError(f"--coordinator {args.coordinator}: say how the model is split over the processes' devices, with --split or --plan")
+    processes.join(processes.Group(args.coordinator, args.processes, args.process))
+    return not processes.is_first()
+
+
 def make_requests(args: Arguments, prompts: list[str], tokenizer):
     """One request a prompt; a chat template writes special tokens itself, so none are added to its text."""
     from jaxmoe.engine.generate import Request, Sampling
@@ -244,8 +264,12 @@ def run(args: Arguments, console: Console) -> None:
 
     import jax
 
+    if join_processes(args):
+        console.quiet = True
+
     from checkpoints.load import read_spec
     from jaxmoe.engine.generate import check_requests
+    from jaxmoe.engine.processes import together
     from jaxmoe.engine.text import Tokenizer
 
     check_arguments(args, prompts)
@@ -261,10 +285,13 @@ def run(args: Arguments, console: Console) -> None:
     load_seconds = time.perf_counter() - began
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the host-driven mode has many small programs
-    with console.status("compiling") as status:
+    with console.status("compiling") as status, together():
         compile_seconds = engine.warm_up(lambda name: status.update(f"compiling {name}"), requests)
-    results, timings = engine.generate(requests, tokenizer, Streamer(prompts))
+    with together():
+        results, timings = engine.generate(requests, tokenizer, Streamer(prompts) if not console.quiet else lambda i, text: None)
     timings.compile_seconds = compile_seconds
+    if console.quiet:
+        return
     if len(prompts) == 1:
         sys.stdout.write("\n")
     else:

@@ -219,7 +219,10 @@ class Engine:
 
     def _counters(self, state: steps.EngineState) -> dict[str, np.ndarray]:
         """The bank's counters, of all devices together."""
-        counted = self.model.bank.counters(state.bank)
+        moving, on = state.bank, self.model.on
+        if on.spread and jax.tree.leaves(moving):
+            moving = jax.jit(on.readable)(dataclasses.replace(moving, pools=()))
+        counted = self.model.bank.counters(moving)
         return counted if self.model.on.mesh is None else {name: n.sum(0) for name, n in counted.items()}
 
     def kv_bytes(self) -> int:

@@ -18,7 +18,7 @@ RESERVE = 0.1
 
 def free_device_bytes(shapes: budget.ExpertShapes, tokens: int) -> int | None:
     """What the device has free for experts beside everything else; None where it does not say."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" not in stats:
         return None
     free = stats["bytes_limit"] * (1 - RESERVE) - stats.get("bytes_in_use", 0)

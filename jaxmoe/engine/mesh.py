@@ -36,6 +36,15 @@ class Devices:
     layout: Layout = ALONE
     mesh: Mesh | None = None
 
+    @property
+    def spread(self) -> bool:
+        """Whether the devices are those of several processes."""
+        return self.mesh is not None and len({device.process_index for device in self.mesh.devices.flat}) > 1
+
+    def readable(self, tree: Any) -> Any:
+        """What the host is going to read, inside a jitted function: whole on every device where another process has a part of it."""
+        return jax.lax.with_sharding_constraint(tree, self.sharding(P())) if self.spread else tree
+
     def sharding(self, partition: PartitionSpec, memory_kind: str | None = None) -> NamedSharding:
         """Where an array that is split so goes."""
         assert self.mesh is not None
@@ -149,7 +158,8 @@ def on_mesh(step: Callable, spec: ModelSpec, on: Devices, inputs: tuple[Partitio
             return first, dataclasses.replace(own, bank=jax.tree.map(lambda x: x[None], own.bank)), *more
 
         out = (outputs[0], split, *outputs[1:])
-        return jax.shard_map(one, mesh=on.mesh, in_specs=into, out_specs=out, check_vma=False)(params, bank, state, *rest)
+        first, state, *more = jax.shard_map(one, mesh=on.mesh, in_specs=into, out_specs=out, check_vma=False)(params, bank, state, *rest)
+        return on.readable(first), state, *map(on.readable, more)
 
     return whole
 

@@ -1,7 +1,7 @@
 """A bank of experts that are divided among devices, inside `shard_map`: what a layer's tokens need of other devices' experts, and how they get it.
 
 Every way calls the same bank of a device's own experts, with rows of one expert each, so that what a row gives doesn't depend on the way; they differ
-in what travels. The ways where tokens are each device's own stand in `jaxmoe.experts.exchange`.
+in what travels (`jaxmoe.experts.exchange`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import dataclasses
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.experts.dispatch import weighted_sum
-from jaxmoe.experts.exchange import EXCHANGES
+from jaxmoe.experts.exchange import EXCHANGES, Meeting
+from jaxmoe.experts.exchange.gather import part_of_experts
+from jaxmoe.experts.placed import at_positions
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.biases import Biases
 from sharding.split import Layout
@@ -23,11 +24,17 @@ from sharding.split import Layout
 
 @flax.struct.dataclass
 class ShardedBank:
-    """Attributes: `own` the bank of this device's experts, which are neighbours in the model's order; `experts` those of the model, E."""
+    """Attributes:
+    own: the bank of this device's experts, which are neighbours in the order that they are placed in.
+    layout: how the model is split.
+    experts: of the model, E.
+    position_of_expert: where each expert of each layer stands in that order, on every device; None for the model's order.
+    """
 
     own: Any
     layout: Layout = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
+    position_of_expert: Int[Array, "L E"] | None = None
 
     def split(self) -> tuple[ShardedBank, Any]:
         """See `ResidentBank.split`."""
@@ -53,27 +60,13 @@ class ShardedBank:
         biases: Biases | None = None,
     ) -> tuple[Float[Array, "T D"], ShardedBank, dict]:
         """See `jaxmoe.experts.expert_ffn`; the result is this device's part of a sum over `layout.summed`."""
+        ids_TA = at_positions(self.position_of_expert, moe_layer, ids_TA)
         if not self.layout.experts:
             y, own, aux = self.own.expert_ffn(moe_layer, x_TD, ids_TA, weights_TA, valid_T, kernels, biases)
             return y, dataclasses.replace(self, own=own), aux
-
-        def compute(bank: Any, x_MD: Float[Array, "M D"], ids_M: Int[Array, "M"], valid_M: Bool[Array, "M"]) -> tuple[jax.Array, Any]:
-            """Rows of one expert each, by a bank of this device's experts; zeros where not valid."""
-            y_MD, bank, _ = bank.expert_ffn(moe_layer, x_MD, ids_M[:, None], jnp.ones_like(ids_M, jnp.float32)[:, None], valid_M, kernels, biases)
-            return y_MD, bank
-
-        if self.layout.split.attention == "tensor":
-            y_TAD, own = self._own_experts(compute, x_TD, ids_TA, valid_T)
-        else:
-            y_TAD, own = EXCHANGES[self.layout.split.exchange](self.own, compute, x_TD, ids_TA, valid_T, self.experts, self.layout)
+        at = Meeting(moe_layer, self.experts, self.layout, kernels, biases)
+        split = self.layout.split
+        exchange = part_of_experts if split.attention == "tensor" else EXCHANGES[split.exchange]
+        y_TAD, own = exchange(self.own, at, x_TD, ids_TA, valid_T)
         y_TD = weighted_sum(y_TAD.astype(jnp.float32), weights_TA, valid_T)
         return y_TD.astype(x_TD.dtype), dataclasses.replace(self, own=own), {}
-
-    def _own_experts(self, compute, x_TD, ids_TA, valid_T) -> tuple[Float[Array, "T A D"], Any]:
-        """The results of this device's experts for tokens that every device has; zeros elsewhere."""
-        count = self.experts // self.layout.size(self.layout.experts)
-        ids = ids_TA - jax.lax.axis_index(self.layout.experts) * count
-        mine = (ids >= 0) & (ids < count) & valid_T[:, None]
-        rows = jnp.repeat(x_TD, ids_TA.shape[1], axis=0)
-        y, own = compute(self.own, rows, jnp.where(mine, ids, 0).reshape(-1), mine.reshape(-1))
-        return y.reshape(*ids_TA.shape, -1), own
