@@ -232,6 +232,8 @@ def layout_of(spec: ModelSpec, split: Split) -> Layout:
     if split.stage > 1 and any(segment.repeats % split.stage for segment in spec.segments):
         counts = ", ".join(str(segment.repeats) for segment in spec.segments)
         raise SplitError(f"stage = {split.stage} doesn't divide the model's segments, which have {counts} repeats")
+    if split.stage > 1 and sum(any(layer.sparse for layer in segment.pattern) for segment in spec.segments) > 1:
+        raise SplitError(f"stage = {split.stage}: the model has experts in several segments of layers, which can't be divided among stages")
     vocab = next((axes for axes in (both, used("tensor"), ()) if spec.vocab % size(axes) == 0), ())
     has_dense = any(layer.dense is not None for layer in spec.layers)
     has_shared = any(layer.shared is not None for layer in spec.layers)

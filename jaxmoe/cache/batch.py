@@ -21,7 +21,8 @@ class Batch:
         segments: int32 [T], the cache row each token belongs to; -1 in padding.
         run_segments, run_positions, run_lengths: int32 [T / run], cache row, first position and real tokens of each run.
         n_runs: int32 [], how many runs are real; they come first.
-        logit_rows: int32 [R], the tokens whose logits are wanted (padding repeats an entry).
+        logit_rows: int32 [R], the tokens whose logits are wanted (padding repeats an entry); -1 for those that another device has, where the
+            tokens of a sequence are divided among several.
         run: tokens in a run (static).
         grouped: one group's of several groups of devices, which may have no run at all (static).
     """

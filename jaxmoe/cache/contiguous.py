@@ -131,7 +131,7 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
         return keys, values, jax.lax.dynamic_update_slice(out, o.reshape(run, heads, width), (at, 0, 0))
 
     carry = (state.k, state.v, out)
-    if q.shape[0] == run and (run == 1 or not batch.grouped):  # a single run that is there needs no loop around it
+    if q.shape[0] == run and not batch.grouped:  # a single run that is there needs no loop around it
         keys, values, out = one_run(0, carry)
     else:
         keys, values, out = jax.lax.fori_loop(0, batch.n_runs, one_run, carry)

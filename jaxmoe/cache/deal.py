@@ -60,6 +60,13 @@ def split_batch(batch: Batch, n: int) -> tuple[list[Batch], Bool[np.ndarray, "n 
     return [dataclasses.replace(b, logit_rows=rows[d]) for d, b in enumerate(batches)], own
 
 
+def deal_batch(batch: Batch, n: int) -> list[Batch]:
+    """`split_batch` with the rows that a device doesn't have as -1 in its `logit_rows`."""
+    batches, own = split_batch(batch, n)
+    rows: list[Any] = [np.where(mine, b.logit_rows, -1).astype(np.int32) for b, mine in zip(batches, own, strict=True)]
+    return [dataclasses.replace(b, logit_rows=r) for b, r in zip(batches, rows, strict=True)]
+
+
 def _shorter(run: int, most: int) -> int:
     """The longest part of a run, up to `most` tokens and at least 2, that it is a multiple of."""
     return max((d for d in range(2, min(run, most) + 1) if run % d == 0), default=run)

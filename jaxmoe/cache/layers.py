@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.contiguous import init_kv
 from jaxmoe.cache.recurrent import init_recurrent
+from jaxmoe.cache.split_kv import init_split_kv
 from jaxmoe.spec import AttentionSpec, DeltaSpec, ModelSpec
 from pallas_kernels.dispatch import Kernels
 
@@ -57,13 +58,18 @@ class LayerStates:
         return dataclasses.replace(self, states=(*self.states[:at], state, *self.states[at + 1 :]))
 
 
-def init_layers(spec: ModelSpec, rows: int, positions: int, max_run: int) -> LayerStates:
-    """Empty states for `rows` sequences of up to `positions` tokens, written by runs of up to `max_run`."""
+def init_layers(spec: ModelSpec, rows: int, positions: int, max_run: int, parts: int = 1) -> LayerStates:
+    """Empty states for `rows` sequences of up to `positions` tokens, written by runs of up to `max_run`.
+
+    With several `parts`, each state is one device's part of the positions (`SplitKVState`).
+    """
     kinds = spec.state_kinds
-    states = [
-        init_recurrent(kind, layers, rows, spec.precision)
-        if isinstance(kind, DeltaSpec)
-        else init_kv(kind, layers, rows, positions, max_run, spec.precision.kv)
-        for kind, layers in kinds.items()
-    ]
-    return LayerStates(tuple(states), tuple(kinds))
+
+    def init(kind, layers: int):
+        if isinstance(kind, DeltaSpec):
+            return init_recurrent(kind, layers, rows, spec.precision)
+        if parts > 1:
+            return init_split_kv(kind, layers, rows, positions, max_run, spec.precision.kv, parts)
+        return init_kv(kind, layers, rows, positions, max_run, spec.precision.kv)
+
+    return LayerStates(tuple(init(kind, layers) for kind, layers in kinds.items()), tuple(kinds))

@@ -57,7 +57,7 @@ class SplitKVState:
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical name of every axis of every leaf."""
-        head = ("layers", "batch", "kv_heads")
+        head = ("layers", "batch", None if self.v is None else "kv_heads")  # latents are for all heads
         out: dict[str, tuple[str | None, ...]] = {"k": (*head, "head_dim", "positions"), "positions": ("batch", "positions")}
         return out if self.v is None else out | {"v": (*head, "positions", "head_dim")}
 

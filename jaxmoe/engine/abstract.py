@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch, join_batches, make_batch
+from jaxmoe.cache.deal import deal_batch
 from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import mesh, steps
@@ -115,7 +116,7 @@ def _abstract_state(spec: ModelSpec, on: Devices, workload: Workload, init: Call
     rows = workload.local_rows(on.layout)
 
     def cache(own: ModelSpec):
-        return init_layers(own, rows, workload.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+        return init_layers(own, rows, workload.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]), on.layout.size(on.layout.sequence))
 
     own = jax.eval_shape(lambda: steps.EngineState(cache(local_spec(spec, on.layout)), jax.tree.map(lambda x: x[None], init())))
     split = mesh.state_partition(on.layout, own)
@@ -131,10 +132,10 @@ def _whole(x: Any, layout: Layout, partition: P) -> jax.ShapeDtypeStruct:
 
 def _prefill_rest(on: Devices, workload: Workload) -> tuple[Any, ...]:
     layout = on.layout
-    groups, ended = layout.shards * layout.size(layout.sequence), steps.LOGIT_ROWS * layout.shards
+    parts, ended = layout.size(layout.sequence), steps.LOGIT_ROWS * layout.shards
     tokens = workload.prefill_tokens
     one = make_batch([], steps.run_length(tokens), tokens, [0], steps.LOGIT_ROWS)
-    batch = join_batches([one] * groups, over_devices=True)
+    batch = join_batches((deal_batch(one, parts) if parts > 1 else [one]) * layout.shards, over_devices=True)
     over, rows = P((*layout.batch, *layout.sequence)), P(layout.batch)
     shape: Batch = jax.tree.map(lambda x: placed(x, on, over), batch)
     return shape, _sampling(on, ended), placed(np.zeros(ended, np.int32), on, rows)

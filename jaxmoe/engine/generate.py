@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from jaxmoe.cache.batch import Batch, join_batches, make_batch
+from jaxmoe.cache.deal import deal_batch, take_room
 from jaxmoe.cache.layers import init_layers
+from jaxmoe.cache.split_kv import local_places
 from jaxmoe.decode.sampling import SamplingParams, sampling_params
 from jaxmoe.engine import steps
 from jaxmoe.engine.mesh import first_state
@@ -180,6 +182,9 @@ class Engine:
                 so that each of them crosses the link once.
             gates: record what routers foretell as well (`Trace.gates`); of the fused steps alone.
         """
+        self._parts = model.on.layout.size(model.on.layout.sequence)
+        if record and (self._parts > 1 or model.on.layout.stage):
+            raise ValueError("record = True: routing isn't recorded where positions or layers are divided: choose a split without sequence and stage")
         if gates and (programs is not None or not record):
             raise ValueError("gates = True needs record = True and the fused steps: leave out programs")
         if len(eos) > steps.EOS_SLOTS:
@@ -215,7 +220,7 @@ class Engine:
 
     def _empty_cache(self, spec: ModelSpec | None = None):
         """One device's, for its own share of the model."""
-        return init_layers(spec or self.model.spec, self._own_rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
+        return init_layers(spec or self.model.spec, self._own_rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]), self._parts)
 
     def _counters(self, state: steps.EngineState) -> dict[str, np.ndarray]:
         """The bank's counters, of all devices together."""
@@ -246,11 +251,11 @@ class Engine:
         """Compiles every program that `generate` can need, or only those that these requests need; returns the seconds it took."""
         began = time.perf_counter()
         shards = self._shards
-        sizes = self.token_buckets() if requests is None else sorted({len(b.tokens) // shards for b, _ in self._prefill_batches(requests)})
+        sizes = self.token_buckets() if requests is None else sorted({tokens for tokens, _, _ in self._prefill_batches(requests)})
         for tokens in sizes:
             progress(f"prefill of {tokens}")
             own = make_batch([(0, 0, [0])], steps.run_length(tokens), tokens, n_logits=steps.LOGIT_ROWS)
-            batch = join_batches([own] * shards, self.model.on.mesh is not None)
+            batch = self._joined([own] * shards)
             ended = steps.LOGIT_ROWS * shards
             _, state, _ = self._prefill(self.start(), batch, sampling_params(ended), np.zeros(ended, np.int32))
             self._moving = self._on_each(self.model.bank.forget, state.bank)
@@ -352,7 +357,7 @@ class Engine:
         state = self.start()
         at_start = self._counters(state)
         began = time.perf_counter()
-        for batch, ended in self._prefill_batches(requests):
+        for _, batch, ended in self._prefill_batches(requests):
             own = [[requests[i] for i in group] for group in ended]
             at = np.concatenate([steps.pad_to([len(r.prompt_ids) for r in group], steps.LOGIT_ROWS) for group in own])
             tokens, state, routed = self._prefill(state, batch, self._sampling(own, steps.LOGIT_ROWS), at)
@@ -372,14 +377,29 @@ class Engine:
         return [row.result for row in rows], timings
 
     def _prefill_batches(self, requests: Sequence[Request]):
-        """Packs prompts, in order, into prefill steps; yields each batch with the requests whose prompts end in it, by group of devices."""
+        """Packs prompts, in order, into prefill steps; yields each one's bucket, its batch, and the requests whose prompts end in it, by group of
+        devices."""
+        held = [np.zeros((self._parts, self._own_rows), np.int64) for _ in range(self._shards)]
         queues = [[(i, 0) for i in range(group, len(requests), self._shards)] for group in range(self._shards)]
         biggest = self.token_buckets()[-1]
         while any(queues):
             total = max(sum(len(requests[i].prompt_ids) - at for i, at in queue[: steps.LOGIT_ROWS]) for queue in queues)
             tokens = steps.bucket(min(total, biggest), self.token_buckets())
             packed = [self._pack(requests, queue, tokens) for queue in queues]
-            yield join_batches([batch for batch, _ in packed], self.model.on.mesh is not None), [ended for _, ended in packed]
+            yield tokens, self._joined([batch for batch, _ in packed], held), [ended for _, ended in packed]
+
+    def _joined(self, batches: list[Batch], held: list[np.ndarray] | None = None) -> Batch:
+        """One batch of those of all groups of devices, each dealt out to its devices where they divide positions; `held`, by group, is how many
+        tokens each of them has, and is updated."""
+        if self._parts == 1:
+            return join_batches(batches, self.model.on.mesh is not None)
+        dealt = []
+        for group, batch in enumerate(batches):
+            parts = deal_batch(batch, self._parts)
+            if held is not None:
+                held[group] = take_room(held[group], parts, local_places(self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]), self._parts))
+            dealt += parts
+        return join_batches(dealt, over_devices=True)
 
     def _pack(self, requests: Sequence[Request], waiting: list[tuple[int, int]], tokens: int) -> tuple[Batch, list[int]]:
         """Takes as much from the front of a queue of (request, its next position) as a step of so many tokens has room for."""

@@ -84,7 +84,7 @@ def bank_spec(spec: ModelSpec, layout: Layout) -> ModelSpec:
 
 def params_leaves(spec: ModelSpec, params: dict) -> dict:
     """The leaves, with their logical axes, of the segmented tree `params` (arrays or shapes), which is stacked or has tuples of layers."""
-    unrolled = isinstance(params["segments"][0][0]["norm_attn"]["scale"], tuple)
+    unrolled = isinstance(params["segments"][0][0]["norm_attn"]["scale"], tuple)  # with stages they have to be stacked
 
     def stacked(leaves: list[Leaf]) -> Any:
         first = leaves[0]

@@ -118,7 +118,7 @@ def load_model(
     On the CPU a tied embedding gets a transposed copy as the output matrix: XLA there multiplies few rows with [V, D] at half the speed of [D, V].
     """
     spec = checkpoint.spec.with_precision(dtype)
-    unroll = kernels.backend == "cpu" if unroll is None else unroll
+    unroll = kernels.backend == "cpu" and not on.layout.stage if unroll is None else unroll
     layered = checkpoint.restore_params(spec, mesh.leaf_sharding(on))
     params = stack_layers(spec, layered, tuple if unroll else jnp.stack)
     if kernels.backend == "cpu" and "lm_head" not in params:
@@ -155,10 +155,11 @@ def sharded_slots(
     def records(index: Any) -> np.ndarray:
         nonlocal done
         at = np.unravel_index((index[0].start or 0) // shape[0], on.layout.split.shape)
-        first, part = (on.layout.index(axes, at) for axes in (on.layout.experts, on.layout.expert_hidden))
+        stage, first, part = (on.layout.index(axes, at) for axes in (on.layout.stage, on.layout.experts, on.layout.expert_hidden))
         hidden, out = slice(part * width, (part + 1) * width), formats.aligned_empty(shape, dtype)
         for i in range(shape[0]):
-            read = checkpoint.read_expert(layers[i // experts], first * experts + i % experts, spec.precision.params, verify=True)
+            layer = spec.moe_layers[stage * len(layers) + i // experts]
+            read = checkpoint.read_expert(layer, first * experts + i % experts, spec.precision.params, verify=True)
             mine = {"gate": read["gate"][:, hidden], "up": read["up"][:, hidden], "down": read["down"][hidden]}
             host_store.pack_record(own, mine, out[i], layout)
             done += 1

@@ -195,7 +195,7 @@ class _Serving:
             for i, row in zip(new, rows, strict=True):
                 self.seen = self.source.begin(self.seen, int(row), i)
         group, learning = [self.requests[i] for i in new], 0.0
-        for batch, (ended,) in engine._prefill_batches(group):
+        for _, batch, (ended,) in engine._prefill_batches(group):
             sampling = engine._sampling([[group[i] for i in ended]], steps.LOGIT_ROWS)
             at = steps.pad_to([len(group[i].prompt_ids) for i in ended], steps.LOGIT_ROWS)
             tokens, self.state, routed = engine._prefill(self.state, _in_rows(batch, rows), sampling, at)

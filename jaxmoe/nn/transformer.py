@@ -21,6 +21,7 @@ from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank
 from jaxmoe.nn.layers import DecoderLayer
 from jaxmoe.nn.parts import joined, model_norm, rounded
+from jaxmoe.nn.pipeline import run_stages
 from jaxmoe.nn.rope import rope_tables
 from jaxmoe.routing.ahead import Gates, chosen_ahead
 from jaxmoe.routing.route import RouterOut, initial_state
@@ -67,6 +68,9 @@ def forward(
     carry = (x, moving, state, initial_state(spec, x))
     routed = []
     for segment, trees in zip(spec.segments, params["segments"], strict=True):
+        if layout.stage:
+            carry = _run_staged(spec, segment, trees, fixed, carry, batch, kernels, layout)
+            continue
         carry, seen = _run_segment(spec, segment, trees, fixed, carry, batch, kernels, collect, gates, layout)
         routed.extend(seen)
     x, moving, state, _ = carry
@@ -94,7 +98,11 @@ def head(
     with jax.named_scope("head"):
         norm: Any = model_norm(spec, kernels)
         kernel, transposed = head_kernel(params)
-        logits = dense(norm.apply({"params": params["final_norm"]}, x_TD[batch.logit_rows]), kernel, kernels, jnp.float32, transposed)
+        x = x_TD[batch.logit_rows]
+        if layout.sequence and batch.run > 1:  # from whichever device has the token
+            own = (batch.logit_rows >= 0)[:, None]
+            x = joined(jnp.where(own, x_TD[jnp.maximum(batch.logit_rows, 0)], jnp.zeros_like(x)), layout.sequence)
+        logits = dense(norm.apply({"params": params["final_norm"]}, x), kernel, kernels, jnp.float32, transposed)
         if spec.head_bias:
             logits = logits + formats.load(params["lm_head"]["bias"], jnp.float32)
         if layout.vocab:
@@ -163,6 +171,20 @@ def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, 
         return carry, list(jax.tree.map(lambda *a: jnp.stack(a), *out)) if out and out[0] else []
     carry, seen = jax.lax.scan(repeat, carry, (trees, jnp.arange(segment.repeats)))
     return carry, list(seen)
+
+
+def _run_staged(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, layout: Layout):
+    """Runs a segment of which each stage has some of the repeats."""
+    x, moving, state, router_state = carry
+
+    def layers(through, kept, part):
+        (x, moving, state, router_state), _ = _run_segment(
+            spec, segment, trees, fixed, (through[0], *kept, through[1]), part, kernels, False, None, layout
+        )
+        return (x, router_state), (moving, state)
+
+    (x, router_state), (moving, state) = run_stages(layers, layout.split.stage, (x, router_state), (moving, state), batch)
+    return x, moving, state, router_state
 
 
 def _same_state(layer: LayerSpec, other: LayerSpec) -> bool:
