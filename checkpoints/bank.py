@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+from jaxtyping import Int
+
 from checkpoints.reading import Target
 from jaxmoe import formats
 from jaxmoe.formats import ExpertLayout
@@ -45,6 +48,22 @@ def fill_w_out(targets: list[Target], layers: tuple[int, ...], layout: ExpertLay
     """Fills slices of w_out, likewise."""
     axes = (0, 1, *(2 + axis for axis in formats.expert_axes(layout)[1]))
     _fill("down", [Target(tuple(box[axis] for axis in axes), out.transpose(axes)) for box, out in targets], layers, gather)
+
+
+def in_order(gather: Gather, layers: tuple[int, ...], order: Int[np.ndarray, "L E"]) -> Gather:
+    """A `gather` of experts that stand in another order: position p of the layer `layers[i]` has expert `order[i, p]`."""
+
+    def gathered(path: str, targets: list[Target]) -> None:
+        row = order[layers.index(int(path.split(".")[1]))]
+        parts = []
+        for box, out in targets:
+            for at in range(*box[0]):
+                expert = int(row[at])
+                here = at - box[0][0]
+                parts.append(Target(((expert, expert + 1), *box[1:]), out[here : here + 1]))
+        gather(path, parts)
+
+    return gathered
 
 
 def _fill(name: str, targets: list[Target], layers: tuple[int, ...], gather: Gather) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from checkpoints.arrays import Fill, Placement, build, build_all
-from checkpoints.bank import bank_leaves, fill_w_in, fill_w_out
+from checkpoints.bank import Gather, bank_leaves, fill_w_in, fill_w_out, in_order
 from checkpoints.errors import CheckpointError
 from checkpoints.families import held_in, leaf_dtype_name, leaf_paths, unflatten
 from checkpoints.leaves import Leaves, supported
@@ -147,7 +148,8 @@ class WeightTree:
         return {name: self.leaves.read_matrix(f"experts.{layer}.{name}", expert, dtype, verify, quantized) for name in EXPERT_LEAVES}
 
     def restore_bank(
-        self, spec: ModelSpec | None = None, dtype: str | None = None, sharding: Placement = None, layout: ExpertLayout = "d2f"
+        self, spec: ModelSpec | None = None, dtype: str | None = None, sharding: Placement = None, layout: ExpertLayout = "d2f",
+        order: Int[np.ndarray, "L E"] | None = None,
     ) -> dict[str, jax.Array]:
         """All experts as a resident bank holds them: index 0 of w_in's axis of 2 is gate, 1 up.
 
@@ -159,6 +161,7 @@ class WeightTree:
             sharding: as `restore_params`; the leaves' axes are ('layers', 'experts', 'embed', None, 'hidden') and
                 ('layers', 'experts', 'hidden', 'embed'), the last ones in the order of `layout`.
             layout: the order of an expert's axes.
+            order: which expert stands at each position of each layer that has experts; None for the model's order.
 
         Returns:
             `{"w_in": [L_moe, E, D, 2, F], "w_out": [L_moe, E, F, D]}`, in that order; bfloat16 as uint16.
@@ -169,7 +172,8 @@ class WeightTree:
         """
         spec, dtype = self._checked(spec, dtype)
         layers = spec.moe_layers
-        gather = functools.partial(self.leaves.gather, dtype=dtype)
+        gather: Gather = functools.partial(self.leaves.gather, dtype=dtype)
+        gather = gather if order is None else in_order(gather, layers, order)
         w_in, w_out = bank_leaves(spec, dtype, layout)
         return {
             "w_in": build(w_in, sharding, lambda targets: fill_w_in(targets, layers, layout, gather)),

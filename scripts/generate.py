@@ -97,6 +97,8 @@ class Arguments:
     """Run on several devices, such as data=2,expert=4 or expert=8,attention=tensor (docs/planning.md); --expert-memory is then that of each."""
     plan: Path | None = None
     """Run as a file of scripts/plan.py says."""
+    placement: Path | None = None
+    """Where experts stand, a file of scripts/place.py: those that work together on one device."""
     coordinator: str | None = None
     """Run with other processes, each with its own devices: HOST:PORT of process 0, or auto. Needs --split or --plan, the same in all."""
     processes: int | None = None
@@ -191,9 +193,9 @@ def plan_streaming(args: Arguments, spec, rows: int, positions: int):
     if options and streaming is None:
         option = next(option for option, name in STREAMING.items() if name in options)
         raise ValueError(f"--{option.replace('_', '-')} is for streamed experts: give --expert-memory too")
-    if args.split is None and args.plan is None:
+    if args.split is None and args.plan is None and args.placement is None:
         return None
-    return choose_devices(spec, args.split, args.plan, streaming, rows, positions)
+    return choose_devices(spec, args.split, args.plan, streaming, rows, positions, args.placement)
 
 
 def load(args: Arguments, plan, checkpoint, spec, kernels, requests, eos, console: Console):

@@ -114,7 +114,7 @@ def distinct(experts: int, active: int, tokens: float) -> float:
     return experts * (1 - (1 - active / experts) ** tokens)
 
 
-def traffic(exchange: Exchange, s: Shape) -> float:
+def traffic(exchange: Exchange, s: Shape, sums: bool = False) -> float:
     """Bytes that a device sends for one layer's exchange in one step.
 
     Routing is taken to be even. Ids travel with the tokens, as numbers of the same width. Blocks of a fixed size count whole, a collective's bytes
@@ -122,7 +122,8 @@ def traffic(exchange: Exchange, s: Shape) -> float:
 
     - tokens: `n (C (D + J) + R D)` numbers, J = min(A, E / n) ids; C and R are `worst_rooms`, or `even_rooms` in one round; ragged, C = T times
       `devices_of_token` / n, and R = T A / n.
-    - gather: `n T (D + A)` numbers gathered and `n T A D` scattered: results are not added up before, which would be in another order.
+    - gather: `n T (D + A)` numbers gathered and `n T A D` scattered: results are not added up before, which would be in another order, unless
+      `sums`: then `n T D` are scattered, and A float32 weights of each token gathered too.
     - weights: `n m` experts of 3 D F numbers in each of W waves; m is `wave_size` and W what the `distinct` experts, evenly on all devices, take.
     - coherent: `n T_all (D + 3)` numbers, T_all = n T, or ragged T (D + 3); and what attention keeps of the tokens, once for all layers of a step.
 
@@ -141,7 +142,7 @@ def traffic(exchange: Exchange, s: Shape) -> float:
             there, back = t * devices_of_token(a, n) / n, t * a / n  # type: ignore[assignment]
         sent = n * (there * (d + min(a, s.count)) + back * d) * b
     elif exchange == "gather":
-        sent = n * t * (d + a + a * d) * b
+        sent = n * t * ((2 * d + a) * b + 4 * a if sums else (d + a + a * d) * b)
     elif exchange == "weights":
         sent = n * wave_size(s.experts, n) * waves(s) * 3 * d * s.hidden * b
     elif exchange == "coherent":
@@ -159,10 +160,10 @@ def waves(s: Shape) -> int:
     return max(1, math.ceil(asked / size - 1e-9))
 
 
-def best_exchange(s: Shape, choices: tuple[Exchange, ...] = ("tokens", "gather", "weights")) -> Exchange:
+def best_exchange(s: Shape, choices: tuple[Exchange, ...] = ("tokens", "gather", "weights"), sums: bool = False) -> Exchange:
     """The exchange that sends least, of equals the first.
 
-    Sending experts pays where tokens are many and experts narrow: about where `3 F E < 2 T A`, both sides divided by D (n - 1) / n; gathering tokens
-    where few of them would leave blocks with room for the worst case mostly empty.
+    Sending experts pays where tokens are many and experts narrow: about where `3 F E < 2 T A`, both sides divided by D (n - 1) / n. Gathering never
+    sends less than blocks with room for the worst case do, if each result goes back by itself; with `sums` it does where tokens are few.
     """
-    return min(choices, key=lambda exchange: traffic(exchange, s))
+    return min(choices, key=lambda exchange: traffic(exchange, s, sums))

@@ -72,22 +72,23 @@ def default_order(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
 
 
 def held_order(shape: Sequence[int], axes: Sequence[str | None], itemsize: int = 2) -> tuple[int, ...]:
-    """The order of axes in which a TPU's steps take a weight without copying it: `default_order`, but for two kinds.
+    """The order of axes in which a TPU's steps take a weight without copying it, nearly as XLA chooses where it may (`Layout.AUTO`).
 
     Experts, embeddings and output matrices stay as they are written: the kernels and the look-up read them in place, and another order would be
-    undone by a copy of all of them. Projections to heads [..., D, H, C] are multiplied with as [D, H * C]: as they are written that is free only if
-    whole tiles of H rows and C columns exist; else D goes last, as XLA does where it may choose (`Layout.AUTO`).
+    undone by a copy of all of them. So do the hidden widths of dense networks, unless they are less than a row of a tile. Projections to heads
+    [..., D, H, C], which are multiplied with as [D, H * C], stay too where whole tiles of H rows and C columns exist; else D goes last. All others,
+    and those to one head, have `default_order`.
 
     Args:
         shape: of one device's part.
         axes: logical names (`jaxmoe.spec.Leaf.axes`), with or without that of layers.
         itemsize: bytes of a number.
     """
-    n = len(shape)
+    n, shape = len(shape), tuple(shape)
     written = tuple(range(n))
-    if "experts" in axes or "vocab" in axes:
+    if "experts" in axes or "vocab" in axes or (axes and axes[-1] in ("mlp_hidden", "shared_hidden") and shape[-1] >= LANES):
         return written
-    if n >= 3 and len(axes) >= 3 and axes[-2] in ("heads", "kv_heads"):
-        whole = shape[-2] % 8 == 0 and shape[-1] % LANES == 0
+    if len(axes) >= 3 and axes[-2] in ("heads", "kv_heads") and axes[-3] != "layers" and shape[-2] > 1:
+        whole = padded_size(shape, itemsize, written) == math.prod(shape)
         return written if whole else (*written[:-3], n - 2, n - 1, n - 3)
-    return default_order(tuple(shape), itemsize)
+    return default_order(shape, itemsize)

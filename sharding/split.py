@@ -6,6 +6,7 @@ joins the parts. So what is communicated stands in the code, and compilers add n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxmoe.spec import ModelSpec
@@ -88,7 +90,7 @@ class Split:
         found = jax.devices() if devices is None else devices
         if len(found) < self.devices:
             raise SplitError(f"{self} takes {self.devices} devices, there are {len(found)}")
-        return Mesh(np.asarray(found[: self.devices]).reshape(self.shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        return Mesh(_arranged(self.shape, found[: self.devices]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
     def __str__(self) -> str:
         """As `parse_split` reads it."""
@@ -96,6 +98,14 @@ class Split:
         if self.expert > 1:
             parts += [f"attention={self.attention}"] + ([f"exchange={self.exchange}"] if self.attention == "data" else [])
         return ",".join(parts) or "data=1"
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices such that those which differ in an inner axis are near each other: on a torus their order says nothing of that."""
+    if devices[0].platform == "tpu":
+        with contextlib.suppress(NotImplementedError, ValueError, AssertionError):  # a part of a torus, or a shape that doesn't fit it
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.asarray(devices).reshape(shape)
 
 
 def parse_split(text: str) -> Split:

@@ -11,12 +11,12 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.masks import first_seen, seen, softmax_with
+from jaxmoe.cache.order import as_it_lies
 from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dense.api import MIN_ROWS
 from pallas_kernels.dense.cpu import ROW_TILES, same_order
@@ -205,13 +205,7 @@ def _write_runs(state: KVState, layer, k, v, batch: Batch, tpu: bool = False) ->
         start = (layer, *at)
         kept = jax.lax.dynamic_slice(cache, start, (1, 1, *new.shape))
         cache = jax.lax.dynamic_update_slice(cache, jnp.where(mine, _held(new, cache)[None, None], kept), start)
-        # As it was given: the new piece's layout would else become the whole cache's, by a copy of it.
-        return with_layout_constraint(cache, Layout(order(cache)))
-
-    def order(cache):
-        """As TPUs have it by default: with the positions last where the channels would have to be filled up to 128."""
-        narrow = tpu and cache.shape[-1] % 128 and not cache.shape[-2] % 128
-        return (0, 1, 2, 4, 3) if narrow else tuple(range(cache.ndim))
+        return as_it_lies(cache, tpu)
 
     def one_run(r, caches):
         keys, values = caches

@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
@@ -28,6 +27,7 @@ from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.contiguous import KEY_BLOCK
 from jaxmoe.cache.masks import first_seen, seen
 from jaxmoe.cache.merge import Partial
+from jaxmoe.cache.order import as_it_lies
 from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dense.api import MIN_ROWS
 from pallas_kernels.dispatch import Kernels
@@ -84,8 +84,8 @@ class SplitKVState:
             first position that the step writes is dropped. NaN where places run out, or where more are filled than `prefix`: neither can
             be refused from within a step.
         """
-        state, full = _write(self, layer, k, v, batch)
-        how = _How(spec, "float32" if kernels.backend == "cpu" else q.dtype.name, kernels.backend == "gpu")
+        how = _How(spec, "float32" if kernels.backend == "cpu" else q.dtype.name, kernels.backend == "gpu", kernels.backend == "tpu")
+        state, full = _write(self, layer, k, v, batch, how.tpu)
         query = (q.reshape(-1, batch.run, *q.shape[1:]), jnp.asarray(batch.run_segments), jnp.asarray(batch.run_positions))
         if batch.run == 1:
             found = _over(how, query, state.k, state.v, state.positions, layer)
@@ -165,15 +165,10 @@ def _whole(axis: str, own: Partial) -> Partial:
     return merge.merge_all(merge.unpacked(jax.lax.all_gather(merge.packed(own), axis)))
 
 
-def _as_it_lies(x: Array) -> Array:
-    """In the order of its axes: the layout that a piece is made or used in would else become the whole cache's, by a copy of it."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-
 # --- Writing
 
 
-def _write(state: SplitKVState, layer, k, v, batch: Batch) -> tuple[SplitKVState, Array]:
+def _write(state: SplitKVState, layer, k, v, batch: Batch, tpu: bool) -> tuple[SplitKVState, Array]:
     """The state with the step's tokens in it, and whether places ran out.
 
     Every layer finds the same places: those that the layer before has filled are dropped first, being at or behind the step's first position.
@@ -190,18 +185,18 @@ def _write(state: SplitKVState, layer, k, v, batch: Batch) -> tuple[SplitKVState
     lengths = mine.reshape(-1, run).sum(1)
     earlier = jnp.tril(segments[:, None] == segments, -1) @ lengths
     places = (kept >= 0).sum(1)[segments] + earlier
-    caches = _write_runs(state.k, state.v, kept, layer, k, v, jnp.where(mine, positions, -1), mine, segments, places, run)
+    caches = _write_runs(state.k, state.v, kept, layer, k, v, jnp.where(mine, positions, -1), mine, segments, places, run, tpu)
     full = ((lengths > 0) & (places + run > length)).any()
     return dataclasses.replace(state, **dict(zip(("k", "v", "positions"), caches, strict=True))), full
 
 
-def _write_runs(keys, values, at_key, layer, k, v, positions, mine, segments, places, run: int):
+def _write_runs(keys, values, at_key, layer, k, v, positions, mine, segments, places, run: int, tpu: bool):
     """One run after another, each in one piece; what isn't `mine` stays as it was."""
 
     def put(cache, new, where, start):
         kept = jax.lax.dynamic_slice(cache, start, new.shape)
         cache = jax.lax.dynamic_update_slice(cache, jnp.where(where, new, kept), start)
-        return _as_it_lies(cache)
+        return as_it_lies(cache, tpu)
 
     def held(new, like):
         return formats.store(new, "bfloat16" if like.dtype == jnp.uint16 else "float32")[None, None]
@@ -223,11 +218,12 @@ def _write_runs(keys, values, at_key, layer, k, v, positions, mine, segments, pl
 
 
 class _How(NamedTuple):
-    """The mask and scale; the dtype that products are computed in; whether loops have to have a known length."""
+    """The mask and scale; the dtype that products are computed in; whether loops have to have a known length; whether this is a TPU."""
 
     spec: AttentionSpec
     dtype: str
     known_length: bool
+    tpu: bool
 
 
 def _blocks(state: SplitKVState, layer, places: int) -> list[tuple[Array, Array | None, Array]]:
@@ -269,11 +265,11 @@ def _one_row(how: _How, rows, at, k, v, at_key, where, first, last) -> Partial:
 
     def step(j, found):
         begin = j * size
-        keys = _as_it_lies(jax.lax.dynamic_slice(k, (*where, 0, 0, begin), (1, 1, kv_heads, c, size)))[0, 0]
+        keys = as_it_lies(jax.lax.dynamic_slice(k, (*where, 0, 0, begin), (1, 1, kv_heads, c, size)), how.tpu)[0, 0]
         if v is None:
             values = keys[:, :width]
         else:
-            values = _as_it_lies(jax.lax.dynamic_slice(v, (*where, 0, begin, 0), (1, 1, kv_heads, size, width)))[0, 0]
+            values = as_it_lies(jax.lax.dynamic_slice(v, (*where, 0, begin, 0), (1, 1, kv_heads, size, width)), how.tpu)[0, 0]
         there = jax.lax.dynamic_slice_in_dim(at_key, begin, size)
         visible = seen(spec, at[:, None], there) & (there >= 0)
         return merge.merge_partials(found, merge.attend_block(rows, keys, values, visible, spec.softmax_scale, v is None))

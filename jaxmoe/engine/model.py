@@ -19,11 +19,13 @@ from jaxmoe.engine import mesh
 from jaxmoe.engine.mesh import HERE, Devices
 from jaxmoe.experts import ResidentBank, SlotBank, host_store
 from jaxmoe.experts.lossy import Lossy
+from jaxmoe.experts.placed import PlacedBank
 from jaxmoe.formats import ExpertLayout
 from jaxmoe.residency import Knowledge, Shape, find_policy
 from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec, stack_layers
 from pallas_kernels.dispatch import Kernels
+from sharding.placement import Placement
 from sharding.split import AXES
 
 
@@ -103,6 +105,7 @@ def load_model(
     offload: Offload | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     on: Devices = HERE,
+    placement: Placement | None = None,
 ) -> Model:
     """Restores a converted checkpoint onto the default device, or onto a mesh of which each device reads its own part.
 
@@ -114,6 +117,7 @@ def load_model(
         offload: keep the experts in host memory, and bring them to the device as they are asked for.
         progress: called with experts read and experts in all, with `offload`.
         on: the devices; `offload.slots` are those of each device, for its own experts.
+        placement: in which order experts stand before they are divided among devices.
 
     On the CPU a tied embedding gets a transposed copy as the output matrix: XLA there multiplies few rows with [V, D] at half the speed of [D, V].
     """
@@ -125,7 +129,12 @@ def load_model(
         params["lm_head"] = {"kernel": jnp.array(params["embed"]["table"].T)}
     if on.mesh is not None:
         params = mesh.place_params(spec, on, params)
-        bank = resident_bank(checkpoint, spec, kernels, on) if offload is None else sharded_slots(checkpoint, spec, offload, kernels, on, progress)
+        if offload is not None:
+            if placement is not None:
+                raise ValueError("a placement is for experts that all stay on their devices: leave out the placement or the expert memory")
+            bank: Any = sharded_slots(checkpoint, spec, offload, kernels, on, progress)
+        else:
+            bank = resident_bank(checkpoint, spec, kernels, on, placement)
         return Model(spec, params, bank, kernels, checkpoint.folder, on)
     if offload is not None:
         records = read_store(checkpoint, spec, progress, kernels.expert_layout) if offload.store else None
@@ -133,10 +142,26 @@ def load_model(
     return Model(spec, params, resident_bank(checkpoint, spec, kernels, on), kernels, checkpoint.folder)
 
 
-def resident_bank(checkpoint: Checkpoint, spec: ModelSpec, kernels: Kernels, on: Devices = HERE) -> ResidentBank:
+def resident_bank(
+    checkpoint: Checkpoint, spec: ModelSpec, kernels: Kernels, on: Devices = HERE, placement: Placement | None = None
+) -> ResidentBank | PlacedBank:
     """All experts on the device, or each device's on it."""
-    arrays = checkpoint.restore_bank(spec, sharding=mesh.leaf_sharding(on), layout=kernels.expert_layout)
-    return ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation, kernels.expert_layout)
+    order = None if placement is None else placement.order
+    if placement is not None:
+        _check_placement(spec, on, placement)
+    arrays = checkpoint.restore_bank(spec, sharding=mesh.leaf_sharding(on), layout=kernels.expert_layout, order=order)
+    bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation, kernels.expert_layout)
+    if placement is None:
+        return bank
+    return PlacedBank(bank, jax.device_put(placement.position_of_expert, on.sharding(P(on.layout.stage or None))))
+
+
+def _check_placement(spec: ModelSpec, on: Devices, placement: Placement) -> None:
+    placement.check_model(len(spec.moe_layers), spec.moe[0].experts, None)
+    if placement.devices != on.layout.split.expert:
+        raise ValueError(f"the placement is for {placement.devices} devices, the split {on.layout.split} has expert = {on.layout.split.expert}")
+    if spec.moe[1].bias:
+        raise ValueError("a placement for a model whose experts have biases isn't supported: leave it out")
 
 
 def sharded_slots(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from checkpoints.load import Checkpoint
 from jaxmoe.engine.generate import Engine
@@ -13,6 +14,7 @@ from jaxmoe.engine.model import Offload, load_model
 from jaxmoe.engine.streaming import Streaming, make_plan
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
+from sharding.placement import Placement
 from sharding.plan import load_plan, planned_spec
 from sharding.split import SplitError, parse_split
 
@@ -23,15 +25,16 @@ ELSEWHERE = ("trace", "link_gbps", "host_memory", "predictor", "predictor_file",
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """Where a model is to run. Attributes: `spec` the model in the precision it is to have, `on` the devices, `offload` how each device streams its
-    experts (None: they all stay)."""
+    experts (None: they all stay), `placement` in which order experts stand."""
 
     spec: ModelSpec
     on: Devices = HERE
     offload: Offload | None = None
+    placement: Placement | None = None
 
 
 def choose_devices(
-    spec: ModelSpec, split: str | None, plan: Path | None, streaming: Streaming | None, rows: int, positions: int
+    spec: ModelSpec, split: str | None, plan: Path | None, streaming: Streaming | None, rows: int, positions: int, placement: Path | None = None
 ) -> Planned:
     """What was asked for, checked against the model and the process's devices.
 
@@ -41,10 +44,16 @@ def choose_devices(
         plan: a file of `scripts/plan.py`, which brings its own split, precision and slots.
         streaming: what was asked for about experts; its memory is that of each device.
         rows, positions: sequences at a time, and tokens of the longest.
+        placement: a file of `scripts/place.py`.
 
     Raises:
         ValueError: options that don't go together, or that the model or the devices can't do.
     """
+    placed = None if placement is None else _read_placement(placement)
+    if placed is not None:
+        placed.check_model(len(spec.moe_layers), spec.moe[0].experts, None)
+        if split is None and plan is None:
+            raise ValueError(f"--placement {placement} is for a model on several devices: give --split or --plan too")
     if plan is not None:
         if split is not None or streaming is not None:
             raise ValueError(f"--plan {plan} brings its own split and expert memory: leave out --split and --expert-memory")
@@ -53,11 +62,18 @@ def choose_devices(
         read.check_model(spec.hash())
         work = read.workload
         offload = None if work.slots is None else Offload(work.slots, max(1, work.staging))
-        return Planned(spec, devices_for(spec, read.split), offload)
+        return Planned(spec, devices_for(spec, read.split), offload, placed)
     if split is None:
         return Planned(spec)
     on = devices_for(spec, parse_split(split))
-    return Planned(spec, on, None if streaming is None else _offload(spec, on, streaming, rows, positions))
+    return Planned(spec, on, None if streaming is None else _offload(spec, on, streaming, rows, positions), placed)
+
+
+def _read_placement(path: Path) -> Placement:
+    try:
+        return Placement.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _offload(spec: ModelSpec, on: Devices, asked: Streaming, rows: int, positions: int) -> Offload | None:
@@ -76,6 +92,7 @@ def load_planned(
 ) -> Engine:  # fmt: skip
     """Reads each device's part of the weights and makes the engine; arguments as for `load_model` and `Engine`."""
     spec = planned.spec
-    model = load_model(checkpoint, spec.precision.params, kernels, offload=planned.offload, progress=progress, on=planned.on)
+    how: dict[str, Any] = {"offload": planned.offload, "progress": progress, "on": planned.on, "placement": planned.placement}
+    model = load_model(checkpoint, spec.precision.params, kernels, **how)
     model = dataclasses.replace(model, spec=dataclasses.replace(model.spec, precision=spec.precision))
     return Engine(model, rows, positions, greedy, eos)
