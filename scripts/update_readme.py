@@ -1,7 +1,7 @@
-"""Writes the tables of the README and of docs/offloading.md from the records in benchmarks/, and that of model families from their data; nothing
+"""Writes the tables of the README and of the pages in docs/ from the records in benchmarks/, and that of model families from their data; nothing
 there is typed.
 
-    python scripts/update_readme.py [--readme README.md] [--offloading docs/offloading.md] [--benchmarks benchmarks]
+    python scripts/update_readme.py [--readme README.md] [--offloading docs/offloading.md] [--planning docs/planning.md] [--benchmarks benchmarks]
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("scripts") is None:
     sys.path.insert(0, str(ROOT))
 
-from jaxmoe.report import families, offload_tables, policy_tables, record
+from jaxmoe.report import families, offload_tables, plan_page, policy_tables, record
 from jaxmoe.report.command import run_command
 from scripts import golden_cases
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Write the tables of the README and of docs/offloading.md."""
+    """Write the tables of the README and of the pages in docs/."""
 
     readme: Path = ROOT / "README.md"
     """The file to change."""
     offloading: Path = ROOT / "docs" / "offloading.md"
     """The page on offloading; passed over where it does not exist."""
+    planning: Path = ROOT / "docs" / "planning.md"
+    """The page on meshes; passed over where it does not exist."""
     benchmarks: Path = ROOT / "benchmarks"
     """Folder of records."""
 
@@ -169,6 +171,8 @@ def run(args: Arguments) -> None:
     write(args.readme, tables)
     if args.offloading.exists():
         write(args.offloading, policy_tables.tables(records) | offload_tables.tables(records))
+    if args.planning.exists():
+        write(args.planning, plan_page.tables(records))
 
 
 def write(page: Path, tables: dict[str, str]) -> None:
