@@ -11,14 +11,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format
 
 from checkpoints.reading import Target, box_of
 from jaxmoe import formats
 from jaxmoe.spec import Leaf
 
-Placement = jax.sharding.Sharding | Callable[[Leaf], jax.sharding.Sharding] | None
-"""Where arrays go: one sharding for all, a function of the leaf (its shape and axes), or None for the default
-device."""
+Place = jax.sharding.Sharding | Format
+"""Devices, and with a format the order of axes in their memory too."""
+
+Placement = Place | Callable[[Leaf], Place] | None
+"""Where arrays go: one place for all, a function of the leaf (its shape and axes), or None for the default device."""
 
 Fill = Callable[[list[Target]], None]
 """Fills every target's buffer."""
@@ -57,12 +60,13 @@ def build_all(leaves: Iterable[tuple[Leaf, Fill]], place: Placement) -> Iterator
                 future.cancel()
 
 
-def _target(leaf: Leaf, place: Placement) -> jax.sharding.Sharding | None:
-    return place if place is None or isinstance(place, jax.sharding.Sharding) else place(leaf)
+def _target(leaf: Leaf, place: Placement) -> Place | None:
+    return place if place is None or isinstance(place, Place) else place(leaf)
 
 
-def _host_slices(leaf: Leaf, target: jax.sharding.Sharding | None, fill: Fill) -> list[Target]:
+def _host_slices(leaf: Leaf, target: Place | None, fill: Fill) -> list[Target]:
     """Every different slice that this process's devices hold."""
+    target = target.sharding if isinstance(target, Format) else target
     indices = [()] if target is None else target.addressable_devices_indices_map(leaf.shape).values()
     boxes = {box_of(index or (), leaf.shape)[0] for index in indices}
     slices = [Target(box, formats.aligned_empty(tuple(b - a for a, b in box), leaf.dtype)) for box in sorted(boxes)]
@@ -70,7 +74,7 @@ def _host_slices(leaf: Leaf, target: jax.sharding.Sharding | None, fill: Fill) -
     return slices
 
 
-def _hand_over(leaf: Leaf, target: jax.sharding.Sharding | None, future: Future) -> jax.Array:
+def _hand_over(leaf: Leaf, target: Place | None, future: Future) -> jax.Array:
     slices = {part.box: part.out for part in future.result()}
     if target is None:
         return jax.device_put(*slices.values())

@@ -126,7 +126,7 @@ def _ends(at: _Step) -> Work:
     stages = layout.size(layout.stage)
     return Work((embed, head), (
         Collective("embed", 1, "psum", layout.vocab, at.tokens * d * w),
-        Collective("logits", 1, "all_gather", layout.vocab, rows * spec.vocab * 4),
+        Collective("tokens", 1, "all_gather", layout.vocab, rows * layout.size(layout.vocab) * 8),  # each device's likeliest and its logit
         Collective("stage", stages - 1, "ppermute", layout.stage, at.tokens * d * w),
     ))  # fmt: skip
 

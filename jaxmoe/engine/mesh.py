@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as Order
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.layers import LayerStates
+from jaxmoe.decode.sampling import SamplingParams, sample
 from jaxmoe.experts.placed import PlacedBank
 from jaxmoe.experts.resident import ResidentBank
 from jaxmoe.experts.sharded import ShardedBank
@@ -175,6 +176,23 @@ def anywhere(flag: jax.Array, layout: Layout) -> jax.Array:
     return jax.lax.pmax(flag.astype(jnp.int32), layout.batch) > 0 if layout.batch else flag
 
 
+def whole_logits(logits: jax.Array, layout: Layout) -> jax.Array:
+    """Logits [R, V] of each device's part of the vocabulary."""
+    return jax.lax.all_gather(logits, layout.vocab, axis=1, tiled=True) if layout.vocab else logits
+
+
+def chosen_tokens(logits: jax.Array, sampling: SamplingParams, positions: jax.Array, greedy: bool, layout: Layout) -> jax.Array:
+    """`sample` of logits that devices have parts of; the likeliest token is found with one number and one id of each."""
+    if not (greedy and layout.vocab):
+        return sample(whole_logits(logits, layout), sampling, positions, greedy_only=greedy)
+    own = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    best = jnp.take_along_axis(logits, own[:, None], 1)[:, 0]
+    ids = own + jax.lax.axis_index(layout.vocab).astype(jnp.int32) * logits.shape[1]
+    best, ids = (jax.lax.all_gather(x, layout.vocab) for x in (best, ids))
+    first = jnp.argmax(best, axis=0)  # the first of equals, as `sample` takes it: parts are in the vocabulary's order
+    return jnp.take_along_axis(ids, first[None], 0)[0]
+
+
 # --- arrays
 
 
@@ -219,14 +237,16 @@ def place_bank(on: Devices, bank: ResidentBank) -> ResidentBank:
     return _with(bank, {name: jax.device_put(getattr(bank, name), held(getattr(bank, name), on, axes)) for name, axes in bank.logical_axes().items()})
 
 
-def held(x: Any, on: Devices, axes: tuple[str | None, ...]) -> NamedSharding | Format:
+def held(x: Any, on: Devices, axes: tuple[str | None, ...]) -> NamedSharding | SingleDeviceSharding | Format:
     """Where a weight goes; on TPUs with the order of axes that steps compute in.
 
     XLA's own choice of an order for an argument is the one that pads least, and where that isn't the order a step computes in, the step would copy
     whole weights each time it runs.
     """
-    sharding = on.sharding(on.layout.partition(*axes))
-    if sharding.mesh.devices.flat[0].platform != "tpu":
+    sharding: NamedSharding | SingleDeviceSharding
+    sharding = SingleDeviceSharding(jax.local_devices()[0]) if on.mesh is None else on.sharding(on.layout.partition(*axes))
+    device: Any = next(iter(sharding.device_set))
+    if device.platform != "tpu":
         return sharding
     return Format(Order(held_order(sharding.shard_shape(x.shape), axes, x.dtype.itemsize)), sharding)
 

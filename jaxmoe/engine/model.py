@@ -127,8 +127,9 @@ def load_model(
     params = stack_layers(spec, layered, tuple if unroll else jnp.stack)
     if kernels.backend == "cpu" and "lm_head" not in params:
         params["lm_head"] = {"kernel": jnp.array(params["embed"]["table"].T)}
-    if on.mesh is not None:
+    if on.mesh is not None or kernels.backend == "tpu":
         params = mesh.place_params(spec, on, params)
+    if on.mesh is not None:
         if offload is not None:
             if placement is not None:
                 raise ValueError("a placement is for experts that all stay on their devices: leave out the placement or the expert memory")
@@ -149,7 +150,9 @@ def resident_bank(
     order = None if placement is None else placement.order
     if placement is not None:
         _check_placement(spec, on, placement)
-    arrays = checkpoint.restore_bank(spec, sharding=mesh.leaf_sharding(on), layout=kernels.expert_layout, order=order)
+    whole = on.mesh is None and kernels.backend != "tpu"
+    place = None if whole else lambda leaf: mesh.held(leaf, on, leaf.axes)
+    arrays = checkpoint.restore_bank(spec, sharding=place, layout=kernels.expert_layout, order=order)
     bank = ResidentBank(arrays["w_in"], arrays["w_out"], spec.moe[1].activation, kernels.expert_layout)
     if placement is None:
         return bank

@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxmoe.cache.batch import Batch
-from jaxmoe.decode.sampling import SamplingParams, sample
+from jaxmoe.decode.sampling import SamplingParams
 from jaxmoe.engine.coherent import coherent_forward, moves
-from jaxmoe.engine.mesh import HERE, Devices, anywhere, on_mesh
+from jaxmoe.engine.mesh import HERE, Devices, anywhere, chosen_tokens, on_mesh, whole_logits
 from jaxmoe.nn.transformer import chosen_experts, forward
 from jaxmoe.routing.ahead import AHEAD, WIDTH, Gates, stack_gates
 from jaxmoe.spec import ModelSpec
@@ -107,7 +107,7 @@ def prefill_step(
         stacked = stack_gates(own, params) if gates else None
         logits, state, routed = _forward(own, params, bank, state, batch, kernels, record, stacked, layout)
         with jax.named_scope("sample"):
-            return sample(logits, sampling, positions, greedy_only=greedy), state, routed
+            return chosen_tokens(logits, sampling, positions, greedy, layout), state, routed
 
     rows, tokens = P(layout.batch), P((*layout.batch, *layout.sequence))
     whole = on_mesh(prefill, spec, on, (tokens, rows, rows), (rows, tokens))
@@ -120,7 +120,8 @@ def logits_step(spec: ModelSpec, kernels: Kernels, on: Devices = HERE) -> Callab
     own, layout = local_spec(spec, on.layout), on.layout
 
     def score(params, bank, state, batch: Batch):
-        return _forward(own, params, bank, state, batch, kernels, layout=layout)[:2]
+        logits, state, _ = _forward(own, params, bank, state, batch, kernels, layout=layout)
+        return whole_logits(logits, layout), state
 
     whole = on_mesh(score, spec, on, (P((*layout.batch, *layout.sequence)),), (P(layout.batch),))
     return jax.jit(whole, donate_argnums=2, compiler_options=kernels.compiler_options())
@@ -166,7 +167,7 @@ def decode_step(
             live = left > 0
             logits, state, chosen = _forward(own, params, bank, state, decode_batch(rows, tokens, positions, live), kernels, record, stacked, layout)
             routed = tuple(jax.lax.dynamic_update_index_in_dim(all, one, i, 0) for all, one in zip(routed, chosen, strict=True))
-            new = sample(logits, sampling, positions + 1, greedy_only=greedy)
+            new = chosen_tokens(logits, sampling, positions + 1, greedy, layout)
             out = jax.lax.dynamic_update_slice(out, jnp.where(live, new, -1)[None], (i, 0))
             ended = (new[:, None] == eos[None, :]).any(1)
             tokens = jnp.where(live, new, tokens)

@@ -60,8 +60,8 @@ def forward(
         layout: how the model is split over devices, inside `shard_map`: `spec` is then `sharding.split.local_spec`, and all else a device's own part.
 
     Returns:
-        float32 logits of `batch.logit_rows`; the bank and the state afterwards; aux: `{"routed": [RouterOut of [r, ...] leaves per sparse layer of
-        each pattern]}` with `collect`, else empty.
+        float32 logits of `batch.logit_rows` (see `head`); the bank and the state afterwards; aux: `{"routed": [RouterOut of [r, ...] leaves per
+        sparse layer of each pattern]}` with `collect`, else empty.
     """
     fixed, moving = bank.split()
     x = embed(spec, params, batch, layout)
@@ -94,7 +94,7 @@ def embed(spec: ModelSpec, params: dict, batch: Batch, layout: Layout = ALONE) -
 def head(
     spec: ModelSpec, params: dict, x_TD: Float[Array, "T D"], batch: Batch, kernels: Kernels, layout: Layout = ALONE
 ) -> Float[Array, "R V"]:
-    """float32 logits of `batch.logit_rows`."""
+    """float32 logits of `batch.logit_rows`; a device's own part of them where the vocabulary is split."""
     with jax.named_scope("head"):
         norm: Any = model_norm(spec, kernels)
         kernel, transposed = head_kernel(params)
@@ -105,8 +105,6 @@ def head(
         logits = dense(norm.apply({"params": params["final_norm"]}, x), kernel, kernels, jnp.float32, transposed)
         if spec.head_bias:
             logits = logits + formats.load(params["lm_head"]["bias"], jnp.float32)
-        if layout.vocab:
-            logits = jax.lax.all_gather(logits, layout.vocab, axis=1, tiled=True)
         if spec.logit_divisor != 1.0:
             logits = logits / spec.logit_divisor
         return logits if spec.logit_cap is None else jnp.tanh(logits / spec.logit_cap) * spec.logit_cap

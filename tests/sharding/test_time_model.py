@@ -154,7 +154,7 @@ def test_splitting_shares_the_work():
         (Split(), {}),
         (Split(data=2), {}),
         (Split(tensor=2), {"attention": ("psum", 2, 512), "feed forward": ("psum", 2, 512), "embed": ("psum", 1, 512),
-                           "logits": ("all_gather", 1, 1536)}),
+                           "tokens": ("all_gather", 1, 4 * 2 * 8)}),
         # Two tokens of a device, room for both, with two ids each, on either device; and room for two results of each.
         (Split(expert=2, exchange="tokens"), {"exchange tokens": ("all_to_all", 4, (2 * 2 * (64 + 2) + 2 * 4 * 64) * 2 / 2)}),
         (Split(expert=2, exchange="gather"), {"gather tokens": ("all_gather", 2, 4 * 66 * 2),
