@@ -71,16 +71,17 @@ def transport(backend: str, worst: int) -> Transport:
     """What suits a worst case of so many bytes.
 
     Turns of unknown number are a loop whose condition a GPU reads back to its host, so there they are for large steps alone, where this is less than
-    touching memory for rows that aren't there. XLA's CPU backend has no ragged exchange.
+    touching memory for rows that aren't there. XLA's CPU backend has no ragged exchange, and its TPU compiler refuses one on some topologies
+    (v5e:16x16: "not supported in limited ICI routing settings"; libtpu of jax 0.10.2).
     """
     if worst <= SMALL:
         return "whole"
-    return "ragged" if worst <= ROOM and backend in ("gpu", "tpu") else "rounds"
+    return "ragged" if worst <= ROOM and backend == "gpu" else "rounds"
 
 
 def coherent_ragged(backend: str, devices: int, tokens: int, width: int, nbytes: int) -> bool:
     """Whether, of all tokens of a group of devices in 'coherent', only those travel that a device has; else blocks with room for all."""
-    return backend in ("gpu", "tpu") and devices * tokens * width * nbytes > SMALL
+    return backend == "gpu" and devices * tokens * width * nbytes > SMALL
 
 
 def worst_rooms(tokens: int, active: int, count: int) -> Rooms:

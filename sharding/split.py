@@ -221,7 +221,8 @@ def layout_of(spec: ModelSpec, split: Split) -> Layout:
     if split.expert > 1 and not spec.moe_layers:
         raise SplitError(f"expert = {split.expert}: the model has no experts")
     both = used("expert", "tensor") if split.attention == "tensor" else used("tensor")
-    batch = used("data", "expert") if split.attention == "data" else used("data")
+    own = split.attention == "data" and split.exchange != "coherent"
+    batch = used("data", "expert") if own else used("data")
     n = size(both)
     for layer in spec.layers:
         for what, have in _heads(layer):

@@ -19,13 +19,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout as Order
+from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.contiguous import KVState
 from jaxmoe.cache.layers import LayerStates
 from jaxmoe.experts import expert_ffn
-from jaxmoe.experts.exchange.wire import listed, pack, swap, to_words, unpack
+from jaxmoe.experts.exchange.wire import bits_of, from_bits, listed, pack, swap, to_words, unpack
 from jaxmoe.experts.placed import at_positions
 from jaxmoe.experts.sharded import ShardedBank
 from jaxmoe.nn.layers import DecoderLayer, ExpertBias, Router
@@ -44,15 +46,15 @@ def moves(layout: Layout, batch: Batch) -> bool:
 
 
 class Slots(NamedTuple):
-    """Which tokens a device has. Attributes: `token` of each slot, 0 in empty ones; `count`, how many are taken: they come first."""
+    """Which tokens a device has. Attributes: `token` of each slot, 0 in empty ones; `size`, how many are taken: they come first."""
 
     token: Int[Array, "T"]
-    count: Int[Array, ""]
+    size: Int[Array, ""]
 
     @property
     def taken(self) -> Bool[Array, "T"]:
         """Which slots have a token."""
-        return jnp.arange(self.token.shape[0]) < self.count
+        return jnp.arange(self.token.shape[0]) < self.size
 
     def here(self) -> Bool[Array, "T"]:
         """Which tokens are here."""
@@ -64,7 +66,7 @@ class Slots(NamedTuple):
         at = self.token
         return dataclasses.replace(
             batch, tokens=batch.tokens[at], positions=batch.positions[at], segments=jnp.where(self.taken, batch.segments[at], -1),
-            run_segments=batch.run_segments[at], run_positions=batch.run_positions[at], n_runs=self.count, grouped=True,
+            run_segments=batch.run_segments[at], run_positions=batch.run_positions[at], n_runs=self.size, grouped=True,
         )  # fmt: skip
 
 
@@ -107,6 +109,7 @@ def _check(spec: ModelSpec, state: LayerStates, layout: Layout) -> None:
         "dense networks beside its experts": any(layer.sparse and layer.dense is not None for layer in spec.layers),
         "routers that decide for the next layer": any(layer.router is not None and layer.router.pregated for layer in spec.layers),
         "its positions split": bool(layout.sequence),
+        "its sequences split over the experts' devices": bool(set(layout.batch) & set(layout.experts)),
     }
     for what, found in reasons.items():
         if found:
@@ -203,7 +206,7 @@ def move(
     goes_NT = (jnp.where(slots.taken, ids // count, n)[None, :] == jnp.arange(n)[:, None]).astype(jnp.int32)
     rank_NT = jnp.cumsum(goes_NT, axis=1, dtype=jnp.int32) - goes_NT
     from_NC = listed(jnp.where(goes_NT > 0, rank_NT, tokens), tokens)
-    weight = _bits(weights_T1[:, 0].astype(jnp.float32), x_TD.dtype)
+    weight = bits_of(weights_T1, x_TD.dtype)
     whole = jnp.concatenate([(ids % count)[:, None], slots.token[:, None], weight], 1)
     row_NCW = pack(x_TD.at[from_NC].get(mode="fill", fill_value=0), whole.at[from_NC].get(mode="fill", fill_value=-1))
     ragged = coherent_ragged(kernels.backend, n, tokens, width, x_TD.dtype.itemsize)
@@ -212,20 +215,8 @@ def move(
     there = whole[:, 1] >= 0
     order = jnp.argsort(~there, stable=True)[:tokens]
     slots = Slots(jnp.maximum(whole[order, 1], 0), there.sum(dtype=jnp.int32))
-    weights = jnp.where(slots.taken[:, None], _from_bits(whole[order, 2:], x_TD.dtype)[:, None], 0.0)
+    weights = jnp.where(slots.taken[:, None], from_bits(whole[order, 2:], 1), 0.0)
     return _only(slots.taken, x[order]), jnp.maximum(whole[order, :1], 0), weights, slots
-
-
-def _bits(x: jax.Array, like) -> jax.Array:
-    """A 32-bit number as one integer, or two where words have 16 bits."""
-    kind = jnp.int16 if jnp.dtype(like).itemsize == 2 else jnp.int32
-    return jax.lax.bitcast_convert_type(x, kind).astype(jnp.int32).reshape(*x.shape, -1)
-
-
-def _from_bits(whole: jax.Array, like, dtype=jnp.float32) -> jax.Array:
-    kind = jnp.int16 if jnp.dtype(like).itemsize == 2 else jnp.int32
-    parts = whole.astype(kind)
-    return jax.lax.bitcast_convert_type(parts if kind == jnp.int16 else parts[..., 0], dtype)
 
 
 # --- the end of a step
@@ -284,14 +275,18 @@ def gather_rows(rows_RW: UInt[Array, "R W"], mine_R: Bool[Array, "R"], layout: L
 def _new_entries(kv: KVState, batch: Batch) -> jax.Array:
     """What the caches have at the step's positions: [L, T, K * (C + V)] as it is held."""
 
-    def of_token(segment, position):
-        k = jax.lax.dynamic_slice(kv.k, (0, segment, 0, 0, position), (kv.k.shape[0], 1, *kv.k.shape[2:4], 1)).reshape(kv.k.shape[0], -1)
+    def entries(cache, start, shape):
+        return _as_written(jax.lax.dynamic_slice(_as_written(cache), start, shape)).reshape(cache.shape[0], -1)
+
+    def of_token(at):
+        segment, position = at
+        k = entries(kv.k, (0, segment, 0, 0, position), (kv.k.shape[0], 1, *kv.k.shape[2:4], 1))
         if kv.v is None:
             return k
-        v = jax.lax.dynamic_slice(kv.v, (0, segment, 0, position, 0), (kv.v.shape[0], 1, kv.v.shape[2], 1, kv.v.shape[4]))
-        return jnp.concatenate([k, v.reshape(kv.v.shape[0], -1)], 1)
+        v = entries(kv.v, (0, segment, 0, position, 0), (kv.v.shape[0], 1, kv.v.shape[2], 1, kv.v.shape[4]))
+        return jnp.concatenate([k, v], 1)
 
-    return jax.lax.map(lambda at: of_token(*at), (batch.run_segments, batch.run_positions)).swapaxes(0, 1)
+    return jax.lax.map(of_token, (batch.run_segments, batch.run_positions)).swapaxes(0, 1)
 
 
 def _with_entries(kv: KVState, entries: jax.Array, batch: Batch) -> KVState:
@@ -300,7 +295,7 @@ def _with_entries(kv: KVState, entries: jax.Array, batch: Batch) -> KVState:
 
     def put(cache, new, start, live):
         old = jax.lax.dynamic_slice(cache, start, new.shape)
-        return jax.lax.dynamic_update_slice(cache, jnp.where(live, new, old), start)
+        return _as_written(jax.lax.dynamic_update_slice(cache, jnp.where(live, new, old), start))
 
     def one(t, caches):
         k, v = caches
@@ -312,6 +307,11 @@ def _with_entries(kv: KVState, entries: jax.Array, batch: Batch) -> KVState:
         return k, v
 
     return KVState(*jax.lax.fori_loop(0, batch.tokens.shape[0], one, (kv.k, kv.v)))
+
+
+def _as_written(x: jax.Array) -> jax.Array:
+    """The array with its axes in their order: XLA's TPU compiler would else lay a whole cache out anew, for a slice of one position."""
+    return with_layout_constraint(x, Order(tuple(range(x.ndim))))
 
 
 def _narrow(words: jax.Array, together: list) -> jax.Array:

@@ -25,7 +25,7 @@ from jaxmoe.experts.sharded import ShardedBank
 from jaxmoe.experts.slots import SlotBank
 from jaxmoe.spec import LayerSpec, Leaf, ModelSpec, abstract_params, stack_layers
 from sharding.padding import held_order
-from sharding.split import ALONE, AXES, Layout, Split, layout_of, local_spec
+from sharding.split import ALONE, AXES, Layout, Split, SplitError, layout_of, local_spec
 
 P = PartitionSpec
 
@@ -166,6 +166,8 @@ def on_mesh(step: Callable, spec: ModelSpec, on: Devices, inputs: tuple[Partitio
 
 
 def _sharded(bank: Any, layout: Layout, experts: int) -> ShardedBank:
+    if getattr(bank, "lossy", None) is not None:
+        raise SplitError("lossy: experts in fewer bits are for one device: leave it or the split out")
     if isinstance(bank, PlacedBank):
         return ShardedBank(bank.own, layout, experts, bank.position_of_expert)
     return ShardedBank(bank, layout, experts)

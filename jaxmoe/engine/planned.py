@@ -11,6 +11,7 @@ from checkpoints.load import Checkpoint
 from jaxmoe.engine.generate import Engine
 from jaxmoe.engine.mesh import HERE, Devices, bank_spec, devices_for
 from jaxmoe.engine.model import Offload, load_model
+from jaxmoe.engine.steps import TOKEN_BUCKETS
 from jaxmoe.engine.streaming import Streaming, make_plan
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
@@ -25,12 +26,14 @@ ELSEWHERE = ("trace", "link_gbps", "host_memory", "predictor", "predictor_file",
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """Where a model is to run. Attributes: `spec` the model in the precision it is to have, `on` the devices, `offload` how each device streams its
-    experts (None: they all stay), `placement` in which order experts stand."""
+    experts (None: they all stay), `placement` in which order experts stand, `prefill_tokens` the most tokens of a prefill step in a group of devices
+    (None: as the engine chooses)."""
 
     spec: ModelSpec
     on: Devices = HERE
     offload: Offload | None = None
     placement: Placement | None = None
+    prefill_tokens: int | None = None
 
 
 def choose_devices(
@@ -62,11 +65,16 @@ def choose_devices(
         read.check_model(spec.hash())
         work = read.workload
         offload = None if work.slots is None else Offload(work.slots, max(1, work.staging))
-        return Planned(spec, devices_for(spec, read.split), offload, placed)
+        on = devices_for(spec, read.split)
+        _check_placed(placed, placement, on, offload)
+        return Planned(spec, on, offload, placed, work.prefill_tokens)
     if split is None:
         return Planned(spec)
     on = devices_for(spec, parse_split(split))
-    return Planned(spec, on, None if streaming is None else _offload(spec, on, streaming, rows, positions), placed)
+    offload = None if streaming is None else _offload(spec, on, streaming, rows, positions)
+    _check_placed(placed, placement, on, offload)
+    whole_prompts = streaming is None or streaming.mode != "fused"
+    return Planned(spec, on, offload, placed, None if whole_prompts else TOKEN_BUCKETS[-1])
 
 
 def _read_placement(path: Path) -> Placement:
@@ -74,6 +82,16 @@ def _read_placement(path: Path) -> Placement:
         return Placement.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_placed(placed: Placement | None, path: Path | None, on: Devices, offload: Offload | None) -> None:
+    """Refuses, before any weights are read, what `load_model` would refuse."""
+    if placed is None:
+        return
+    if placed.devices != on.layout.split.expert:
+        raise SplitError(f"{path}: the placement is for {placed.devices} devices, the split {on.layout.split} has expert = {on.layout.split.expert}")
+    if offload is not None:
+        raise SplitError(f"{path}: a placement is for experts that all stay on their devices: leave out the placement or the expert memory")
 
 
 def _offload(spec: ModelSpec, on: Devices, asked: Streaming, rows: int, positions: int) -> Offload | None:
@@ -95,4 +113,4 @@ def load_planned(
     how: dict[str, Any] = {"offload": planned.offload, "progress": progress, "on": planned.on, "placement": planned.placement}
     model = load_model(checkpoint, spec.precision.params, kernels, **how)
     model = dataclasses.replace(model, spec=dataclasses.replace(model.spec, precision=spec.precision))
-    return Engine(model, rows, positions, greedy, eos)
+    return Engine(model, rows, positions, greedy, eos, prefill_tokens=planned.prefill_tokens)

@@ -124,8 +124,9 @@ def compile_step(target: str, spec: ModelSpec, split: Split, workload: Workload,
     began = time.perf_counter()
     compiled = _refused(lambda: abstract_step(spec, on, workload, kernels, phase).lower().compile(), target)
     text, cost = compiled.as_text(), compiled.cost_analysis()
-    optimal = (cost if isinstance(cost, dict) else cost[0]).get("optimal_seconds")
-    return _program(compiled.memory_analysis(), text, time.perf_counter() - began, optimal)
+    costs: dict = cost if isinstance(cost, dict) else (cost or [{}])[0]  # compile-only GPUs have none
+    optimal = costs.get("optimal_seconds", -1.0)  # a kernel that XLA has no estimate of counts as -1
+    return _program(compiled.memory_analysis(), text, time.perf_counter() - began, optimal if optimal >= 0 else None)
 
 
 def _with_host(device: Any, spec: ModelSpec, split: Split, workload: Workload, phase: Phase, kernels: Kernels) -> Program:

@@ -39,7 +39,8 @@ def with_exchange(on: Devices, exchange: Exchange) -> Devices:
 
 
 def by_traffic(spec: ModelSpec, on: Devices, kernels: Kernels, choices: tuple[Exchange, ...] = ("tokens", "gather", "weights")) -> Pick:
-    """Picks what sends the fewest bytes for evenly spread routing (`sharding.exchange_cost`)."""
+    """Picks what sends the fewest bytes for evenly spread routing (`sharding.exchange_cost`); experts that are streamed can't be sent: leave out
+    'weights' then."""
     router, experts = spec.moe
     n, hidden = on.layout.size(on.layout.experts), experts.width // on.layout.size(on.layout.expert_hidden)
     nbytes = compute_dtype(spec.precision.compute).itemsize

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.experts.dispatch import weighted_sum
-from jaxmoe.experts.exchange import EXCHANGES, Meeting
+from jaxmoe.experts.exchange import EXCHANGES, Meeting, gather_sums
 from jaxmoe.experts.exchange.gather import part_of_experts
 from jaxmoe.experts.placed import at_positions
 from pallas_kernels.dispatch import Kernels
@@ -29,12 +29,14 @@ class ShardedBank:
     layout: how the model is split.
     experts: of the model, E.
     position_of_expert: where each expert of each layer stands in that order, on every device; None for the model's order.
+    sums: 'gather' sends sums of results back instead of each: a token's active experts times fewer bytes, but not the bits of one device.
     """
 
     own: Any
     layout: Layout = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
     position_of_expert: Int[Array, "L E"] | None = None
+    sums: bool = flax.struct.field(pytree_node=False, default=False)
 
     def split(self) -> tuple[ShardedBank, Any]:
         """See `ResidentBank.split`."""
@@ -66,6 +68,9 @@ class ShardedBank:
             return y, dataclasses.replace(self, own=own), aux
         at = Meeting(moe_layer, self.experts, self.layout, kernels, biases)
         split = self.layout.split
+        if self.sums and split.attention == "data" and split.exchange == "gather":
+            y_TD, own = gather_sums(self.own, at, x_TD, ids_TA, weights_TA, valid_T)
+            return y_TD, dataclasses.replace(self, own=own), {}
         exchange = part_of_experts if split.attention == "tensor" else EXCHANGES[split.exchange]
         y_TAD, own = exchange(self.own, at, x_TD, ids_TA, valid_T)
         y_TD = weighted_sum(y_TAD.astype(jnp.float32), weights_TA, valid_T)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jaxmoe.experts.exchange.gather import gather_tokens, own_experts
+from jaxmoe.experts.exchange.gather import gather_sums, gather_tokens, own_experts
 from jaxmoe.experts.exchange.meeting import Meeting
 from jaxmoe.experts.exchange.tokens import exchange_tokens
 from jaxmoe.experts.exchange.weights import send_weights
@@ -22,4 +22,4 @@ from sharding.split import Exchange
 EXCHANGES: dict[Exchange, Callable] = {"tokens": exchange_tokens, "gather": gather_tokens, "weights": send_weights, "coherent": own_experts}
 """The ways by name. 'coherent' is what its prompts go by, every device having all tokens; how it decodes stands in `jaxmoe.engine.coherent`."""
 
-__all__ = ["EXCHANGES", "Meeting", "exchange_tokens", "gather_tokens", "own_experts", "send_weights"]
+__all__ = ["EXCHANGES", "Meeting", "exchange_tokens", "gather_sums", "gather_tokens", "own_experts", "send_weights"]

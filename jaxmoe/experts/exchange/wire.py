@@ -33,6 +33,20 @@ def unpack(words: UInt[Array, "... W"], width: int, dtype) -> tuple[Float[Array,
     return jax.lax.bitcast_convert_type(words[..., :width], dtype), ids
 
 
+def bits_of(weights_TA: Float[Array, "T A"], dtype) -> Int[Array, "T B"]:
+    """float32 numbers as integers that `pack` takes with numbers of `dtype`: one each, or two where words have 16 bits."""
+    narrow = jnp.int16 if words_of(dtype) == jnp.uint16 else jnp.int32
+    bits = jax.lax.bitcast_convert_type(weights_TA.astype(jnp.float32), narrow)
+    return bits.astype(jnp.int32).reshape(weights_TA.shape[0], -1)
+
+
+def from_bits(bits_TB: Int[Array, "T B"], count: int) -> Float[Array, "T A"]:
+    """The inverse of `bits_of`, for `count` numbers a row."""
+    if bits_TB.shape[1] == count:
+        return jax.lax.bitcast_convert_type(bits_TB, jnp.float32)
+    return jax.lax.bitcast_convert_type(bits_TB.astype(jnp.int16).reshape(-1, count, 2), jnp.float32)
+
+
 def swap(
     blocks: UInt[Array, "n C W"], sizes: Int[Array, "n"], coming: Int[Array, "n"] | None, axes: tuple[str, ...], backend: Backend, ragged: bool
 ) -> UInt[Array, "n C W"]:
@@ -79,7 +93,10 @@ def one_of(x: jax.Array, mine: Bool[Array, "..."], axes: tuple[str, ...], backen
     """
 
     def total(t: jax.Array) -> jax.Array:
-        return jax.lax.psum_scatter(t, axes, scatter_dimension=0, tiled=True) if scatter else jax.lax.psum(t, axes)
+        if not scatter:
+            return jax.lax.psum(t, axes)
+        flat = t.reshape(t.shape[0], -1)  # of few rows in the axes behind, a TPU's compiler would make a sum of all for all devices
+        return jax.lax.psum_scatter(flat, axes, scatter_dimension=0, tiled=True).reshape(-1, *t.shape[1:])
 
     if backend in ("gpu", "tpu"):
         return total(jnp.where(mine, x, jnp.asarray(-0.0, x.dtype)))

@@ -1,0 +1,271 @@
+"""Predicted bytes and times of plans beside what XLA's compilers for TPUs and an H100 say of the very programs, with none of the devices there.
+
+A prediction is made where nothing can be compiled (`no_compiler`); so it is of shapes alone. Compiled is the whole jitted step, at full depth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import jax
+from jax._src import compiler
+from jax._src.lib import xla_client
+from jax.experimental import topologies
+from scipy import stats
+
+from jaxmoe.engine.abstract import AbstractStep, abstract_step
+from jaxmoe.engine.mesh import devices_for
+from jaxmoe.report.record import make_bound, make_record
+from jaxmoe.spec import ModelSpec
+from jaxmoe.spec.published import published
+from pallas_kernels.dispatch import Kernels
+from sharding.compile_only import H100, devices
+from sharding.hardware import Machine, parse_hardware
+from sharding.memory import Bytes, device_bytes
+from sharding.phases import decode_phase, prefill_phases
+from sharding.split import layout_of, parse_split
+from sharding.time_model import step_time
+from sharding.workload import Workload
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model (a name of `jaxmoe.spec.published`), a machine as `parse_hardware` reads it, a split, which step, and the workload."""
+
+    model: str
+    target: str
+    split: str
+    phase: Phase
+    workload: Workload = Workload()
+
+    @property
+    def name(self) -> str:
+        """As a file is called."""
+        slots = "" if self.workload.slots is None else f"-slots{self.workload.slots}"
+        split = self.split.replace("=", "").replace(",", "_").replace("attention", "") or "alone"
+        return f"{self.model}-{self.target.replace(':', '_')}-{split}-{self.phase}{slots}"
+
+    @property
+    def backend(self) -> Literal["tpu", "gpu"]:
+        """Whose kernels run."""
+        return "gpu" if self.target.startswith("h100") else "tpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What a compiler says: bytes of one device, the program's `optimal_seconds` (None where it says nothing), and how long compiling took."""
+
+    argument: int
+    output: int
+    alias: int
+    temp: int
+    host: int
+    optimal: float | None
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device while the program runs."""
+        return self.argument + self.output - self.alias + self.temp
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A case with what was predicted of it, bytes and seconds, and what its compiler says."""
+
+    case: Case
+    predicted: Bytes
+    seconds: float
+    compiled: Compiled
+
+    @property
+    def error(self) -> float:
+        """Of the predicted total, as a share of the compiler's."""
+        return self.predicted.total / self.compiled.total - 1
+
+
+SPLITS: tuple[tuple[str, str, str, tuple[Phase, ...], int, int | None], ...] = (
+    ("mixtral_8x7b", "v5e:2x4", "tensor=8", ("decode", "prefill"), 16, None),
+    ("qwen3_30b_a3b", "v5e:2x4", "expert=8,attention=tensor", ("decode", "prefill"), 16, None),
+    ("qwen3_30b_a3b", "v5e:4x4", "expert=16", ("decode", "prefill"), 128, None),
+    ("olmoe_1b_7b", "v5e:2x2", "expert=4", ("decode", "prefill"), 32, None),
+    ("gpt_oss_20b", "v5e:2x2", "expert=4,attention=tensor", ("decode", "prefill"), 16, None),
+    ("deepseek_v2_lite", "v5e:2x2", "data=2,expert=2,attention=tensor", ("decode", "prefill"), 16, None),
+    ("gpt_oss_20b", "v5e:2x2", "", ("decode",), 8, 8),
+    ("qwen3_30b_a3b", "v5e:2x2", "expert=4", ("decode",), 32, 8),
+    ("deepseek_v3", "v5p:8x8x4", "expert=256", ("decode",), 2048, None),
+    ("deepseek_v3", "v5p:4x4x4", "expert=32,tensor=2", ("decode",), 256, None),
+    ("gpt_oss_120b", "v5p:2x2x1", "expert=4", ("decode", "prefill"), 64, None),
+    ("mixtral_8x7b", "v5p:2x2x1", "data=2,tensor=2", ("decode", "prefill"), 64, None),
+    ("llama_4_scout_17b_16e_instruct", "v5p:2x2x1", "expert=4,attention=tensor", ("decode",), 16, None),
+    ("deepseek_v3", "v6e:16x16", "expert=32,tensor=8", ("decode",), 256, None),
+    ("qwen3_30b_a3b", "v6e:2x4", "expert=4,tensor=2", ("decode",), 64, None),
+    ("glm_4_5_air", "v6e:4x4", "data=2,expert=8,attention=tensor", ("decode", "prefill"), 32, None),
+    ("phi_3_5_moe", "v6e:2x2", "tensor=4", ("decode", "prefill"), 16, None),
+    ("qwen3_30b_a3b", "v6e:2x2", "", ("decode",), 8, 32),
+    ("mixtral_8x7b", "v6e:2x2", "", ("decode",), 4, 2),
+    ("qwen3_235b_a22b", "tpu7x:2x2x2", "expert=16,attention=tensor", ("decode", "prefill"), 64, None),
+    ("deepseek_v3", "tpu7x:4x4x4", "expert=64,tensor=2", ("decode",), 512, None),
+    ("gpt_oss_120b", "tpu7x:2x2x1", "expert=8,attention=tensor", ("decode", "prefill"), 64, None),
+    ("mixtral_8x7b", "tpu7x:2x2x1", "tensor=8", ("decode",), 64, None),
+    ("olmoe_1b_7b", "h100", "", ("decode", "prefill"), 8, None),
+    ("mixtral_8x7b", "h100:8", "tensor=8", ("decode", "prefill"), 16, None),
+    ("qwen3_30b_a3b", "h100:8", "expert=8", ("decode", "prefill"), 64, None),
+    ("gpt_oss_120b", "h100:8", "expert=8,attention=tensor", ("decode",), 64, None),
+    ("qwen3_235b_a22b", "h100:8", "expert=8,attention=tensor", ("decode", "prefill"), 64, None),
+    ("qwen3_30b_a3b", "h100", "", ("decode",), 1, 32),
+)
+"""Model, machine, split, steps, sequences, and slots of each layer where experts are in the host's memory."""
+
+
+def cases() -> list[Case]:
+    """All of them."""
+    return [
+        Case(model, target, split, phase, Workload(rows=rows, slots=slots))
+        for model, target, split, phases, rows, slots in SPLITS
+        for phase in phases
+    ]
+
+
+def read_model(name: str) -> ModelSpec:
+    """A published model in bfloat16, without its heads for more tokens at once.
+
+    Raises:
+        SpecError: there is none of the name.
+    """
+    return dataclasses.replace(published(name).with_precision("bfloat16"), extra_heads=())
+
+
+@contextlib.contextmanager
+def no_compiler() -> Iterator[None]:
+    """While this lasts, whatever asks XLA to compile fails."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a prediction asked XLA to compile something")
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(jax.stages.Lowered, "compile", refuse))
+        for name in ("compile_or_get_cached", "backend_compile_and_load"):
+            stack.enter_context(mock.patch.object(compiler, name, refuse))
+        yield
+
+
+def predict(case: Case) -> tuple[Bytes, float]:
+    """Bytes of a device, and seconds of what XLA's `optimal_seconds` counts: one pass through each loop, so one of each segment's repeats."""
+    with no_compiler():
+        spec, split = read_model(case.model), parse_split(case.split)
+        layout = layout_of(spec, split)
+        found = device_bytes(spec, layout, case.workload, case.backend, phase=case.phase)
+        once = dataclasses.replace(spec, segments=tuple(dataclasses.replace(s, repeats=1) for s in spec.segments))
+        phase = decode_phase(case.workload, layout) if case.phase == "decode" else prefill_phases(case.workload, layout)[0]
+        return found, step_time(once, machine(case), layout, case.workload, phase, "whole").expected
+
+
+def machine(case: Case) -> Machine:
+    """The case's."""
+    return parse_hardware(case.target)
+
+
+def compile_case(case: Case) -> Compiled:
+    """Lowers and compiles the step; what its compiler says.
+
+    Raises:
+        sharding.compile_only.MissingCompiler: it isn't installed.
+    """
+    began = time.perf_counter()
+    if case.backend == "gpu":
+        bytes_, optimal = _stats_gpu(case), None
+    else:
+        program = lower(case, devices(case.target)).lower().compile()
+        bytes_, optimal = program.memory_analysis(), optimal_seconds(program.cost_analysis())
+    return Compiled(
+        bytes_.argument_size_in_bytes, bytes_.output_size_in_bytes, bytes_.alias_size_in_bytes, bytes_.temp_size_in_bytes,
+        bytes_.host_argument_size_in_bytes, optimal, time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def lower(case: Case, found: Sequence[Any]) -> AbstractStep:
+    """The step with its arguments on the first of some devices."""
+    spec = read_model(case.model)
+    on = devices_for(spec, parse_split(case.split), found)
+    return abstract_step(spec, on, case.workload, Kernels(case.backend), case.phase)
+
+
+def _stats_gpu(case: Case) -> Any:
+    """What XLA for an H100 says. Compile-only GPUs know no host memory, so a step with some is lowered with shardings of the CPU, which does."""
+    count = parse_split(case.split).devices
+    topology = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology=f"1x{count}x1")
+    if case.workload.slots is None:
+        return lower(case, topology.devices).lower().compile().memory_analysis()
+    step = lower(case, jax.devices("cpu"))
+    module = step.step.trace(*step.args).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    settings = xla_client.CompileOptions()
+    settings.env_option_overrides = list(Kernels("gpu").compiler_options().items())
+    device: Any = topology.devices[0]
+    return device.client.compile(module, xla_client.DeviceList((device,)), settings).get_compiled_memory_stats()
+
+
+def optimal_seconds(costs: Any) -> float | None:
+    """Seconds; for each operation that it has no estimate of, XLA counts minus one, which is taken out."""
+    costs = costs[0] if isinstance(costs, list) else costs
+    seconds = (costs or {}).get("optimal_seconds")
+    return None if seconds is None else seconds - math.floor(seconds)
+
+
+def rank_correlation(rows: Sequence[Row]) -> float | None:
+    """Spearman's, of predicted seconds and XLA's; None for fewer than three.
+
+    Without cases whose experts come from the host: XLA counts a loop over missing experts as one pass.
+    """
+    known = [(row.seconds, row.compiled.optimal) for row in rows if row.compiled.optimal is not None and row.case.workload.resident]
+    return float(stats.spearmanr(*zip(*known, strict=True)).statistic) if len(known) > 2 else None
+
+
+def record(row: Row) -> dict[str, Any]:
+    """A benchmark record."""
+    case, c = row.case, row.compiled
+    usable = machine(case).hardware.usable_bytes
+    settings = {
+        "model": case.model, "target": case.target, "split": case.split, "phase": case.phase, "workload": case.workload.to_json(),
+        "predicted": row.predicted.to_json(), "predicted_seconds": row.seconds, "optimal_seconds": c.optimal,
+    }  # fmt: skip
+    sizes = {"argument": c.argument, "output": c.output, "alias": c.alias, "temp": c.temp, "host": c.host, "total": c.total}
+    return make_record(
+        "plans", read_model(case.model).hash(), settings, {}, {}, c.seconds, sizes, {"error_percent": 100 * row.error},
+        make_bound("capacity", usable / 1e9, c.total / 1e9, "GB"),
+    )  # fmt: skip
+
+
+def write(row: Row, folder: Path) -> Path:
+    """Writes a case's record."""
+    path = path_of(row.case, folder)
+    path.write_text(json.dumps(record(row), indent=1) + "\n")
+    return path
+
+
+def path_of(case: Case, folder: Path) -> Path:
+    """Where a case's record is."""
+    return folder / f"plans_{case.name}.json"
+
+
+def read(case: Case, folder: Path) -> Row | None:
+    """A case's row from its record, predicted anew; None where there is no record."""
+    path = path_of(case, folder)
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text())
+    sizes = data["bytes"]
+    c = Compiled(
+        sizes["argument"], sizes["output"], sizes["alias"], sizes["temp"], sizes["host"], data["settings"]["optimal_seconds"], data["compile_seconds"]
+    )
+    return Row(case, *predict(case), c)
