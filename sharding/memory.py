@@ -101,7 +101,7 @@ def device_bytes(
         layout: how it is split.
         workload: sequences, lengths, dtypes, slots.
         backend: whose layouts and compiler.
-        hardware: of the devices; devices of one backend differ too little in this to be told apart.
+        hardware: of the devices (`sharding.hardware.Hardware`); TPU7x compilers copy what others don't.
         phase: of which step the activations and temporaries are; 'both': of the one that needs more.
 
     Raises:
@@ -119,7 +119,7 @@ def device_bytes(
         tables=tables,
         staging=staging,
         activations=most.activations,
-        temporaries=most.copies,
+        temporaries=most.copies + (_retiled(own, layout, workload) if getattr(hardware, "name", "") == "tpu7x" else 0),
         batch=_batch(workload, layout, backend, phase),
         host_store=store,
     )
@@ -197,6 +197,24 @@ def _experts(own: ModelSpec, layout: Layout, workload: Workload, backend: Backen
     staging = total * passing // (slots + passing)
     by_expert, by_layer = Held((1, layers, experts), 4).nbytes(backend), Held((1, layers), 4).nbytes(backend)
     return total - staging, staging, 3 * by_expert + 4 * by_layer, layers * experts * 3 * own.width * expert.width * width
+
+
+def _retiled(own: ModelSpec, layout: Layout, workload: Workload) -> int:
+    """Bytes of 16-bit arrays that a TPU7x's compiler (libtpu of jax 0.10.2) copies into tiles of 16 rows, having been given them in tiles of 8.
+
+    They are weights but for experts, embeddings and projections to one head, and caches whose positions come last.
+    """
+    total = 0
+    for leaf in weights(own, layout):
+        order = held_order(leaf.shape, leaf.axes, leaf.itemsize)
+        one_head = leaf.axes[-2:-1] in (("heads",), ("kv_heads",)) and leaf.shape[-2] == 1
+        if leaf.itemsize == 2 and len(order) > 1 and leaf.shape[order[-2]] % 16 == 0 and leaf.axes[0] != "vocab" and not one_head:
+            total += leaf.nbytes("tpu") if math.prod(leaf.shape) > 1 << 20 else 0
+    for state in layer_states(own, layout, workload):
+        positions = state.shape[-1] if len(state.shape) == 5 and state.itemsize == 2 else 0
+        last = positions == places(layout, workload) or (positions % 128 and state.shape[-2] % 128 == 0)
+        total += state.nbytes("tpu") if last else 0
+    return total
 
 
 def _batch(workload: Workload, layout: Layout, backend: Backend, phase: Phase) -> int:

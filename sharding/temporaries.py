@@ -84,8 +84,10 @@ def temporaries(
     step, width = step_of(layout, workload, phase), WIDTH[workload.dtype]
     parts = [_stage(experts(layer, own.width, step, layout, width, backend), backend) for layer in _kinds(own)]
     parts += [_stage(attention(layer, own.width, step, width), backend) for layer in _kinds(own)]
-    parts.append(_stage(logits(step, vocab, own.vocab), backend))
+    parts.append(_stage(logits(step, vocab, own.vocab, backend), backend))
     computed, copied = max(parts, default=0), copies(own, width, backend)
+    if workload.slots is not None and own.moe_layers:  # one expert on its way and one in use
+        computed += 2 * 3 * own.width * own.moe[1].width * width
     if backend == "tpu":  # by turns: a large slice is gone when what is large among the rows is there
         return Temporaries(computed, 0) if computed >= copied else Temporaries(0, copied)
     return Temporaries(computed + 2 * step.tokens * own.width * width, copied)
@@ -165,9 +167,9 @@ def attention(layer: LayerSpec, dim: int, step: Step, width: int) -> Iterator[in
         yield step.tokens * a.heads * (key + value) * width
 
 
-def logits(step: Step, vocab: int, own_vocab: int) -> Iterator[int]:
-    """Arrays of logits."""
-    for _ in range(1 if vocab == own_vocab else 5):
+def logits(step: Step, vocab: int, own_vocab: int, backend: str) -> Iterator[int]:
+    """Arrays of logits; where the vocabulary is split, TPUs put together what was gathered in several goes."""
+    for _ in range(5 if backend == "tpu" and vocab != own_vocab else 1):
         yield step.logits * vocab * 4
 
 

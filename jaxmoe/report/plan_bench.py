@@ -165,7 +165,7 @@ def predict(case: Case) -> tuple[Bytes, float]:
     with no_compiler():
         spec, split = read_model(case.model), parse_split(case.split)
         layout = layout_of(spec, split)
-        found = device_bytes(spec, layout, case.workload, case.backend, phase=case.phase)
+        found = device_bytes(spec, layout, case.workload, case.backend, machine(case).hardware, case.phase)
         once = dataclasses.replace(spec, segments=tuple(dataclasses.replace(s, repeats=1) for s in spec.segments))
         phase = decode_phase(case.workload, layout) if case.phase == "decode" else prefill_phases(case.workload, layout)[0]
         return found, step_time(once, machine(case), layout, case.workload, phase, "whole").expected

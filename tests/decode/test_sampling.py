@@ -220,15 +220,19 @@ def test_purposes_draw_differently():
 def test_rows_are_bitwise_independent(vocab):
     """One row alone, 8 in other places beside other rows, and all 24: the same bits, before and after the noise."""
     logits, params, position = random_case(24, vocab)
-    whole = [np.asarray(draw(logits, params, position)), np.asarray(process(logits, params)).view(np.uint32)]
-    whole.append(np.asarray(noise(params.seed, position, Purpose.SAMPLE, vocab)).view(np.uint32))
-    rng = np.random.default_rng(2)
+
+    @jax.jit  # one program, for they have nearly all in common
+    def all_three(logits, params, position):
+        return sample(logits, params, position), process_logits(logits, params), gumbel_noise(params.seed, position, Purpose.SAMPLE, vocab)
+
+    def bits(rows) -> list[np.ndarray]:
+        return [np.asarray(x).view(np.uint32) for x in all_three(logits[rows], rows_of(params, rows), position[rows])]
+
+    whole, rng = bits(np.arange(24)), np.random.default_rng(2)
+    np.testing.assert_array_equal(np.asarray(draw(logits, params, position)).view(np.uint32), whole[0])
     for rows in [*np.arange(24)[:, None], *(rng.permutation(24)[:8] for _ in range(10))]:
-        some = rows_of(params, rows)
-        np.testing.assert_array_equal(draw(logits[rows], some, position[rows]), whole[0][rows])
-        np.testing.assert_array_equal(np.asarray(process(logits[rows], some)).view(np.uint32), whole[1][rows])
-        some_noise = np.asarray(noise(some.seed, position[rows], Purpose.SAMPLE, vocab))
-        np.testing.assert_array_equal(some_noise.view(np.uint32), whole[2][rows])
+        for got, expected in zip(bits(rows), whole, strict=True):
+            np.testing.assert_array_equal(got, expected[rows])
 
 
 def test_padded_vocabulary_changes_nothing():

@@ -22,6 +22,7 @@ from pallas_kernels.dispatch import Kernels
 from tests.checkpoints import hf_folders
 from tests.engine.test_no_recompile import Compilations
 from tests.models import CONFIGS
+from tests.quick import OPTIONS
 
 CONFIG = {
     **hf_folders.CONFIGS["qwen3_moe"], "num_hidden_layers": 2, "mlp_only_layers": [], "num_experts": 8, "max_position_embeddings": 256,
@@ -233,7 +234,7 @@ def warm(request, checkpoint, compilations):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "TOKEN_BUCKETS", (32, 256))
         options = Kernels.compiler_options
-        patch.setattr(Kernels, "compiler_options", lambda self: options(self) | {"xla_backend_optimization_level": 0})
+        patch.setattr(Kernels, "compiler_options", lambda self: options(self) | OPTIONS)
         made = loaded(plan("50%", mode=request.param), checkpoint)
         assert made.engine.token_buckets() == (32, 256) and made.engine.row_buckets() == (1,)
         jax.clear_caches()  # what other tests have compiled would hide what warm-up forgets

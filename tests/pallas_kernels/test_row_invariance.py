@@ -6,6 +6,7 @@ in the shipped model and in two others. What a model makes of it is tested in `t
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -117,10 +118,14 @@ def name(shape) -> str:
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
+PERIOD = 2**21 - 9
+"""Random numbers that large weights repeat: a prime, so that columns differ from one another."""
+
+
 def random(shape: tuple[int, ...], dtype: str, scale: float = 1.0, seed: int = 0) -> jax.Array:
     """Weights as they are held."""
-    value = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return jnp.asarray(store_numpy(value * np.float32(scale), dtype))
+    value = np.random.default_rng(seed).standard_normal(min(math.prod(shape), PERIOD), dtype=np.float32)
+    return jnp.asarray(np.resize(store_numpy(value * np.float32(scale), dtype), shape))
 
 
 def activations(rows: int, width: int, dtype: str) -> np.ndarray:
@@ -138,24 +143,32 @@ LARGE = 2**21
 """Weights of more elements than this are tried in fewer ways: each takes tens of milliseconds, and what is left out is tried on smaller ones."""
 
 
+HOSTILE = (0.0, 1e30, np.nan)
+"""What the other rows hold."""
+
+
+def places(rows: int, turn: int) -> list[tuple[int, float]]:
+    """(row, what is around it): the first, middle and last row, each among one of `HOSTILE`, and with other turns among the others."""
+    return [(at, HOSTILE[(i + turn) % len(HOSTILE)]) for i, at in enumerate((0, rows // 2, rows - 1))]
+
+
 def check_rows(f, x: np.ndarray, large: bool) -> None:
     """Holds `f`, of any number of rows, to what it gives for each of the `DISTINCT` rows of x alone in the smallest tile."""
     first = ROW_TILES[0]
     zero = np.zeros((first - 1, x.shape[1]), x.dtype)
     alone = np.concatenate([bits(f(np.concatenate([row[None], zero]))[:1]) for row in x])
     assert len(np.unique(alone, axis=0)) == DISTINCT
-    for rows in (1, 8, 40) if large else (1, 3, *ROW_TILES, ROW_TILES[-1] + 8, 6 * ROW_TILES[-1]):
+    for turn, rows in enumerate((1, 8, 40) if large else (1, 3, *ROW_TILES, ROW_TILES[-1] + 8, 6 * ROW_TILES[-1])):
         shifts = {1} if large else range(rows) if rows <= ROW_TILES[-1] and x.size < 2**14 else {0, 1, rows - 1}
         for shift in shifts:
             order = (np.arange(rows) + shift) % DISTINCT
             np.testing.assert_array_equal(bits(f(x[order])), alone[order], f"{rows} rows, turned by {shift}")
         same = np.zeros(rows, int)
         np.testing.assert_array_equal(bits(f(x[same])), alone[same], f"{rows} equal rows")
-        for at in {rows // 2} if large else {0, rows // 2, rows - 1}:
-            for hostile in (np.nan,) if large else (0.0, 1e30, np.nan):
-                filled = np.full((rows, x.shape[1]), hostile, x.dtype)
-                filled[at] = x[0]
-                np.testing.assert_array_equal(bits(f(filled)[at]), alone[0], f"row {at} of {rows} among {hostile}")
+        for at, hostile in [(rows // 2, np.nan)] if large else places(rows, turn):
+            filled = np.full((rows, x.shape[1]), hostile, x.dtype)
+            filled[at] = x[0]
+            np.testing.assert_array_equal(bits(f(filled)[at]), alone[0], f"row {at} of {rows} among {hostile}")
 
 
 @DTYPES
@@ -209,15 +222,14 @@ def test_attention(shape, einsum):
         alone.append(bits(step(rows, block)[:, :1]))
     alone = np.concatenate(alone, axis=1)
     assert len(np.unique(alone.reshape(-1, alone.shape[-1]), axis=0)) == DISTINCT * heads
-    for m in (*ROW_TILES, 48, 64, 128, 256, 512):
+    for turn, m in enumerate((*ROW_TILES, 48, 64, 128, 256, 512)):
         for shift in {0, 1, m - 1}:
             order = (np.arange(m) + shift) % DISTINCT
             np.testing.assert_array_equal(bits(step(x[:, order], block)), alone[:, order], f"{m} rows, turned by {shift}")
-        for at in (0, m // 2, m - 1):
-            for hostile in (0.0, 1e30, np.nan):
-                rows = np.full((heads, m, x.shape[-1]), hostile, np.float32)
-                rows[:, at] = x[:, 0]
-                np.testing.assert_array_equal(bits(step(rows, block)[:, at]), alone[:, 0], f"row {at} of {m} among {hostile}")
+        for at, hostile in places(m, turn):
+            rows = np.full((heads, m, x.shape[-1]), hostile, np.float32)
+            rows[:, at] = x[:, 0]
+            np.testing.assert_array_equal(bits(step(rows, block)[:, at]), alone[:, 0], f"row {at} of {m} among {hostile}")
 
 
 EXPERTS = 4
@@ -251,13 +263,13 @@ def test_grouped_swiglu(shape, dtype):
     for row, expected in zip(x, alone, strict=True):
         np.testing.assert_array_equal(bits(one(row[None])), expected)
     large = d * f * EXPERTS > LARGE
-    for average in (4, 32, 40) if large else (*ROW_TILES, 40, 70, 110):
+    for turn, average in enumerate((4, 32, 40) if large else (*ROW_TILES, 40, 70, 110)):
         rows = EXPERTS * average
-        for sizes in group_sizes(rows):
+        for i, sizes in enumerate(group_sizes(rows)):
             expert = np.repeat(np.arange(EXPERTS), sizes)
-            for shift in (1,) if large else (0, 1, 5):
-                order = (np.arange(len(expert)) + shift) % DISTINCT
-                padded = np.full((rows, d), np.nan, x.dtype)
-                padded[: len(order)] = x[order]
-                got = np.asarray(step(padded, np.asarray(sizes, np.int32)))[: len(order)]
-                np.testing.assert_array_equal(bits(got), alone[order, expert], f"groups of {sizes}, turned by {shift}")
+            shift = 1 if large else (0, 1, 5)[(turn + i) % 3]  # each with every number of rows, and with every way to spread them
+            order = (np.arange(len(expert)) + shift) % DISTINCT
+            padded = np.full((rows, d), np.nan, x.dtype)
+            padded[: len(order)] = x[order]
+            got = np.asarray(step(padded, np.asarray(sizes, np.int32)))[: len(order)]
+            np.testing.assert_array_equal(bits(got), alone[order, expert], f"groups of {sizes}, turned by {shift}")

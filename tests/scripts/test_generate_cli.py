@@ -21,7 +21,9 @@ from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine
 from jaxmoe.engine.text import REPLACEMENT, Tokenizer
 from jaxmoe.report import record
+from pallas_kernels.dispatch import Kernels
 from tests.checkpoints import hf_folders
+from tests.quick import OPTIONS
 from tests.scripts import commands
 
 CONFIG = hf_folders.CONFIGS["mixtral"]
@@ -64,10 +66,12 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_runs():
-    """Measuring the bandwidth takes a second a run, and compiling for longer prompts some; the run in a process of its own does both."""
+    """Measuring the bandwidth takes a second a run, and compiling for longer prompts and in full some; the run in a process of its own does all."""
+    options = Kernels.compiler_options
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "measure_memory_bandwidth", lambda seconds, bytes: 12.5)
         patch.setattr(steps, "TOKEN_BUCKETS", steps.TOKEN_BUCKETS[:1])
+        patch.setattr(Kernels, "compiler_options", lambda self: options(self) | OPTIONS)
         yield
 
 

@@ -25,6 +25,7 @@ from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 from tests.checkpoints import hf_folders
 from tests.offload import traces
+from tests.quick import OPTIONS
 from tests.scripts import commands
 from tests.scripts.test_generate_cli import BOS, check_refused, files, generate, letter_tokenizer
 
@@ -62,7 +63,7 @@ def short_runs():
         patch.setattr(record, "measure_memory_bandwidth", lambda seconds, bytes: 12.5)
         patch.setattr(steps, "TOKEN_BUCKETS", steps.TOKEN_BUCKETS[:1])
         options = Kernels.compiler_options
-        patch.setattr(Kernels, "compiler_options", lambda self: options(self) | {"xla_backend_optimization_level": 0})
+        patch.setattr(Kernels, "compiler_options", lambda self: options(self) | OPTIONS)
         yield
     jax.config.update(name, kept)
 
