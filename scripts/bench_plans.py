@@ -100,9 +100,8 @@ def run(args: Arguments) -> bool:
     if rows:
         off = sorted(abs(row.error) for row in rows)
         print(f"{len(rows)} programs: bytes off by {100 * off[len(off) // 2]:.2f} % (median), {100 * off[-1]:.2f} % (worst)")
-        for way in ("decode", "prefill"):
-            found = plan_bench.rank_correlation([row for row in rows if row.case.phase == way])
-            print(f"{way}: rank correlation of predicted time with XLA's {'(too few)' if found is None else f'{found:.2f}'}")
+        found = plan_bench.rank_correlation(rows)
+        print(f"rank correlation of predicted time with XLA's, TPU programs: {'(too few)' if found is None else f'{found:.3f}'}")
     for name, why in failed.items():
         print(f"{name}: {why}")
     return not failed

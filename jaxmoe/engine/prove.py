@@ -5,6 +5,7 @@ take. It proves no speed.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable
@@ -123,10 +124,15 @@ def compile_step(target: str, spec: ModelSpec, split: Split, workload: Workload,
     on = devices_for(spec, split, devices)
     began = time.perf_counter()
     compiled = _refused(lambda: abstract_step(spec, on, workload, kernels, phase).lower().compile(), target)
-    text, cost = compiled.as_text(), compiled.cost_analysis()
-    costs: dict = cost if isinstance(cost, dict) else (cost or [{}])[0]  # compile-only GPUs have none
-    optimal = costs.get("optimal_seconds", -1.0)  # a kernel that XLA has no estimate of counts as -1
-    return _program(compiled.memory_analysis(), text, time.perf_counter() - began, optimal if optimal >= 0 else None)
+    seconds, optimal = time.perf_counter() - began, None if kernels.backend == "gpu" else optimal_seconds(compiled.cost_analysis())
+    return _program(compiled.memory_analysis(), compiled.as_text(), seconds, optimal)
+
+
+def optimal_seconds(costs: Any) -> float | None:
+    """XLA's estimate out of `cost_analysis()`. For each operation that it has no time for it counts minus a second, which is taken out."""
+    costs = costs[0] if isinstance(costs, list) else costs
+    seconds = (costs or {}).get("optimal_seconds")
+    return None if seconds is None else seconds - math.floor(seconds)
 
 
 def _with_host(device: Any, spec: ModelSpec, split: Split, workload: Workload, phase: Phase, kernels: Kernels) -> Program:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +15,12 @@ from unittest import mock
 
 import jax
 from jax._src import compiler
-from jax._src.lib import xla_client
-from jax.experimental import topologies
 from scipy import stats
 
-from jaxmoe.engine.abstract import AbstractStep, abstract_step
-from jaxmoe.engine.mesh import devices_for
+from jaxmoe.engine.prove import compile_step
 from jaxmoe.report.record import make_bound, make_record
 from jaxmoe.spec import ModelSpec
 from jaxmoe.spec.published import published
-from pallas_kernels.dispatch import Kernels
-from sharding.compile_only import H100, devices
 from sharding.hardware import Machine, parse_hardware
 from sharding.memory import Bytes, device_bytes
 from sharding.phases import decode_phase, prefill_phases
@@ -161,14 +154,15 @@ def no_compiler() -> Iterator[None]:
 
 
 def predict(case: Case) -> tuple[Bytes, float]:
-    """Bytes of a device, and seconds of what XLA's `optimal_seconds` counts: one pass through each loop, so one of each segment's repeats."""
+    """Bytes of a device, and seconds as XLA's `optimal_seconds` counts them: each loop body once, all rows that kernels have room for, the copies that
+    the compiler makes, and nothing for the host's link or the launch."""
     with no_compiler():
         spec, split = read_model(case.model), parse_split(case.split)
         layout = layout_of(spec, split)
         found = device_bytes(spec, layout, case.workload, case.backend, machine(case).hardware, case.phase)
-        once = dataclasses.replace(spec, segments=tuple(dataclasses.replace(s, repeats=1) for s in spec.segments))
         phase = decode_phase(case.workload, layout) if case.phase == "decode" else prefill_phases(case.workload, layout)[0]
-        return found, step_time(once, machine(case), layout, case.workload, phase, "whole").expected
+        time = step_time(spec, machine(case), layout, case.workload, phase, "compiled", temporaries=found.temporaries)
+        return found, time.expected - time.host - time.launch
 
 
 def machine(case: Case) -> Machine:
@@ -180,46 +174,11 @@ def compile_case(case: Case) -> Compiled:
     """Lowers and compiles the step; what its compiler says.
 
     Raises:
-        sharding.compile_only.MissingCompiler: it isn't installed.
+        NotProved: it isn't installed, or it refuses the program.
     """
-    began = time.perf_counter()
-    if case.backend == "gpu":
-        bytes_, optimal = _stats_gpu(case), None
-    else:
-        program = lower(case, devices(case.target)).lower().compile()
-        bytes_, optimal = program.memory_analysis(), optimal_seconds(program.cost_analysis())
-    return Compiled(
-        bytes_.argument_size_in_bytes, bytes_.output_size_in_bytes, bytes_.alias_size_in_bytes, bytes_.temp_size_in_bytes,
-        bytes_.host_argument_size_in_bytes, optimal, time.perf_counter() - began,
-    )  # fmt: skip
-
-
-def lower(case: Case, found: Sequence[Any]) -> AbstractStep:
-    """The step with its arguments on the first of some devices."""
-    spec = read_model(case.model)
-    on = devices_for(spec, parse_split(case.split), found)
-    return abstract_step(spec, on, case.workload, Kernels(case.backend), case.phase)
-
-
-def _stats_gpu(case: Case) -> Any:
-    """What XLA for an H100 says. Compile-only GPUs know no host memory, so a step with some is lowered with shardings of the CPU, which does."""
-    count = parse_split(case.split).devices
-    topology = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology=f"1x{count}x1")
-    if case.workload.slots is None:
-        return lower(case, topology.devices).lower().compile().memory_analysis()
-    step = lower(case, jax.devices("cpu"))
-    module = step.step.trace(*step.args).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-    settings = xla_client.CompileOptions()
-    settings.env_option_overrides = list(Kernels("gpu").compiler_options().items())
-    device: Any = topology.devices[0]
-    return device.client.compile(module, xla_client.DeviceList((device,)), settings).get_compiled_memory_stats()
-
-
-def optimal_seconds(costs: Any) -> float | None:
-    """Seconds; for each operation that it has no estimate of, XLA counts minus one, which is taken out."""
-    costs = costs[0] if isinstance(costs, list) else costs
-    seconds = (costs or {}).get("optimal_seconds")
-    return None if seconds is None else seconds - math.floor(seconds)
+    program = compile_step(case.target, read_model(case.model), parse_split(case.split), case.workload, case.phase)
+    sizes = (program.argument, program.output, program.alias, program.temp, program.host)
+    return Compiled(*sizes, program.optimal_seconds, program.compile_seconds)
 
 
 def rank_correlation(rows: Sequence[Row]) -> float | None:
