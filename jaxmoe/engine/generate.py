@@ -167,7 +167,7 @@ class Engine:
 
     def __init__(
         self, model: Model, rows: int, positions: int, greedy: bool, eos: Sequence[int] = (), record: bool = False, programs: Any = None,
-        prefill_tokens: int | None = None, gates: bool = False,
+        prefill_tokens: int | None = None, gates: bool = False, exact: bool = False,
     ):  # fmt: skip
         """
         Args:
@@ -181,6 +181,7 @@ class Engine:
             prefill_tokens: the most tokens in a prefill step; if not given, the largest bucket, or where experts are streamed a prompt of any length,
                 so that each of them crosses the link once.
             gates: record what routers foretell as well (`Trace.gates`); of the fused steps alone.
+            exact: caches have just `positions`, as a plan has counted them, instead of `cache_positions`.
         """
         self._parts = model.on.layout.size(model.on.layout.sequence)
         if record and (self._parts > 1 or model.on.layout.stage):
@@ -189,7 +190,7 @@ class Engine:
             raise ValueError("gates = True needs record = True and the fused steps: leave out programs")
         if len(eos) > steps.EOS_SLOTS:
             raise RequestError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
-        self.positions = cache_positions(model.spec, positions)
+        self.positions = positions if exact else cache_positions(model.spec, positions)
         self._shards = model.on.layout.shards
         self._own_rows = -(-rows // self._shards)
         self.model, self.rows, self.greedy = model.for_positions(self.positions), rows, greedy

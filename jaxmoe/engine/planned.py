@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.load import Checkpoint
+from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine
 from jaxmoe.engine.mesh import HERE, Devices, bank_spec, devices_for
 from jaxmoe.engine.model import Offload, load_model
@@ -18,6 +19,7 @@ from pallas_kernels.dispatch import Kernels
 from sharding.placement import Placement
 from sharding.plan import load_plan, planned_spec
 from sharding.split import SplitError, parse_split
+from sharding.workload import Workload
 
 ELSEWHERE = ("trace", "link_gbps", "host_memory", "predictor", "predictor_file", "lossy", "prefetch")
 """Options of streaming that one device alone has."""
@@ -26,14 +28,15 @@ ELSEWHERE = ("trace", "link_gbps", "host_memory", "predictor", "predictor_file",
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """Where a model is to run. Attributes: `spec` the model in the precision it is to have, `on` the devices, `offload` how each device streams its
-    experts (None: they all stay), `placement` in which order experts stand, `prefill_tokens` the most tokens of a prefill step in a group of devices
-    (None: as the engine chooses)."""
+    experts (None: they all stay), `placement` in which order experts stand; of a plan, `prefill_tokens` the most tokens of a prefill step in a group
+    of devices, and `positions` what caches have (None: as the engine chooses)."""
 
     spec: ModelSpec
     on: Devices = HERE
     offload: Offload | None = None
     placement: Placement | None = None
     prefill_tokens: int | None = None
+    positions: int | None = None
 
 
 def choose_devices(
@@ -64,17 +67,28 @@ def choose_devices(
         spec = planned_spec(dataclasses.replace(spec, extra_heads=()), read.workload)
         read.check_model(spec.hash())
         work = read.workload
+        _check_work(plan, work, rows, positions)
         offload = None if work.slots is None else Offload(work.slots, max(1, work.staging))
         on = devices_for(spec, read.split)
-        _check_placed(placed, placement, on, offload)
-        return Planned(spec, on, offload, placed, work.prefill_tokens)
+        _check_placed(spec, placed, placement, on, offload)
+        return Planned(spec, on, offload, placed, work.prefill_tokens, work.positions)
     if split is None:
         return Planned(spec)
     on = devices_for(spec, parse_split(split))
     offload = None if streaming is None else _offload(spec, on, streaming, rows, positions)
-    _check_placed(placed, placement, on, offload)
+    _check_placed(spec, placed, placement, on, offload)
     whole_prompts = streaming is None or streaming.mode != "fused"
     return Planned(spec, on, offload, placed, None if whole_prompts else TOKEN_BUCKETS[-1])
+
+
+def _check_work(plan: Path, work: Workload, rows: int, positions: int) -> None:
+    """Refuses more than a plan was made for: its bytes are those of its own sequences."""
+    steps.check_prefill_tokens(work.prefill_tokens)
+    if rows > work.rows:
+        raise ValueError(f"--plan {plan} is for {work.rows} sequences, there are {rows}: plan with --rows {rows}")
+    if positions > work.positions:
+        tokens = f"{work.prompt} + {work.new_tokens} tokens"
+        raise ValueError(f"--plan {plan} is for {tokens}, a request needs {positions}: plan with more --prompt or --new")
 
 
 def _read_placement(path: Path) -> Placement:
@@ -84,7 +98,7 @@ def _read_placement(path: Path) -> Placement:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _check_placed(placed: Placement | None, path: Path | None, on: Devices, offload: Offload | None) -> None:
+def _check_placed(spec: ModelSpec, placed: Placement | None, path: Path | None, on: Devices, offload: Offload | None) -> None:
     """Refuses, before any weights are read, what `load_model` would refuse."""
     if placed is None:
         return
@@ -92,6 +106,8 @@ def _check_placed(placed: Placement | None, path: Path | None, on: Devices, offl
         raise SplitError(f"{path}: the placement is for {placed.devices} devices, the split {on.layout.split} has expert = {on.layout.split.expert}")
     if offload is not None:
         raise SplitError(f"{path}: a placement is for experts that all stay on their devices: leave out the placement or the expert memory")
+    if spec.moe[1].bias:
+        raise SplitError(f"{path}: a placement for a model whose experts have biases isn't supported: leave it out")
 
 
 def _offload(spec: ModelSpec, on: Devices, asked: Streaming, rows: int, positions: int) -> Offload | None:
@@ -113,4 +129,5 @@ def load_planned(
     how: dict[str, Any] = {"offload": planned.offload, "progress": progress, "on": planned.on, "placement": planned.placement}
     model = load_model(checkpoint, spec.precision.params, kernels, **how)
     model = dataclasses.replace(model, spec=dataclasses.replace(model.spec, precision=spec.precision))
-    return Engine(model, rows, positions, greedy, eos, prefill_tokens=planned.prefill_tokens)
+    exact = planned.positions is not None
+    return Engine(model, rows, planned.positions or positions, greedy, eos, prefill_tokens=planned.prefill_tokens, exact=exact)

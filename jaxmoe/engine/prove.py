@@ -132,7 +132,7 @@ def optimal_seconds(costs: Any) -> float | None:
     """XLA's estimate out of `cost_analysis()`. For each operation that it has no time for it counts minus a second, which is taken out."""
     costs = costs[0] if isinstance(costs, list) else costs
     seconds = (costs or {}).get("optimal_seconds")
-    return None if seconds is None else seconds - math.floor(seconds)
+    return None if seconds is None else seconds - min(0, math.floor(seconds))
 
 
 def _with_host(device: Any, spec: ModelSpec, split: Split, workload: Workload, phase: Phase, kernels: Kernels) -> Program:

@@ -61,6 +61,14 @@ def bucket(n: int, buckets: tuple[int, ...]) -> int:
     raise ValueError(f"{n} is more than the largest bucket, {buckets[-1]}")
 
 
+def check_prefill_tokens(n: int) -> None:
+    """Raises ValueError for a number of tokens that no prefill step has: one of `TOKEN_BUCKETS`, or twice the last and so on."""
+    most = TOKEN_BUCKETS[-1]
+    doubled = n > most and n % most == 0 and (n // most).bit_count() == 1
+    if n not in TOKEN_BUCKETS and not doubled:
+        raise ValueError(f"prefill_tokens = {n}: choose {', '.join(map(str, TOKEN_BUCKETS))}, {2 * most}, {4 * most} and so on")
+
+
 @flax.struct.dataclass
 class EngineState:
     """All that a step changes, donated as one pytree. Attributes: `layers` the layer states (KV), `bank` the moving part of the expert bank."""

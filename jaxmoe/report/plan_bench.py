@@ -154,8 +154,8 @@ def no_compiler() -> Iterator[None]:
 
 
 def predict(case: Case) -> tuple[Bytes, float]:
-    """Bytes of a device, and seconds as XLA's `optimal_seconds` counts them: each loop body once, all rows that kernels have room for, the copies that
-    the compiler makes, and nothing for the host's link or the launch."""
+    """Bytes of a device, and seconds as XLA's `optimal_seconds` counts them: each loop body once, all rows that kernels have room for, the copies
+    that the compiler makes, and nothing for the host's link or the launch."""
     with no_compiler():
         spec, split = read_model(case.model), parse_split(case.split)
         layout = layout_of(spec, split)

@@ -15,10 +15,15 @@ from jaxmoe.decode.sampling import (
     sample,
     sampling_params,
 )
+from tests.quick import OPTIONS
 
 draw = jax.jit(sample, static_argnames=("purpose", "greedy_only"))
 process = jax.jit(process_logits)
 noise = jax.jit(gumbel_noise, static_argnums=(2, 3))
+
+quick_draw = jax.jit(sample, static_argnames=("purpose", "greedy_only"), compiler_options=OPTIONS)
+quick_process = jax.jit(process_logits, compiler_options=OPTIONS)
+"""For laws and sets; bits are those of the product's own settings."""
 
 
 def reference(logits: np.ndarray, temperature, top_k, top_p, min_p) -> np.ndarray:
@@ -60,7 +65,7 @@ def rows_of(params: SamplingParams, rows) -> SamplingParams:
 @pytest.mark.parametrize("vocab", [1, 7, 100, 1003])
 def test_filters_keep_what_the_reference_keeps(vocab):
     logits, params, _ = random_case(200, vocab)
-    kept_logits = np.asarray(process(logits, params))
+    kept_logits = np.asarray(quick_process(logits, params))
     for row in range(200):
         temperature = params.temperature[row] or 1
         expected = reference(logits[row], temperature, params.top_k[row], params.top_p[row], params.min_p[row])
@@ -75,7 +80,7 @@ def test_filters_apply_in_order():
     logits = np.log(p).astype(np.float32)[None]
 
     def kept(**settings):
-        return int(np.isfinite(np.asarray(process(logits, sampling_params(1, **settings)))).sum())
+        return int(np.isfinite(np.asarray(quick_process(logits, sampling_params(1, **settings)))).sum())
 
     assert (kept(top_p=0.8), kept(top_p=0.8, temperature=10.0)) == (3, 4)  # 0.4 + 0.3 + 0.2 flattens to 0.77
     assert (kept(top_p=0.75), kept(top_p=0.75, top_k=2)) == (3, 2)
@@ -87,13 +92,13 @@ def test_ties_at_the_threshold_are_kept():
     logits = np.array([[1, 2, 1, 1, -0.0, 0.0]], np.float32)
 
     def kept(**settings):
-        return np.flatnonzero(np.isfinite(np.asarray(process(logits, sampling_params(1, **settings)))[0])).tolist()
+        return np.flatnonzero(np.isfinite(np.asarray(quick_process(logits, sampling_params(1, **settings)))[0])).tolist()
 
     assert kept(top_k=2) == [0, 1, 2, 3]
     assert kept(top_p=0.5) == [0, 1, 2, 3]
     assert kept(top_k=5) == [0, 1, 2, 3, 4, 5]
     assert kept(min_p=1.0) == [1]
-    assert process(np.zeros((1, 9), np.float32), sampling_params(1, top_k=1, top_p=0.0, min_p=1.0)).tolist() == [
+    assert quick_process(np.zeros((1, 9), np.float32), sampling_params(1, top_k=1, top_p=0.0, min_p=1.0)).tolist() == [
         [0] * 9
     ]
 
@@ -104,14 +109,14 @@ def test_ties_at_the_threshold_are_kept():
 )
 def test_settings_that_leave_the_most_likely_token(settings):
     logits, _, position = random_case(50, 300)
-    tokens = draw(logits, sampling_params(50, **settings), position)
+    tokens = quick_draw(logits, sampling_params(50, **settings), position)
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
 def test_off_settings_filter_nothing():
     """Also not what is far too unlikely to be drawn, and whose weight is 0 in float32."""
     logits = np.linspace(0, -500, 64, dtype=np.float32)[None]
-    np.testing.assert_array_equal(process(logits, sampling_params(1)), logits)
+    np.testing.assert_array_equal(quick_process(logits, sampling_params(1)), logits)
 
 
 def test_top_p_counts_a_tail_of_many_unlikely_tokens():
@@ -120,14 +125,14 @@ def test_top_p_counts_a_tail_of_many_unlikely_tokens():
     logits = np.full((2, vocab), -18 * np.log(2), np.float32)
     logits[:, 0] = 0
     logits[:, 1:1001] -= 1e-3  # a little less likely: the tail beyond a threshold between 0.5 and 1
-    kept = np.isfinite(np.asarray(process(logits, sampling_params(2, top_p=[0.499, 0.51])))).sum(-1)
+    kept = np.isfinite(np.asarray(quick_process(logits, sampling_params(2, top_p=[0.499, 0.51])))).sum(-1)
     assert kept.tolist() == [1, vocab - 1000]
 
 
 def test_forbidden_tokens_are_never_drawn():
     logits = np.full((500, 40), -np.inf, np.float32)
     logits[:, [3, 17]] = [-1e30, -1e30]
-    tokens = np.asarray(draw(logits, sampling_params(500, top_k=30, top_p=0.99), np.arange(500, dtype=np.int32)))
+    tokens = np.asarray(quick_draw(logits, sampling_params(500, top_k=30, top_p=0.99), np.arange(500, dtype=np.int32)))
     assert set(tokens.tolist()) == {3, 17}
 
 
@@ -137,8 +142,8 @@ def test_forbidden_tokens_are_never_drawn():
 def test_greedy_takes_the_lowest_id_of_equals():
     logits = np.array([[0, 5, 5, 1], [7, 7, 7, 7], [-3, -3, -4, -3]], np.float32)
     params, position = sampling_params(3, temperature=0), np.arange(3, dtype=np.int32)
-    assert draw(logits, params, position).tolist() == [1, 0, 0]
-    assert draw(logits, params, position, greedy_only=True).tolist() == [1, 0, 0]
+    assert quick_draw(logits, params, position).tolist() == [1, 0, 0]
+    assert quick_draw(logits, params, position, greedy_only=True).tolist() == [1, 0, 0]
 
 
 def test_greedy_path_has_no_noise_and_no_loop():
@@ -175,7 +180,7 @@ def test_tokens_follow_the_reference_law(settings):
     p = reference(logits, **all_settings)
     for seed in range(2):
         rows = np.broadcast_to(logits, (n, 16))
-        tokens = draw(rows, sampling_params(n, seed=seed, **settings), np.arange(n, dtype=np.int32))
+        tokens = quick_draw(rows, sampling_params(n, seed=seed, **settings), np.arange(n, dtype=np.int32))
         counts = np.bincount(tokens, minlength=16)
         assert counts[p == 0].sum() == 0
         assert scipy.stats.chisquare(counts[p > 0], n * p[p > 0]).pvalue > 1e-3
@@ -206,7 +211,7 @@ def test_purposes_draw_differently():
     logits, params, position = random_case(200, 50)
     params = params.replace(temperature=np.full(200, 2, np.float32), top_k=np.zeros(200, np.int32))
     params = params.replace(top_p=np.ones(200, np.float32), min_p=np.zeros(200, np.float32))
-    tokens = [np.asarray(draw(logits, params, position, purpose=purpose)) for purpose in Purpose]
+    tokens = [np.asarray(quick_draw(logits, params, position, purpose=purpose)) for purpose in Purpose]
     for i in range(len(tokens)):
         for j in range(i):
             assert (tokens[i] != tokens[j]).mean() > 0.5

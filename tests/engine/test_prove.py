@@ -70,7 +70,7 @@ def test_what_the_compiler_says_is_one_line():
     "hardware, split, kinds",
     [
         ("v5e:2x2", "expert=2,tensor=2,attention=tensor", {"all-reduce", "all-gather"}),
-        ("h100:2", "expert=2", {"all-to-all", "ragged-all-to-all"}),
+        ("h100:2", "expert=2", {"all-to-all"}),
     ],
 )
 def test_a_plan_is_proved(spec, hardware, split, kinds):
@@ -84,6 +84,6 @@ def test_a_plan_is_proved(spec, hardware, split, kinds):
         predicted = device_bytes(planned_spec(spec, WORK), layout, WORK, backend, phase=phase)
         assert program.peak == pytest.approx(predicted.total, rel=0.05), phase
         assert program.alias >= predicted.kv and program.host == 0
-        assert set(program.collectives) == kinds, phase
+        assert {kind.removeprefix("ragged-") for kind in program.collectives} == kinds, phase
         assert program.optimal_seconds is None or 0 < program.optimal_seconds < 0.1
     assert found.peak < made.machine.hardware.usable_bytes

@@ -34,7 +34,7 @@ FACTORS = {
 
 def whole_prompts(model: Model, requests: list[list[int]], batch: int) -> list[np.ndarray]:
     """All requests in one step, as prompts: each expert crosses the link once."""
-    return prefill_logits(model, requests, [[(i, 0, len(ids)) for i, ids in enumerate(requests)]], 512 if batch > 1 else 128)
+    return prefill_logits(model, requests, [[(i, 0, len(ids)) for i, ids in enumerate(requests)]], 1024 if batch > 1 else 128)
 
 
 def host_driven(model: Model, requests: list[list[int]], batch: int) -> list[np.ndarray]:

@@ -163,7 +163,7 @@ def test_a_prompt_in_pieces_and_alone_gives_the_same_bits(run, first):
     assert same_bits(prefill_logits(model, alone, [[(0, 0, len(alone[0]))]], bucket, rows=2, positions=POSITIONS), expected[1:])
 
 
-def test_streamed_experts_at_the_smallest_budget_give_the_resident_bits(run, halved):
+def test_streamed_experts_at_the_smallest_budget_give_the_resident_bits(run, decoded):
     """As many slots a layer as a token needs experts, and one to pass through: sequences side by side ask for more, and go in waves."""
     model, expected = run.on_cpu
     streamed = slot_model(model, model.spec.moe[0].active, staging=1)
@@ -171,7 +171,7 @@ def test_streamed_experts_at_the_smallest_budget_give_the_resident_bits(run, hal
     assert same_bits(decode_logits(streamed, short, 4, positions=POSITIONS), cut)
 
 
-def test_a_prompt_with_streamed_experts_gives_the_resident_bits(run, halved):
+def test_a_prompt_with_streamed_experts_gives_the_resident_bits(run, prompted):
     model, expected = run.on_cpu
     assert same_bits(together(slot_model(model, model.spec.moe[0].active, staging=1), run.ids), expected)
 
@@ -193,7 +193,9 @@ def test_bfloat16_stays_near(run, halved):
 HALVED = ("deepseek_v3", "gemma4_text", "gpt_oss", "granitemoeshared", "llama4_text", "mixtral", "phimoe", "qwen3_next")
 """Families whose kinds of layers end differently from one another: shared experts, with a gate, scaled residuals, norms after experts, a dense
 network beside them, biases, scaled inputs. A bank of slots sees no more of a family than that: rows, ids and weights come to it as to a resident
-one."""
+one. A compiled step of streamed experts runs for half of them as a prompt and for the others as decoding, in waves either way: how a layer ends does
+not depend on how many tokens there are (that prompts and decoding give the same bits is tested for every family, and that both do with streamed
+experts in `tests/engine/test_slots_cover.py`)."""
 
 
 WRAPPED = {"gemma4": "gemma4_text", "llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text"}
@@ -204,9 +206,10 @@ def names_of(families: tuple[str, ...], argument: str) -> list[str]:
     """The cases that a test with this argument runs for."""
     if argument == "name":
         return [name for family in families for name in golden_cases.FAMILIES[family]]
-    chosen = [family for family in families if family not in WRAPPED] if argument == "first" else [family for family in families if family in HALVED]
+    among = {"halved": HALVED, "prompted": HALVED[0::2], "decoded": HALVED[1::2]}
+    chosen = [family for family in families if (family not in WRAPPED if argument == "first" else family in among[argument])]
     return [next(iter(golden_cases.FAMILIES[family])) for family in chosen]
 
 
-ARGUMENTS = ("name", "first", "halved")
+ARGUMENTS = ("name", "first", "halved", "prompted", "decoded")
 """Of these tests; each names a case."""

@@ -17,7 +17,7 @@ from jaxmoe.spec import Leaf, ModelSpec, abstract_experts, abstract_params, stac
 from pallas_kernels.dispatch import Kernels
 from scripts.golden_cases import CASES
 
-AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "hidden", "shared_hidden", "experts", None}
+AXES = {"vocab", "embed", "heads", "kv_heads", "head_dim", "hidden", "mlp_hidden", "shared_hidden", "experts", None}
 
 
 @pytest.fixture(params=[(name, dtype) for name in CASES for dtype in ("float32", "bfloat16")], ids="-".join)

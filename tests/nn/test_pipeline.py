@@ -43,7 +43,8 @@ def layers(weight, x, kept, batch: Batch):
     before = (jnp.arange(POSITIONS) < batch.positions[:, None])[..., None]
     mixed = jnp.sum(seen[batch.segments] * before, axis=1)
     h = jnp.tanh(x["h"] @ weight + 0.1 * mixed)
-    return {"h": h, "id": x["id"] + batch.tokens}, {"seen": seen, "runs": kept["runs"] + real}
+    found = {"seen": seen, "runs": kept["runs"] + real, "tokens": kept["tokens"] + (batch.segments >= 0).sum()}
+    return {"h": h, "id": x["id"] + batch.tokens}, found
 
 
 def by_loop(stages: int, x: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +65,7 @@ def test_the_same_as_all_layers_on_one_device(case):
     x = np.random.default_rng(1).standard_normal((len(batch.tokens), WIDTH)).astype(np.float32)
 
     def one(weight, x, batch):
-        kept = {"seen": jnp.zeros((ROWS, POSITIONS, WIDTH)), "runs": jnp.int32(0)}
+        kept = {"seen": jnp.zeros((ROWS, POSITIONS, WIDTH)), "runs": jnp.int32(0), "tokens": jnp.int32(0)}
         given = {"h": x, "id": jnp.zeros(len(x), jnp.int32)}
         out, kept = run_stages(lambda x, kept, batch: layers(weight[0], x, kept, batch), stages, given, kept, batch)
         return jax.tree.map(lambda t: t[None], (out, kept))
@@ -75,7 +76,7 @@ def test_the_same_as_all_layers_on_one_device(case):
     h, seen = by_loop(stages, x, batch)
     real = batch.segments >= 0
     np.testing.assert_allclose(kept["seen"], seen, atol=1e-6)
-    assert (kept["runs"] == batch.n_runs).all(), "each stage runs each real run once"
+    assert (kept["runs"] == batch.n_runs).all() and (kept["tokens"] == real.sum()).all(), "each stage has each real run once"
     for stage in range(stages):
         np.testing.assert_allclose(out["h"][stage][real], h[real], atol=1e-6, err_msg="on every stage")
         np.testing.assert_array_equal(out["id"][stage][real], stages * batch.tokens[real])

@@ -3,7 +3,6 @@
 `python scripts/make_goldens.py --only shipped` makes the files.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 from scripts import make_goldens
 from scripts.make_goldens import NEW_TOKENS, SHIPPED, WINDOW
-from tests.quick import QuickKernels
 
 GOLDENS = Path(__file__).resolve().parents[1] / "goldens"
 TOLERANCE = 1e-4
@@ -48,12 +46,6 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(checkpoint):
     return load_model(checkpoint, "float32", Kernels("cpu"))
-
-
-@pytest.fixture(scope="module")
-def quick_model(model):
-    """The model in programs that compile in less time, for what is held within a tolerance; text alone is of those that users run."""
-    return dataclasses.replace(model, kernels=QuickKernels("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +82,11 @@ def test_the_model_is_small_and_has_enough_experts(checkpoint):
     assert len(checkpoint.spec.moe_layers) >= 6 and router.experts >= 32 and router.active >= 4
 
 
-def test_logits(golden, quick_model):
+def test_logits(golden, model):
     """What is kept of 2,000 held-out tokens' logits, at every one of them."""
     arrays = golden[1]
-    sampled = make_goldens.sampled_ids(quick_model.spec.vocab)
-    got = [make_goldens.summary(prompt_logits(quick_model, ids.tolist()), s) for ids, s in zip(arrays["ids"], sampled, strict=True)]
+    sampled = make_goldens.sampled_ids(model.spec.vocab)
+    got = [make_goldens.summary(prompt_logits(model, ids.tolist()), s) for ids, s in zip(arrays["ids"], sampled, strict=True)]
     errors = np.stack([np.abs(np.column_stack([g[k] - arrays[k][i] for k in ("sampled", "top", "lse")])).max(1) for i, g in enumerate(got)])
     whole = 0
     for error, g, kept, top, gaps in zip(errors, got, arrays["argmax"], arrays["top"], arrays["router_gap"], strict=True):
@@ -126,8 +118,8 @@ def test_greedy_text_alone(golden, model, requests):
     check_text([engine.generate([r])[0][0].ids for r in requests], golden[1])
 
 
-def test_greedy_text_in_a_batch(golden, quick_model, requests):
+def test_greedy_text_in_a_batch(golden, model, requests):
     """The same as alone: what transformers' own padding does to near ties is none of ours."""
     assert len({len(r.prompt_ids) for r in requests}) >= 5
-    engine = Engine(quick_model, 8, NEW_TOKENS + max(len(r.prompt_ids) for r in requests), greedy=True, eos=Tokenizer(SHIPPED).eos_ids)
+    engine = Engine(model, 8, NEW_TOKENS + max(len(r.prompt_ids) for r in requests), greedy=True, eos=Tokenizer(SHIPPED).eos_ids)
     check_text([r.ids for r in engine.generate(requests)[0]], golden[1])
