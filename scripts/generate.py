@@ -195,7 +195,10 @@ def plan_streaming(args: Arguments, spec, rows: int, positions: int):
         raise ValueError(f"--{option.replace('_', '-')} is for streamed experts: give --expert-memory too")
     if args.split is None and args.plan is None and args.placement is None:
         return None
-    return choose_devices(spec, args.split, args.plan, streaming, rows, positions, args.placement)
+    found = choose_devices(spec, args.split, args.plan, streaming, rows, positions, args.placement)
+    if args.plan is not None and args.dtype not in (None, found.spec.precision.params):
+        raise ValueError(f"--dtype {args.dtype}: the plan is for {found.spec.precision.params}: leave it out, or plan anew")
+    return found
 
 
 def load(args: Arguments, plan, checkpoint, spec, kernels, requests, eos, console: Console):

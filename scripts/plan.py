@@ -11,11 +11,13 @@ MODEL is a Hugging Face folder, a converted one, a config.json, or the name of a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,20 +39,25 @@ from jaxmoe.report.command import run_command
 from jaxmoe.spec import ModelSpec
 from jaxmoe.spec.published import names, published
 from sharding.choices import Search, Slo
-from sharding.fitting import DoesNotFit
 from sharding.hardware import CHIPS, Machine, hardware_from_json, parse_hardware
 from sharding.measure import measure
 from sharding.memory import device_bytes
 from sharding.phase_split import split_phases
 from sharding.phases import decode_phase
 from sharding.plan import Objective, Plan, planned_spec, save_plan
-from sharding.planner import Candidate, Found, MissesSlo, search_plan
+from sharding.planner import Candidate, Found, search_plan
 from sharding.routing_load import Routing
-from sharding.split import SplitError, parse_split
+from sharding.split import parse_split
 from sharding.time_model import step_time
 from sharding.workload import Workload
 
 DEFAULT_MODEL = str(ROOT / "checkpoints" / "default")
+QUICK = 3.0
+"""Seconds that a search may take for its next change to be searched too."""
+
+WIDE = 150
+"""Columns where there is no terminal."""
+
 DOUBLINGS = 8
 
 
@@ -149,10 +156,7 @@ def read_machine(args: Arguments, progress: Callable[[str], None]) -> Machine:
     else:
         machine = parse_hardware(args.hardware)
     if args.memory is not None:
-        amount = budget.parse_memory(args.memory)
-        if amount.kind != "bytes":
-            raise ValueError(f"--memory {args.memory!r}: give bytes, like 76GB")
-        machine = dataclasses.replace(machine, hardware=machine.hardware.with_memory(amount.bytes))
+        machine = dataclasses.replace(machine, hardware=machine.hardware.with_memory(read_memory(args.memory, machine)))
     if args.price is not None:
         machine = dataclasses.replace(machine, hardware=dataclasses.replace(machine.hardware, price=args.price))
     if args.devices is None:
@@ -160,6 +164,20 @@ def read_machine(args: Arguments, progress: Callable[[str], None]) -> Machine:
     if args.devices < 1:
         raise ValueError(f"--devices {args.devices}: at least 1 is needed")
     return machine.of(args.devices)
+
+
+def read_memory(text: str, machine: Machine) -> int:
+    """Bytes that a program may have of a device."""
+    try:
+        amount = budget.parse_memory(text)
+    except ValueError:
+        amount = None
+    if amount is None or amount.kind != "bytes" or amount.bytes < 1:
+        raise ValueError(f"--memory {text!r}: give the bytes of a device that a program may have, like 76GB")
+    have = machine.hardware.memory_bytes
+    if amount.bytes > have:
+        raise ValueError(f"--memory {text}: a device of {machine} has {have / 1e9:.1f} GB")
+    return amount.bytes
 
 
 def _here(found: Any, shape: str) -> Machine:
@@ -241,23 +259,49 @@ def sweep(args: Arguments, progress: Callable[[str], None]) -> list[dict[str, An
     for value in args.over or _doublings(args, machine):
         progress(f"{args.sweep} {value}")
         field: Any = args.sweep
-        try:
-            at = dataclasses.replace(args, **{field: value if field in ("hardware", "split") else int(value)})
-        except ValueError:
-            raise ValueError(f"--over {value}: --sweep {field} needs whole numbers") from None
+        if field not in ("hardware", "split") and not value.isdigit():
+            raise ValueError(f"--over {value}: --sweep {field} needs whole numbers")
+        at = dataclasses.replace(args, **{field: value if field in ("hardware", "split") else int(value)})
         try:
             rows.append(tables.sweep_row(value, make_plan(at, progress, None if field == "hardware" else machine).plan))
-        except (SplitError, DoesNotFit, MissesSlo) as error:
+        except ValueError as error:
             rows.append({"at": value, "error": str(error).split(";")[0].split(": the least")[0]})
     return rows
 
 
 def _doublings(args: Arguments, machine: Machine) -> list[str]:
     if args.sweep == "hardware":
-        more = (machine.devices * 2**i for i in range(4))
-        return [str(machine.of(n)) for n in more]
+        found = [args.hardware]
+        with contextlib.suppress(ValueError):  # there are none so large
+            found += [str(machine.of(machine.devices * 2**i)) for i in range(1, 4)]
+        return found
     first = {"rows": args.rows or 1, "prompt": args.prompt or 512, "slots": args.slots or 1}[args.sweep or "rows"]
     return [str(first * 2**i) for i in range(DOUBLINGS)]
+
+
+def next_change(args: Arguments, made: Planned, progress: Callable[[str], None]) -> str | None:
+    """Which single change would help most, tried: twice the devices, or narrower keys and values; None where none helps, or trying takes long."""
+    plan, tried = made.plan, []
+    with contextlib.suppress(ValueError):
+        tried.append(("", plan.machine.of(2 * plan.machine.devices), args))
+    if plan.workload.kv_dtype == "float32":
+        tried.append((" --kv-dtype bfloat16", plan.machine, dataclasses.replace(args, kv_dtype="bfloat16")))
+    best: tuple[float, str] | None = None
+    for text, machine, changed in tried:
+        what = text.strip() or f"--hardware {machine}"
+        progress(f"trying {what}")
+        try:
+            other = make_plan(changed, progress, machine)
+        except ValueError:
+            continue
+        was, now = made.found.best.score, other.found.best.score
+        if now < 0.99 * was and (best is None or now < best[0]):
+            times, old = other.plan.times, plan.times
+            best = now, (
+                f"next: {what} gives {times.tpot * 1e3:.2f} ms a token instead of {old.tpot * 1e3:.2f}, {times.tokens_per_s:.0f} tokens/s instead of "
+                f"{old.tokens_per_s:.0f}"
+            )
+    return best[1] if best else None
 
 
 def prove(args: Arguments, made: Planned, progress: Callable[[str], None]) -> Any:
@@ -286,6 +330,9 @@ def check(args: Arguments) -> None:
         raise ValueError("--sweep makes several plans: leave out --out, --prove and --phases")
     if args.plot is not None:
         tables.check_plot(args.plot)
+        record.check_path(args.plot, "a plot", args.plot.suffix)
+    if args.sweep == "hardware" and args.devices is not None:
+        raise ValueError("--sweep hardware changes the number of devices: leave out --devices")
     for path in (args.out, args.json, args.save_hardware):
         if path is not None:
             record.check_path(path)
@@ -294,6 +341,8 @@ def check(args: Arguments) -> None:
 def run(args: Arguments) -> None:
     """Plans, prints, and writes what was asked for."""
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console = Console(width=WIDE)
     if args.models:
         print("models: " + ", ".join(names()))
         print("hardware: " + ", ".join(CHIPS))
@@ -304,7 +353,10 @@ def run(args: Arguments) -> None:
         if args.sweep is not None:
             rows = sweep(args, progress)
         else:
+            began = time.perf_counter()
             made = make_plan(args, progress)
+            quick = args.split is None and time.perf_counter() - began < QUICK
+            change = next_change(args, made, progress) if quick else None
             search = dataclasses.replace(search_of(args), any_rows=False)
             split = split_phases(made.spec, made.plan.machine, made.plan.workload, search, device_bytes, progress) if args.phases else None
             if args.out is not None:
@@ -319,10 +371,15 @@ def run(args: Arguments) -> None:
         return
     _write(args, made, proved)
     tables.show(console, made.plan, made.found)
+    if change is not None:
+        console.print(change, soft_wrap=True, markup=False, highlight=False)
     if split is not None:
         console.print("", tables.phases_table(split), sep="\n")
     if proved is not None:
         console.print("", tables.proved_table(made.plan, proved, compiled_seconds(made, proved)), sep="\n")
+        usable = made.plan.machine.hardware.usable_bytes
+        if proved.peak > usable:
+            raise ValueError(f"the compiler needs {tables.gigabytes(proved.peak)} of each device, a program can have {tables.gigabytes(usable)}")
 
 
 def _write(args: Arguments, made: Planned, proved: Any) -> None:

@@ -158,23 +158,68 @@ class Arm:
 
 
 def arms(spec: ModelSpec, good: Sequence[Layout], workload: Workload, search: Search, streamed: bool = False) -> list[Arm]:
-    """Every layout that divides the sequences, with experts as the workload says, or `streamed`: with any number of slots, cut into halvings."""
+    """Every layout that divides the sequences and that the engine runs, with experts as the workload says, or `streamed`: with any number of slots,
+    cut into halvings."""
     found = []
     for layout in good:
         rows = tuple(layout.shards * 2**i for i in range(MOST_ROWS.bit_length())) if search.any_rows else (workload.rows,)
-        if rows[0] % layout.shards == 0:
+        if _rows_fit(layout, rows[0]) and _slots_fit(spec, layout, workload) and (_streams(layout) or (workload.resident and not streamed)):
             ways = _slots(spec, layout) if streamed else [(workload.slots,)]
             found += [Arm(layout, workload, rows, slots) for slots in ways]
     return found
 
 
-def _slots(spec: ModelSpec, layout: Layout) -> Sequence[tuple[int, ...]]:
-    """Slots for fewer than a device's own experts, and not for fewer than a token can need: from half of them on, from a quarter on, and so on."""
+def why_none(spec: ModelSpec, machine: Machine, good: Sequence[Layout], workload: Workload, search: Search) -> ValueError:
+    """The error to raise where `arms` finds nothing for a workload."""
+    if not search.any_rows:
+        divided = [layout for layout in good if workload.rows % layout.shards == 0]
+        if not divided and search.split is not None:
+            try:
+                workload.local_rows(good[0])
+            except SplitError as error:
+                return error
+        if not divided:
+            return SplitError(f"rows = {workload.rows}: no split of {machine} divides so many sequences, use another number")
+        good = [layout for layout in divided if _rows_fit(layout, workload.rows)]
+        if not good:
+            groups = max(layout.shards for layout in divided)
+            most = f"at most {MOST_ROWS} in each group of devices that share their sequences"
+            return SplitError(f"rows = {workload.rows}: {most}, {machine} can be divided into {groups}")
+    if not any(_slots_fit(spec, layout, workload) for layout in good):
+        ranges = [slots_range(spec, layout) for layout in good]
+        low, high = min(r[0] for r in ranges if r), max(r[1] for r in ranges if r)
+        return ValueError(f"slots = {workload.slots}: {spec.family} needs {low} to {high}")
+    return SplitError("exchange = 'weights' sends experts from device to device, with slots they are in host memory: choose another exchange")
+
+
+def _rows_fit(layout: Layout, rows: int) -> bool:
+    return rows % layout.shards == 0 and rows // layout.shards <= MOST_ROWS
+
+
+def _slots_fit(spec: ModelSpec, layout: Layout, workload: Workload) -> bool:
+    """Whether the workload's own slots, where it has any, are enough for a token and not more than a device has experts."""
+    between = slots_range(spec, layout)
+    return workload.slots is None or between is None or between[0] <= workload.slots <= between[1]
+
+
+def _streams(layout: Layout) -> bool:
+    """Whether experts may be in host memory: not where they are sent from device to device (`jaxmoe.experts.exchange`)."""
+    split = layout.split
+    return split.expert == 1 or split.attention != "data" or split.exchange != "weights"
+
+
+def slots_range(spec: ModelSpec, layout: Layout) -> tuple[int, int] | None:
+    """The fewest slots that a token can need on a device, and how many experts the device has of a layer; None without experts."""
     routers = [layer.router for segment in spec.segments for layer in segment.pattern if layer.router is not None]
     if not routers:
-        return []
+        return None
     high = min(r.experts for r in routers) // layout.size(layout.experts)
-    least = min(high, max(r.active for r in routers))
+    return min(high, max(r.active for r in routers)), high
+
+
+def _slots(spec: ModelSpec, layout: Layout) -> Sequence[tuple[int, ...]]:
+    """Slots for fewer than a device's own experts, and not for fewer than a token can need: from half of them on, from a quarter on, and so on."""
+    least, high = slots_range(spec, layout) or (0, 0)
     found = []
     while high > least:
         low = max(least, high // 2)

@@ -12,7 +12,7 @@ from sharding.hardware import Backend, Hardware, Machine
 from sharding.split import Layout, SplitError
 from sharding.workload import Workload
 
-TRIED = 64
+TRIED = 256
 """Splits that a change is tried on: those that need least as it is."""
 
 
@@ -61,7 +61,7 @@ class Fits:
     def over(self, layout: Layout, workload: Workload) -> tuple[int, str]:
         """Bytes too many, of a device or of a host, whichever has more too many; not above zero where all fits."""
         need, h = self.need(layout, workload), self.machine.hardware
-        host = need.host_store * min(h.devices_per_host, layout.split.devices) - h.host_memory_bytes
+        host = need.host_store * min(self.machine.per_host, layout.split.devices) - h.host_memory_bytes
         return max((need.total - h.usable_bytes, "memory"), (host, "host memory"))
 
     def most(self, layout: Layout, asked: Sequence[Workload]) -> Workload | None:
@@ -103,7 +103,7 @@ def does_not_fit(fits: Fits, workload: Workload, search: Search, good: Sequence[
         room = gigabytes(machine.hardware.usable_bytes)
         what = f"needs {gigabytes(need.total)} a device{slots} ({largest}), a program on {machine} can have {room}"
     else:
-        there = min(machine.hardware.devices_per_host, layout.split.devices)
+        there = min(machine.per_host, layout.split.devices)
         what = f"needs {gigabytes(need.host_store * there)} of host memory, a host has {gigabytes(machine.hardware.host_memory_bytes)}"
     tried = changes(fits, asked, search, [arm.layout for arm in ways])
     advice = f"what would fit: {', or '.join(change.text for change in tried)}" if tried else "no single change would fit, use a larger machine"
@@ -123,13 +123,19 @@ def changes(fits: Fits, workload: Workload, search: Search, by_need: Sequence[La
 
 def _fits_some(fits: Fits, change: Change, search: Search, by_need: Sequence[Layout]) -> bool:
     known = fits if change.machine == fits.machine else Fits(fits.spec, change.machine, fits.device_bytes)
-    if known is not fits:  # with the most devices first, and of those the ones that share most
+    if known is not fits:
         try:
-            by_need = sorted(layouts(fits.spec, change.machine, search)[0], key=lambda x: (-x.split.devices, x.shards, x.split.shape))
+            by_need = sorted(layouts(fits.spec, change.machine, search)[0], key=_shares_most)
         except SplitError:
             return False
     ways = arms(fits.spec, by_need, change.workload, dataclasses.replace(search, objective="throughput", any_rows=False))
     return any(known.over(arm.layout, arm.least)[0] <= 0 for arm in ways[:TRIED])
+
+
+def _shares_most(layout: Layout) -> tuple:
+    """An order: with the most devices first, of those the ones that divide experts, which are most of a model, by most, and then the caches."""
+    s = layout.split
+    return (-s.devices, -layout.size(layout.experts) * layout.size(layout.expert_hidden) * s.stage, -layout.size(layout.heads), -layout.shards, s.shape)
 
 
 def _smaller_kv(spec: ModelSpec, machine: Machine, workload: Workload) -> Iterator[Change]:

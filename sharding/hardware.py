@@ -225,6 +225,11 @@ class Machine:
         return -(-self.devices // self.hardware.devices_per_host) if self.hardware.dims else self.topology[0]
 
     @property
+    def per_host(self) -> int:
+        """Devices of a host, all of them where there are fewer than it has room for."""
+        return min(self.hardware.devices_per_host, self.devices if self.torus else self.topology[1])
+
+    @property
     def torus(self) -> bool:
         """Whether chips have links to their neighbours, rather than a switch."""
         return self.hardware.dims > 0
@@ -233,7 +238,7 @@ class Machine:
         """A machine of so many of these devices, as compact as it gets: to see what more would bring.
 
         Raises:
-            ValueError: chips don't divide so.
+            ValueError: chips don't divide so, or there is no torus of so many.
         """
         h = self.hardware
         if not self.torus:
@@ -243,7 +248,8 @@ class Machine:
             return Machine(h, (devices // inside, inside))
         if devices % h.chip_devices:
             raise ValueError(f"devices = {devices}: a chip of {h.name} is {h.chip_devices}, use a multiple")
-        return Machine(h, compact(devices // h.chip_devices, h.dims))
+        shape = compact(devices // h.chip_devices, h.dims)
+        return Machine(h, _torus(h, shape, f"{h.name}:{'x'.join(map(str, shape))}"))
 
     def levels(self, split: Split, axes: Sequence[str]) -> tuple[Level, ...]:
         """The links that a collective over some axes of a mesh goes over, nearest first.
@@ -300,9 +306,20 @@ class Machine:
 
 
 def compact(chips: int, dims: int) -> tuple[int, ...]:
-    """The sizes, in rising order, of the torus of so many chips whose largest dimension is smallest."""
-    found = [s for s in _shapes(chips, dims)]
+    """The sizes, in rising order, of the torus of so many chips whose largest dimension is smallest.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [s for s in _shapes(chips, dims) if all(_side(n, dims) for n in s)]
+    if not found:
+        raise ValueError(f"chips = {chips}: there is no torus of {dims} dimensions of so many, use a power of two")
     return min(found, key=lambda s: (s[-1], s))
+
+
+def _side(n: int, dims: int) -> bool:
+    """Whether slices have a side of n chips: powers of two in two dimensions; 1, 2 and whole cubes of 4 in three (cloud.google.com/tpu/docs)."""
+    return n & (n - 1) == 0 if dims == 2 else n in (1, 2) or n % 4 == 0
 
 
 def _shapes(n: int, dims: int, least: int = 1) -> list[tuple[int, ...]]:
@@ -344,7 +361,17 @@ def _torus(hardware: Hardware, sizes: tuple[int, ...], text: str) -> tuple[int, 
     most = {2: 256, 3: 9216}[hardware.dims]  # the pods of v5e and v6e, and of the largest of the others
     if math.prod(sizes) > most or (hardware.dims == 2 and max(sizes) > 16):
         raise ValueError(f"hardware = {text!r}: a pod of {hardware.name} has at most {'16x16' if hardware.dims == 2 else most} chips")
+    if not all(_side(n, hardware.dims) for n in sizes):
+        near = " or ".join(f"{hardware.name}:{'x'.join(str(_nearest(n, hardware.dims, way)) for n in sizes)}" for way in (-1, 1))
+        sides = "1, 2, 4, 8 or 16" if hardware.dims == 2 else "1, 2 or a multiple of 4"
+        raise ValueError(f"hardware = {text!r}: sides of a slice of {hardware.name} are {sides} chips, use {near}")
     return sizes
+
+
+def _nearest(n: int, dims: int, way: int) -> int:
+    while not _side(n, dims):
+        n += way
+    return n
 
 
 def _hosts(hardware: Hardware, sizes: tuple[int, ...], text: str) -> tuple[int, ...]:

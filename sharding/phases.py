@@ -9,7 +9,7 @@ from typing import Literal
 
 from jaxmoe.spec.types import AttentionSpec
 from sharding.split import Layout
-from sharding.workload import Workload
+from sharding.workload import TOKEN_BUCKETS, Workload
 
 Count = Literal["needed", "whole", "compiled"]
 """What is counted. 'needed': what masks leave of attention, each position being read once a step. 'whole': attention over whole cache rows, run by
@@ -29,24 +29,31 @@ class Phase:
 
     Attributes:
         kind: prompts are read, or a token of each sequence is made.
-        tokens: of a step.
+        tokens: of a step, the mean of all such steps.
         steps: of these there are.
         rows: sequences in a step; of a prefill, as many prompts as its tokens would fill.
         length: of each prompt; positions that a decoded token sees, its own included.
         positions: that a cache row has room for.
         chunk: of a prompt, the most tokens that go in a step.
+        room: tokens that a step of a prefill computes, padding included; 0 for no padding.
     """
 
     kind: Literal["prefill", "decode"]
-    tokens: int
+    tokens: float
     steps: int
     rows: float
     length: float
     positions: int
     chunk: int = 1
+    room: float = 0
 
     @property
-    def logits(self) -> int:
+    def computed(self) -> float:
+        """Tokens of a step, padding included."""
+        return self.room or self.tokens
+
+    @property
+    def logits(self) -> float:
         """Rows of logits in a step."""
         return LOGIT_ROWS if self.kind == "prefill" else self.tokens
 
@@ -54,8 +61,8 @@ class Phase:
         """Pairs of a query and a key in a step, and positions whose keys are read."""
         if count != "needed":
             room = -(-(self.positions + RUN) // KEY_BLOCK) * KEY_BLOCK
-            run = 1 if self.kind == "decode" else min(RUN, self.tokens)
-            runs = 1 if count == "compiled" else math.ceil(self.tokens / run)
+            run = 1 if self.kind == "decode" else min(RUN, math.ceil(self.computed))
+            runs = 1 if count == "compiled" else math.ceil(self.computed / run)
             return runs * run * room, runs * room
         if self.kind == "decode":
             return self.rows * visible(a, self.length), self.rows * visible(a, self.length)
@@ -92,15 +99,57 @@ def causal_reads(prompt: int, step: int, window: int | None, chunk: int | None) 
     return total
 
 
+def run_length(tokens: int) -> int:
+    """Tokens in a run of a prefill step (`jaxmoe.engine.steps.run_length`)."""
+    return min(tokens, RUN if tokens > 128 else RUN // 2)
+
+
+def token_bucket(tokens: int) -> int:
+    """Tokens that a prefill step for so many computes."""
+    size = next((b for b in TOKEN_BUCKETS if tokens <= b), TOKEN_BUCKETS[-1])
+    while size < tokens:
+        size *= 2
+    return size
+
+
+@functools.lru_cache(maxsize=4096)
+def prefill_steps(rows: int, prompt: int, most: int) -> dict[int, tuple[int, int]]:
+    """The prefill steps of equal prompts as the engine packs them: in order, each in runs of its own, at most `LOGIT_ROWS` of which end in a step.
+
+    Args:
+        rows: prompts.
+        prompt: tokens of each.
+        most: tokens of a step.
+
+    Returns:
+        By tokens that a step computes: how many such steps there are, and prompts' tokens in all of them together.
+    """
+    found: dict[int, tuple[int, int]] = {}
+    left = rows * prompt
+    while left:
+        first = (left - 1) % prompt + 1  # what is left of the prompt at the front
+        room = token_bucket(min(left, first + (LOGIT_ROWS - 1) * prompt, most))
+        run = run_length(room)
+        # Steps that the front prompt fills alone are taken at once.
+        times, taken = max(1, (first - 1) // room), min(first, room)
+        free, ended = room // run - -(-taken // run), int(taken == first)
+        while free and ended and ended < LOGIT_ROWS and taken < left:
+            more = min(prompt, free * run)
+            free, taken, ended = free - -(-more // run), taken + more, ended + 1
+        steps, tokens = found.get(room, (0, 0))
+        found[room] = steps + times, tokens + times * taken
+        left -= times * taken
+    return found
+
+
 def prefill_phases(workload: Workload, layout: Layout, rows: int | None = None) -> tuple[Phase, ...]:
-    """The prefill of a group's sequences, or of so many `rows`: full steps, then what is left."""
-    rows = workload.local_rows(layout) if rows is None else rows
-    total, chunk = rows * workload.prompt, min(workload.prompt, workload.prefill_tokens)
-    full, rest = divmod(total, workload.prefill_tokens)
-    sizes = [(workload.prefill_tokens, full), (rest, 1 if rest else 0)]
+    """The prefill of a group's sequences, or of so many `rows`: its largest steps first."""
+    rows, prompt = workload.local_rows(layout) if rows is None else rows, workload.prompt
+    found = prefill_steps(rows, prompt, workload.prefill_tokens)
     return tuple(
-        Phase("prefill", tokens, steps, tokens / workload.prompt, workload.prompt, workload.positions, chunk) for tokens, steps in sizes if steps
-    )  # fmt: skip
+        Phase("prefill", tokens / steps, steps, tokens / steps / prompt, prompt, workload.positions, min(prompt, room), room)
+        for room, (steps, tokens) in sorted(found.items(), reverse=True)
+    )
 
 
 def decode_phase(workload: Workload, layout: Layout, context: float | None = None) -> Phase:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxmoe.spec import ModelSpec
-from sharding.choices import Arm, Search, Slo, arms, layouts, score
+from sharding.choices import Arm, Search, Slo, arms, layouts, score, why_none
 from sharding.fitting import Change, DeviceBytes, Fits, does_not_fit, fewer_rows, more_devices, sequences
 from sharding.hardware import Machine
+from sharding.plan import Objective
 from sharding.routing_load import Routing
-from sharding.split import Layout, Split, SplitError
+from sharding.split import Layout, Split
 from sharding.time_model import TERMS, Known, Times, predict
 from sharding.workload import Workload
 
@@ -194,13 +195,13 @@ def _attempt(
     for streamed in (False, True) if may_stream else (False,):
         ways = arms(spec, good, workload, search, streamed)
         if not ways and not streamed:
-            raise SplitError(f"rows = {workload.rows}: no split of {run.machine} divides so many sequences, use another number")
+            raise why_none(spec, run.machine, good, workload, search)
         if not ways:
             continue
         progress(f"{len(ways)} ways{' with experts in host memory' if streamed else ''}")
         ranking = run.rank(ways)
         if ranking.kept:
-            return _found(ranking, refused + len(good) - len({arm.layout for arm in ways}), len(ways)), slow
+            return _found(search.objective, ranking, refused + len(good) - len({arm.layout for arm in ways}), len(ways)), slow
         slow += ranking.slow
     return None, slow
 
@@ -211,13 +212,13 @@ def _keeps(fits: Fits, change: Change, search: Search, routing: Routing | None) 
         good, refused = layouts(fits.spec, change.machine, search)
         known = fits if change.machine == fits.machine else Fits(fits.spec, change.machine, fits.device_bytes)
         return _attempt(good, refused, change.workload, _Search(fits.spec, change.machine, search, known, routing), lambda what: None)[0] is not None
-    except SplitError:
+    except ValueError:
         return False
 
 
-def _found(ranking: _Ranking, refused: int, ways: int) -> Found:
+def _found(objective: Objective, ranking: _Ranking, refused: int, ways: int) -> Found:
     best, *others = ranking.kept[: KEPT + 1]
-    reasons = {c.split: slower(c, best) for c in others} | {s: why for s, why in ranking.lost.items() if s not in {c.split for c in ranking.kept}}
+    reasons = {c.split: slower(c, best, objective) for c in others} | {s: why for s, why in ranking.lost.items() if s not in {c.split for c in ranking.kept}}
     return Found(best, tuple(others), tuple(Lost(s, why) for s, why in reasons.items()), refused, ways - ranking.seen)
 
 
@@ -229,18 +230,20 @@ def _too_slow(slo: Slo, closest: Candidate, helps: Sequence[str]) -> str:
     return f"nothing that fits keeps the limits: closest is {at}, whose {missed}, most of it {takes.longest}; {advice}"
 
 
-def slower(c: Candidate, best: Candidate) -> str:
+def slower(c: Candidate, best: Candidate, objective: Objective = "latency") -> str:
     """Why a candidate is behind another: by how much, and which term of its steps grows most."""
     times = c.score / best.score
     if times < 1.0005:
         return "as good, with more devices or axes"
     tokens = {"decode": best.workload.new_tokens, "prefill_step": 1}
-    longer = {
-        (part, name): n * (getattr(getattr(c.times, part), name) / c.workload.rows - getattr(getattr(best.times, part), name) / best.workload.rows)
-        for part, n in tokens.items()
-        for name in TERMS
-    }
+
+    def weighed(x: Candidate, part: str, name: str) -> float:
+        """Seconds of a sequence, or device-seconds where those are what counts."""
+        return getattr(getattr(x.times, part), name) / x.workload.rows * (x.split.devices if objective == "cost" else 1)
+
+    longer = {(part, name): n * (weighed(c, part, name) - weighed(best, part, name)) for part, n in tokens.items() for name in TERMS}
     part, term = max(longer, key=lambda key: longer[key])
     phase = "decoding" if part == "decode" else "prefill"
     rows = "" if c.workload.rows == best.workload.rows else f", with {sequences(c.workload.rows)}"
-    return f"{times:.3g} times as much: {phase} takes more {term}{rows}"
+    much = f"{100 * (times - 1):.2g} % more" if times < 1.1 else f"{times:.3g} times as much"
+    return f"{much}: {phase} takes more {term}{rows}"

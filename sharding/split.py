@@ -218,13 +218,13 @@ def layout_of(spec: ModelSpec, split: Split) -> Layout:
     def size(axes: tuple[str, ...]) -> int:
         return math.prod(getattr(split, axis) for axis in axes)
 
-    if split.expert > 1 and not spec.moe_layers:
+    if split.expert > 1 and not any(layer.sparse for segment in spec.segments for layer in segment.pattern):
         raise SplitError(f"expert = {split.expert}: the model has no experts")
     both = used("expert", "tensor") if split.attention == "tensor" else used("tensor")
     own = split.attention == "data" and split.exchange != "coherent"
     batch = used("data", "expert") if own else used("data")
-    n = size(both)
-    for layer in spec.layers:
+    n, layers = size(both), tuple(dict.fromkeys(layer for segment in spec.segments for layer in segment.pattern))
+    for layer in layers:
         for what, have in _heads(layer):
             if have % n and not (what == "key-value heads" and n % have == 0):
                 raise SplitError(f"{' * '.join(both)} = {n} doesn't divide the model's {have} {what}")
@@ -238,6 +238,14 @@ def layout_of(spec: ModelSpec, split: Split) -> Layout:
                 raise SplitError(f"tensor = {split.tensor} doesn't divide the experts' hidden width of {layer.experts.width}")
             if split.exchange == "coherent" and split.expert > 1 and split.attention == "data" and layer.router.active != 1:
                 raise SplitError(f"exchange = 'coherent' is for one active expert a token, the model has {layer.router.active}: choose 'tokens'")
+        if split.exchange == "coherent" and split.expert > 1 and split.attention == "data":
+            for axis in ("sequence", "stage"):
+                parts = getattr(split, axis)
+                if parts > 1:
+                    raise SplitError(f"{axis} = {parts}: with exchange = 'coherent' every device has whole caches: choose another exchange")
+            beside = layer.router is not None and (layer.dense is not None or layer.router.pregated)
+            if layer.delta is not None or beside:
+                raise SplitError("exchange = 'coherent' is for attention followed by experts alone: choose another exchange")
         if layer.delta is not None and split.sequence > 1:
             raise SplitError(f"sequence = {split.sequence}: delta-rule layers pass a state along their positions, which isn't split")
     if split.stage > 1 and any(segment.repeats % split.stage for segment in spec.segments):
@@ -246,8 +254,8 @@ def layout_of(spec: ModelSpec, split: Split) -> Layout:
     if split.stage > 1 and sum(any(layer.sparse for layer in segment.pattern) for segment in spec.segments) > 1:
         raise SplitError(f"stage = {split.stage}: the model has experts in several segments of layers, which can't be divided among stages")
     vocab = next((axes for axes in (both, used("tensor"), ()) if spec.vocab % size(axes) == 0), ())
-    has_dense = any(layer.dense is not None for layer in spec.layers)
-    has_shared = any(layer.shared is not None for layer in spec.layers)
+    has_dense = any(layer.dense is not None for layer in layers)
+    has_shared = any(layer.shared is not None for layer in layers)
     return Layout(
         split, batch, both, both if has_dense else (), both if has_shared else (), used("expert"), used("tensor"), vocab, used("sequence"),
         used("stage"),

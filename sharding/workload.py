@@ -15,6 +15,18 @@ WIDTH = {"bfloat16": 2, "float32": 4}
 """Bytes of a number, by dtype."""
 
 
+TOKEN_BUCKETS = (32, 128, 512)
+"""Tokens in a prefill step."""
+
+
+def check_prefill_tokens(n: int) -> None:
+    """Raises ValueError for a number of tokens that no prefill step has: one of `TOKEN_BUCKETS`, or twice the last and so on."""
+    most = TOKEN_BUCKETS[-1]
+    doubled = n > most and n % most == 0 and (n // most).bit_count() == 1
+    if n not in TOKEN_BUCKETS and not doubled:
+        raise ValueError(f"prefill_tokens = {n}: choose {', '.join(map(str, TOKEN_BUCKETS))}, {2 * most}, {4 * most} and so on")
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """Sequences that are decoded together, and how.
@@ -50,6 +62,7 @@ class Workload:
                 continue
             if isinstance(n, bool) or not isinstance(n, int) or n < smallest:
                 raise ValueError(f"{field} = {n!r}: a workload needs a whole number here, at least {smallest}")
+        check_prefill_tokens(self.prefill_tokens)
         for field in ("dtype", "kv_dtype"):
             if getattr(self, field) not in get_args(Dtype):
                 raise ValueError(f"{field} = {getattr(self, field)!r}: choose from {', '.join(get_args(Dtype))}")

@@ -28,7 +28,7 @@ def mesh_logits(model: Model, requests: list[list[int]], decoded: int = 0, posit
     def cache(spec):
         return init_layers(spec, most, positions, steps.run_length(steps.TOKEN_BUCKETS[-1]))
 
-    state = first_state(model.spec, model.on, cache, model.bank.init_state, steps.EngineState)
+    state = first_state(model.spec, model.on, cache, model.bank.init_state, steps.EngineState)()
     step = steps.logits_step(model.spec, model.kernels, model.on)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]
     assert not layout.sequence, "prompts aren't dealt out here"

@@ -23,7 +23,7 @@ def zigzag(units: Int[np.ndarray, "u"], n: int) -> Int[np.ndarray, "u"]:
     return np.minimum(turn, 2 * n - 1 - turn)
 
 
-def split_batch(batch: Batch, n: int) -> tuple[list[Batch], Bool[np.ndarray, "n R"]]:
+def split_batch(batch: Batch, n: int, held: Int[np.ndarray, "n B"] | None = None) -> tuple[list[Batch], Bool[np.ndarray, "n R"]]:
     """A prefill batch as one smaller batch for each of n devices.
 
     A run at position p goes to device `zigzag(p // run)`, so that a long prompt lies evenly on the devices however it is cut into steps; where
@@ -32,6 +32,7 @@ def split_batch(batch: Batch, n: int) -> tuple[list[Batch], Bool[np.ndarray, "n 
     Args:
         batch: with runs of more than one token.
         n: devices.
+        held: how many tokens of each cache row each device has (`take_room`): a run that can't go to its own device goes where its row has least.
 
     Returns:
         Batches of equal shapes, shorter runs in place of the batch's, and which device has each of `logit_rows`: there the device's batch has the
@@ -51,7 +52,8 @@ def split_batch(batch: Batch, n: int) -> tuple[list[Batch], Bool[np.ndarray, "n 
         for at in range(0, length, run):
             device = int(zigzag(np.asarray((first + at) // run), n))
             if len(given[device]) == room:
-                device = min(range(n), key=lambda d: len(given[d]))
+                free = [d for d in range(n) if len(given[d]) < room]
+                device = min(free, key=lambda d: (0 if held is None else held[d, row], len(given[d])))
             given[device].append((row, first + at, r * batch.run + at, min(run, length - at)))
     place = np.full((n, tokens), -1)
     batches = [_batch(batch, pieces, run, room, place[d]) for d, pieces in enumerate(given)]
@@ -60,9 +62,9 @@ def split_batch(batch: Batch, n: int) -> tuple[list[Batch], Bool[np.ndarray, "n 
     return [dataclasses.replace(b, logit_rows=rows[d]) for d, b in enumerate(batches)], own
 
 
-def deal_batch(batch: Batch, n: int) -> list[Batch]:
+def deal_batch(batch: Batch, n: int, held: Int[np.ndarray, "n B"] | None = None) -> list[Batch]:
     """`split_batch` with the rows that a device doesn't have as -1 in its `logit_rows`."""
-    batches, own = split_batch(batch, n)
+    batches, own = split_batch(batch, n, held)
     rows: list[Any] = [np.where(mine, b.logit_rows, -1).astype(np.int32) for b, mine in zip(batches, own, strict=True)]
     return [dataclasses.replace(b, logit_rows=r) for b, r in zip(batches, rows, strict=True)]
 

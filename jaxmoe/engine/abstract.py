@@ -57,7 +57,6 @@ def abstract_step(spec: ModelSpec, on: Devices, workload: Workload, kernels: Ker
     Raises:
         SplitError, ValueError: a workload that the split or the model can't have.
     """
-    steps.check_prefill_tokens(workload.prefill_tokens)
     spec = spec.with_precision(workload.dtype).for_positions(workload.positions)
     spec = dataclasses.replace(spec, precision=dataclasses.replace(spec.precision, kv=workload.kv_dtype))
     params = _abstract_params(spec, on)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from jaxmoe.cache.batch import Batch, join_batches, make_batch
 from jaxmoe.cache.deal import deal_batch, take_room
@@ -23,7 +24,7 @@ from jaxmoe.engine.text import StopStrings, StreamDecoder, Tokenizer
 from jaxmoe.experts import SlotBank
 from jaxmoe.offload.trace import DECODE, PROMPT, Trace, TraceBuilder, model_meta
 from jaxmoe.spec import ModelSpec
-from sharding.split import local_spec
+from sharding.split import AXES, local_spec
 
 
 class RequestError(ValueError):
@@ -198,6 +199,7 @@ class Engine:
         self.eos = tuple(eos)
         self._eos = steps.pad_to(self.eos, steps.EOS_SLOTS, -2)
         self._moving: Any = None
+        self._makers: dict[bool, Callable[[], Any]] = {}
         self._sequence = 0
         self._programs = programs or steps.Fused(model.spec, model.kernels, greedy, record, gates, model.on)
         self._unread: list[Callable[[TraceBuilder], None]] = []
@@ -210,14 +212,21 @@ class Engine:
         moving, self._moving = self._moving, None  # steps take the arrays: an error on the way leaves nothing to go on with
         bank, on = self.model.bank, self.model.on
         if on.mesh is not None:
-            state = first_state(self.model.spec, on, self._empty_cache, bank.init_state, steps.EngineState)
-            return state if moving is None else dataclasses.replace(state, bank=self._on_each(bank.new_text, moving))
+            made = moving is not None  # then only caches are made: slots would take their memory a second time
+            if made not in self._makers:
+                own = (lambda: ()) if made else bank.init_state
+                self._makers[made] = first_state(self.model.spec, on, self._empty_cache, own, steps.EngineState)
+            state = self._makers[made]()
+            return dataclasses.replace(state, bank=self._on_each(bank.new_text, moving)) if made else state
         return steps.committed(steps.EngineState(self._empty_cache(), bank.init_state() if moving is None else bank.new_text(moving)))
 
     def _on_each(self, change: Callable[[Any], Any], moving: Any) -> Any:
         """A bank's moving part changed, on each device its own."""
-        on_mesh = self.model.on.mesh is not None and jax.tree.leaves(moving)
-        return jax.vmap(change)(moving) if on_mesh else change(moving)
+        on = self.model.on
+        if on.mesh is None or not jax.tree.leaves(moving):
+            return change(moving)
+        # Where they were: arrays that the host makes are on no mesh, and steps that take them would be compiled again.
+        return jax.tree.map(lambda x: jax.device_put(x, on.sharding(P(AXES))), jax.vmap(change)(moving))
 
     def _empty_cache(self, spec: ModelSpec | None = None):
         """One device's, for its own share of the model."""
@@ -396,7 +405,7 @@ class Engine:
             return join_batches(batches, self.model.on.mesh is not None)
         dealt = []
         for group, batch in enumerate(batches):
-            parts = deal_batch(batch, self._parts)
+            parts = deal_batch(batch, self._parts, None if held is None else held[group])
             if held is not None:
                 held[group] = take_room(held[group], parts, local_places(self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]), self._parts))
             dealt += parts
@@ -464,6 +473,8 @@ class Engine:
 
 def prompt_logits(model: Model, ids: Sequence[int], tokens: int = 512) -> np.ndarray:
     """float32 logits [len(ids), V] of every position of one sequence (teacher-forced), in steps of `tokens`."""
+    if model.on.mesh is not None:
+        raise ValueError(f"logits of a whole prompt are for a model on one device: leave out the split {model.on.layout.split}")
     _check_ids(model.spec, ids, "the sequence")
     if len(ids) > model.spec.max_positions:
         raise RequestError(f"{len(ids)} tokens are more than the model's {model.spec.max_positions} positions")

@@ -62,7 +62,11 @@ def devices_for(spec: ModelSpec, split: Split, devices: Any = None) -> Devices:
     Raises:
         SplitError: the model can't be split so, or there are fewer devices.
     """
-    return Devices(layout_of(spec, split), split.mesh(devices))
+    mesh = split.mesh(devices)
+    if devices is None and len({device.process_index for device in mesh.devices.flat}) < jax.process_count():
+        every = len(jax.devices())
+        raise SplitError(f"{split} takes {split.devices} devices, which leaves a process without one: use all {every}")
+    return Devices(layout_of(spec, split), mesh)
 
 
 def bank_spec(spec: ModelSpec, layout: Layout) -> ModelSpec:
@@ -148,6 +152,7 @@ def on_mesh(step: Callable, spec: ModelSpec, on: Devices, inputs: tuple[Partitio
         return step
     layout, experts = on.layout, spec.moe[0].experts if spec.moe_layers else 0
 
+    @functools.wraps(step)
     def whole(params, bank, state, *rest):
         split = state_partition(layout, state)
         into = (params_partition(spec, layout, params), bank_partition(layout, bank), split, *inputs)
@@ -198,8 +203,10 @@ def chosen_tokens(logits: jax.Array, sampling: SamplingParams, positions: jax.Ar
 # --- arrays
 
 
-def first_state(spec: ModelSpec, on: Devices, init: Callable[[ModelSpec], LayerStates], bank_state: Callable[[], Any], make: Callable) -> Any:
-    """The state to begin with, made where it will be.
+def first_state(
+    spec: ModelSpec, on: Devices, init: Callable[[ModelSpec], LayerStates], bank_state: Callable[[], Any], make: Callable
+) -> Callable[[], Any]:
+    """What makes the state to begin with, where it will be; jitted once.
 
     Args:
         spec: the model.
@@ -213,7 +220,7 @@ def first_state(spec: ModelSpec, on: Devices, init: Callable[[ModelSpec], LayerS
         return make(init(local_spec(spec, on.layout)), jax.tree.map(lambda x: x[None], bank_state()))
 
     split = state_partition(on.layout, jax.eval_shape(one))
-    return jax.jit(jax.shard_map(one, mesh=on.mesh, in_specs=(), out_specs=split, check_vma=False))()
+    return jax.jit(jax.shard_map(one, mesh=on.mesh, in_specs=(), out_specs=split, check_vma=False))
 
 
 def leaf_sharding(on: Devices) -> Callable[[Leaf], NamedSharding] | None:

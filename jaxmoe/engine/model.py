@@ -61,7 +61,7 @@ class Model:
             dense -= device_bytes(self.params["embed"]["table"])
         router, _ = self.spec.moe
         layout = self.on.layout
-        parts = layout.size((*layout.experts, *layout.expert_hidden))
+        parts, rows = layout.size((*layout.experts, *layout.expert_hidden, *layout.stage)), -(-rows // layout.split.data)
         return dense + min(rows * router.active, router.experts) * sum(self.spec.expert_bytes()) // parts
 
 
@@ -124,7 +124,7 @@ def load_model(
     spec = checkpoint.spec.with_precision(dtype)
     unroll = kernels.backend == "cpu" and not on.layout.stage if unroll is None else unroll
     layered = checkpoint.restore_params(spec, mesh.leaf_sharding(on))
-    params = stack_layers(spec, layered, tuple if unroll else jnp.stack)
+    params = stack_layers(spec, layered, tuple if unroll else _stacked)
     if kernels.backend == "cpu" and "lm_head" not in params:
         params["lm_head"] = {"kernel": jnp.array(params["embed"]["table"].T)}
     if on.mesh is not None or kernels.backend == "tpu":
@@ -141,6 +141,14 @@ def load_model(
         records = read_store(checkpoint, spec, progress, kernels.expert_layout) if offload.store else None
         return Model(spec, params, slot_bank(spec, records, offload, kernels.expert_layout), kernels, checkpoint.folder)
     return Model(spec, params, resident_bank(checkpoint, spec, kernels, on), kernels, checkpoint.folder)
+
+
+def _stacked(layers: list[jax.Array]) -> jax.Array:
+    """Arrays of layers as one; what they were is given up, so that a model isn't held twice."""
+    out = jnp.stack(layers)
+    for layer in layers:
+        layer.delete()
+    return out
 
 
 def resident_bank(

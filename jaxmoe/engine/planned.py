@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from checkpoints.load import Checkpoint
-from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine
+from jaxmoe.engine.memory import available_host_memory
 from jaxmoe.engine.mesh import HERE, Devices, bank_spec, devices_for
 from jaxmoe.engine.model import Offload, load_model
 from jaxmoe.engine.steps import TOKEN_BUCKETS
 from jaxmoe.engine.streaming import Streaming, make_plan
+from jaxmoe.offload.budget import ExpertShapes, format_bytes, parse_memory
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 from sharding.placement import Placement
@@ -70,12 +73,14 @@ def choose_devices(
         _check_work(plan, work, rows, positions)
         offload = None if work.slots is None else Offload(work.slots, max(1, work.staging))
         on = devices_for(spec, read.split)
+        _check_streamed(on, offload)
         _check_placed(spec, placed, placement, on, offload)
         return Planned(spec, on, offload, placed, work.prefill_tokens, work.positions)
     if split is None:
         return Planned(spec)
     on = devices_for(spec, parse_split(split))
     offload = None if streaming is None else _offload(spec, on, streaming, rows, positions)
+    _check_streamed(on, offload)
     _check_placed(spec, placed, placement, on, offload)
     whole_prompts = streaming is None or streaming.mode != "fused"
     return Planned(spec, on, offload, placed, None if whole_prompts else TOKEN_BUCKETS[-1])
@@ -83,7 +88,6 @@ def choose_devices(
 
 def _check_work(plan: Path, work: Workload, rows: int, positions: int) -> None:
     """Refuses more than a plan was made for: its bytes are those of its own sequences."""
-    steps.check_prefill_tokens(work.prefill_tokens)
     if rows > work.rows:
         raise ValueError(f"--plan {plan} is for {work.rows} sequences, there are {rows}: plan with --rows {rows}")
     if positions > work.positions:
@@ -96,6 +100,12 @@ def _read_placement(path: Path) -> Placement:
         return Placement.from_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_streamed(on: Devices, offload: Offload | None) -> None:
+    split = on.layout.split
+    if offload is not None and on.layout.experts and split.attention == "data" and split.exchange == "weights":
+        raise SplitError("exchange = 'weights' sends experts that all stay on their devices: choose 'tokens', or leave out the expert memory")
 
 
 def _check_placed(spec: ModelSpec, placed: Placement | None, path: Path | None, on: Devices, offload: Offload | None) -> None:
@@ -116,7 +126,15 @@ def _offload(spec: ModelSpec, on: Devices, asked: Streaming, rows: int, position
             raise SplitError(f"{name} = {getattr(asked, name)!r} is for experts on one device: leave it or the split out")
     if asked.mode == "host-driven":
         raise SplitError("the mode 'host-driven' is for one device: choose fused or layer-grouped, or leave the split out")
-    found = make_plan(asked, bank_spec(spec, on.layout), -(-rows // on.layout.shards), positions)
+    if jax.process_count() > 1 and parse_memory(asked.expert_memory).kind == "auto":
+        raise SplitError("--expert-memory auto with several processes: give an amount, the same in all of them")
+    own = bank_spec(spec, on.layout)
+    found = make_plan(asked, own, -(-rows // on.layout.shards), positions)
+    assert on.mesh is not None
+    every, free = len(on.mesh.local_devices) * ExpertShapes.from_spec(own).all_bytes, available_host_memory()
+    if not found.budget.all_resident and free is not None and every > free:
+        held = f"{format_bytes(every)} of experts, of {len(on.mesh.local_devices)} devices"
+        raise ValueError(f"{held}, don't fit into the {format_bytes(free)} of host memory that is available: use more hosts, or no expert memory")
     return None if found.budget.all_resident else Offload(found.budget.slots, found.budget.staging, found.asked.policy, fill=found.asked.fill)
 
 

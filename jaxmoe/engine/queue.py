@@ -141,6 +141,8 @@ class QueueEngine(Engine):
             RequestError: a request that can't be run.
             ValueError: a grouping that can't be kept, or that lacks its paths.
         """
+        if self.model.on.mesh is not None:
+            raise ValueError(f"a queue is for a model on one device: leave out the split {self.model.on.layout.split}")
         self._check(requests, tokenizer)
         check_grouping(grouping, min(self.rows, len(requests)))
         if source is None and grouping.policy not in ("arrival", "random"):

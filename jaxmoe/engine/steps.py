@@ -27,9 +27,7 @@ from jaxmoe.routing.ahead import AHEAD, WIDTH, Gates, stack_gates
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 from sharding.split import ALONE, Layout, SplitError, local_spec
-
-TOKEN_BUCKETS = (32, 128, 512)
-"""Tokens in a prefill step."""
+from sharding.workload import TOKEN_BUCKETS as TOKEN_BUCKETS  # prefill steps are planned with them too
 
 ROW_BUCKETS = (1, 4, 8, 16, 32, 64, 128)
 """Sequences in a decode step; few rows because a CPU dot's cost grows with them even when they are padding."""
@@ -59,14 +57,6 @@ def bucket(n: int, buckets: tuple[int, ...]) -> int:
         if n <= b:
             return b
     raise ValueError(f"{n} is more than the largest bucket, {buckets[-1]}")
-
-
-def check_prefill_tokens(n: int) -> None:
-    """Raises ValueError for a number of tokens that no prefill step has: one of `TOKEN_BUCKETS`, or twice the last and so on."""
-    most = TOKEN_BUCKETS[-1]
-    doubled = n > most and n % most == 0 and (n // most).bit_count() == 1
-    if n not in TOKEN_BUCKETS and not doubled:
-        raise ValueError(f"prefill_tokens = {n}: choose {', '.join(map(str, TOKEN_BUCKETS))}, {2 * most}, {4 * most} and so on")
 
 
 @flax.struct.dataclass

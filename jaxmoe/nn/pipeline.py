@@ -18,23 +18,26 @@ from jaxmoe.cache.batch import Batch
 AXIS = "stage"
 
 
-def run_stages(layers: Callable[[Any, Any, Batch], tuple[Any, Any]], stages: int, x: Any, kept: Any, batch: Batch) -> tuple[Any, Any]:
+def run_stages(
+    layers: Callable[[Any, Any, Batch], tuple[Any, Any]], stages: int, x: Any, kept: Any, batch: Batch, whole: bool = False
+) -> tuple[Any, Any]:
     """Passes tokens through all stages, inside `shard_map`.
 
     Args:
         layers: `(x, kept, batch) -> (x, kept)`, this stage's.
         stages: how many there are.
-        x: a tree of [T, ...], the same on every stage: what the layers before gave.
+        x: a tree of [T, ...], or scalars that are one for all tokens, the same on every stage: what the layers before gave.
         kept: what each stage keeps, such as caches.
         batch: the tokens.
+        whole: pass all tokens at once: where a prompt's tokens are divided among devices, a part of one may need keys of a later part of another.
 
     Returns:
         x after the last stage, on every stage, and what is kept.
     """
-    n = parts_of(batch, stages)
+    n = 1 if whole else parts_of(batch, stages)
     stage, last = jax.lax.axis_index(AXIS), stages - 1
     onward = [(i, (i + 1) % stages) for i in range(stages)]
-    given = jax.tree.map(lambda t: t.reshape(n, -1, *t.shape[1:]), x)
+    given = jax.tree.map(lambda t: t.reshape(n, -1, *t.shape[1:]) if t.ndim else jnp.broadcast_to(t, (n,)), x)
 
     def tick(t, carry):
         here, out, kept = carry
@@ -48,8 +51,8 @@ def run_stages(layers: Callable[[Any, Any, Batch], tuple[Any, Any]], stages: int
 
     empty = jax.tree.map(lambda t: jnp.zeros_like(t[0]), given)
     _, out, kept = jax.lax.fori_loop(0, n + stages - 1, tick, (empty, jax.tree.map(jnp.zeros_like, given), kept))
-    whole = jax.tree.map(lambda t: jax.lax.psum(jnp.where(stage == last, t, jnp.zeros_like(t)), AXIS), out)
-    return jax.tree.map(lambda t, like: t.reshape(like.shape), whole, x), kept
+    summed = jax.tree.map(lambda t: jax.lax.psum(jnp.where(stage == last, t, jnp.zeros_like(t)), AXIS).astype(t.dtype), out)
+    return jax.tree.map(lambda t, like: t.reshape(like.shape) if like.ndim else t[0], summed, x), kept
 
 
 def parts_of(batch: Batch, stages: int) -> int:

@@ -181,7 +181,8 @@ def _run_staged(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, k
         )
         return (x, router_state), (moving, state)
 
-    (x, router_state), (moving, state) = run_stages(layers, layout.split.stage, (x, router_state), (moving, state), batch)
+    whole = bool(layout.sequence) and batch.run > 1
+    (x, router_state), (moving, state) = run_stages(layers, layout.split.stage, (x, router_state), (moving, state), batch, whole)
     return x, moving, state, router_state
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from sharding.fitting import gigabytes, sequences
 from sharding.phase_split import PhaseSplit, Pool
 from sharding.plan import Plan
-from sharding.planner import Found
+from sharding.planner import Candidate, Found
 from sharding.time_model import TERMS
 
 Row = Mapping[str, Any]
@@ -112,6 +112,7 @@ def proved_table(plan: Plan, proved: Any, seconds: float | None = None) -> Table
     rows = [(name, *(gigabytes(getattr(program, name)) for program in two), "") for name in ("argument", "temp", "output", "alias", "host", "peak")]
     over = f"{100 * (total / proved.peak - 1):+.1f}" if proved.peak else ""
     rows.append(("peak of both", gigabytes(proved.peak), "", over))
+    rows.append(("a program can have", gigabytes(plan.machine.hardware.usable_bytes), "", ""))
     if proved.decode.optimal_seconds is not None and seconds is not None:
         known = proved.decode.optimal_seconds
         rows.append(("a step, each loop once", "", f"{known * 1e3:.3f} ms", f"{100 * (seconds / known - 1):+.1f}"))
@@ -121,6 +122,21 @@ def proved_table(plan: Plan, proved: Any, seconds: float | None = None) -> Table
     return _table(("the compiler says", "prefill", "decode", "predicted is over by %"), rows)
 
 
+def best_table(plan: Plan, found: Found) -> Table:
+    """The best few, with the budget of each: what a device holds in GB, and the times."""
+    names = [name for name, n in plan.nbytes.items() if name not in ("total", "batch") and not name.startswith("host")]
+    names = [name for name in names if any(c.nbytes.to_json().get(name) for c in (found.best, *found.runners_up))]
+
+    def row(c: Candidate) -> tuple[str, ...]:
+        held, slots = c.nbytes.to_json(), "all" if c.workload.slots is None else f"{c.workload.slots} slots"
+        gb = f"{held['total'] / 1e9:.2f}: " + ", ".join(f"{name} {held[name] / 1e9:.2f}" for name in names if held[name] >= 5e6)
+        times = (f"{c.times.ttft * 1e3:.1f}", f"{c.times.tpot * 1e3:.2f}", f"{c.times.tokens_per_s:.0f}")
+        return str(c.split), str(c.workload.rows), slots, gb, *times
+
+    heads = ("the best: split", "sequences", "experts", "GB of a device", "first ms", "ms/token", "tokens/s")
+    return _table(heads, map(row, (found.best, *found.runners_up)))
+
+
 def show(console: Console, plan: Plan, found: Found | None = None) -> None:
     """Prints a plan."""
     times = plan.times
@@ -128,6 +144,8 @@ def show(console: Console, plan: Plan, found: Found | None = None) -> None:
     line = f"predicted: {times.ttft * 1e3:.2f} ms to the first token, {times.tpot * 1e3:.2f} ms for another, {times.tokens_per_s:.1f} tokens/s in all"
     console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print("", bytes_table(plan), times_table(plan), sep="\n")
+    if found is not None and found.runners_up:
+        console.print(best_table(plan, found))
     if found is not None and found.lost:
         console.print(others_table(found))
     if found is not None:

@@ -39,7 +39,7 @@ def decoded(model, on: Devices | None, tokens: np.ndarray):
         state = steps.committed(steps.EngineState(init_layers(model.spec, ROWS, POSITIONS, 64), ()))
         params, bank, step, mesh = model.params, model.bank, steps.logits_step(model.spec, model.kernels), False
     else:
-        state = first_state(model.spec, on, lambda spec: init_layers(spec, ROWS, POSITIONS, 64), model.bank.init_state, steps.EngineState)
+        state = first_state(model.spec, on, lambda spec: init_layers(spec, ROWS, POSITIONS, 64), model.bank.init_state, steps.EngineState)()
         params, bank = place_params(model.spec, on, model.params), place_bank(on, model.bank)
         step, mesh = steps.logits_step(model.spec, model.kernels, on), True
     out = []
@@ -78,7 +78,7 @@ def test_one_all_to_all_for_each_moe_layer_and_one_all_gather_a_step(model):
 
 
 def compiled_text(model, on: Devices) -> str:
-    state = first_state(model.spec, on, lambda spec: init_layers(spec, ROWS, POSITIONS, 64), model.bank.init_state, steps.EngineState)
+    state = first_state(model.spec, on, lambda spec: init_layers(spec, ROWS, POSITIONS, 64), model.bank.init_state, steps.EngineState)()
     row = np.arange(ROWS, dtype=np.int32)
     batch = jax.tree.map(np.asarray, steps.decode_batch(row, row, row * 0, row >= 0))
     params, bank = place_params(model.spec, on, model.params), place_bank(on, model.bank)

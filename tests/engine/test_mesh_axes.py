@@ -60,7 +60,7 @@ def mesh_logits(model, requests: list[list[int]]) -> list[np.ndarray]:
     def cache(spec):
         return init_layers(spec, rows, POSITIONS, steps.run_length(steps.TOKEN_BUCKETS[-1]), parts)
 
-    state = first_state(model.spec, model.on, cache, model.bank.init_state, steps.EngineState)
+    state = first_state(model.spec, model.on, cache, model.bank.init_state, steps.EngineState)()
     step = steps.logits_step(model.spec, model.kernels, model.on)
     out = [np.full((len(ids), model.spec.vocab), np.nan, np.float32) for ids in requests]
 

@@ -98,6 +98,26 @@ def test_half_of_each_device_s_experts_streamed_by_option_and_by_a_plan(checkpoi
     assert tokens(planned_engine) == expected
 
 
+def test_generating_on_a_mesh_compiles_nothing_after_warm_up(checkpoint, spec):
+    """Streamed experts are carried from call to call, where they lie."""
+    engine, names = load(choose(spec, streaming=Streaming("75%")), checkpoint), []
+
+    def listen(event: str, seconds: float, **about) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        engine.warm_up(requests=REQUESTS)
+        assert names, "warm-up makes at least what makes the first state"
+        names.clear()
+        for _ in range(2):
+            engine.generate(REQUESTS)
+        assert names == []
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_the_precision_of_a_plan(checkpoint, spec, tmp_path):
     """And its caches: what was predicted is what a run takes."""
     path = write_plan(tmp_path / "plan.json", spec, "data=2", kv_dtype="bfloat16")

@@ -28,7 +28,7 @@ def test_a_switch_changes_no_bit_and_moves_no_array(model):
 
     def run(programs, sizes):
         """Each size with as many tokens of every sequence as a call gives."""
-        state = mesh.first_state(spec, on, lambda own: init_layers(own, rows, 128, 64), bank.init_state, steps.EngineState)
+        state = mesh.first_state(spec, on, lambda own: init_layers(own, rows, 128, 64), bank.init_state, steps.EngineState)()
         tokens, seen, places = np.arange(2 * rows, dtype=np.int32), [], []
         for call, live in enumerate(sizes):
             at = np.full(2 * rows, call * steps.CHUNK, np.int32)

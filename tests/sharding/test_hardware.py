@@ -25,7 +25,8 @@ def test_a_machine_by_name(text, devices, hosts):
     ("text", "says"),
     [("g100:8", "'g100' is not known, choose from a100-40gb"), ("v5e:4", "torus of 2 dimensions"), ("v5p:4x4", "torus of 3 dimensions"),
      ("v5e:32x4", "at most 16x16"), ("h100:9", "at most 8 of h100; for more hosts write h100:2x8"), ("h100:0", "write how many"),
-     ("h100:2x2x2", "HOSTSxDEVICES"), ("v5e:4x", "write how many")],
+     ("h100:2x2x2", "HOSTSxDEVICES"), ("v5e:4x", "write how many"), ("v5e:4x3", "use v5e:4x2 or v5e:4x4"), ("v6e:3x5", "use v6e:2x4 or v6e:4x8"),
+     ("v5p:2x3x6", "use v5p:2x2x4 or v5p:2x4x8")],
 )  # fmt: skip
 def test_machines_that_there_are_not(text, says):
     with pytest.raises(ValueError, match=says) as error:
@@ -86,9 +87,16 @@ def test_levels_of_a_torus():
 
 def test_more_of_the_same():
     assert str(parse_hardware("v5e:4x4").of(32)) == "v5e:4x8" and str(parse_hardware("h100:8").of(16)) == "h100:2x8"
-    assert compact(64, 3) == (4, 4, 4) and compact(6, 2) == (2, 3)
+    assert compact(64, 3) == (4, 4, 4) and compact(8, 2) == (2, 4) and compact(12, 3) == (1, 1, 12)
     with pytest.raises(ValueError, match="devices = 12"):
         parse_hardware("h100:8").of(12)
+    for text, devices in (("v5e:4x4", 12), ("v5e:16x16", 512), ("v5p:2x2x1", 6)):
+        with pytest.raises(ValueError, match="chips = |at most 16x16"):
+            parse_hardware(text).of(devices)
+    for text in ("v5e", "v5p", "tpu7x"):
+        for devices in (2**i for i in range(1, 8)):
+            assert parse_hardware(str(parse_hardware(text).of(devices))).devices == devices
+    assert [parse_hardware(text).per_host for text in ("h100:4x2", "h100:2x8", "v5e:4x4", "v5p:2x2x1", "v5e")] == [2, 8, 8, 4, 1]
     with pytest.raises(ValueError, match="devices = 3"):
         parse_hardware("tpu7x:2x2x1").of(3)
 

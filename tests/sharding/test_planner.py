@@ -9,9 +9,9 @@ from sharding.choices import MOST_ROWS, Search, Slo, arms, layouts, score, split
 from sharding.fitting import DoesNotFit, Fits
 from sharding.hardware import Machine, parse_hardware
 from sharding.phase_split import handoff_seconds, prefill_rate, queueing, split_phases
-from sharding.planner import MissesSlo, search_plan
+from sharding.planner import Candidate, MissesSlo, search_plan, slower
 from sharding.split import Split, SplitError
-from sharding.time_model import predict
+from sharding.time_model import StepTime, Times, predict
 from sharding.workload import Workload
 from tests.models import CONFIGS
 from tests.sharding.fake_bytes import device_bytes
@@ -71,6 +71,24 @@ def test_a_price_scales_the_cost():
     assert score("latency", at, Split(), Workload(new_tokens=4), times) == pytest.approx(times.prefill / 4 + times.tpot)
 
 
+def test_why_another_is_behind():
+    at = machine(4, 10**9)
+    step = StepTime(compute=1.0, memory=2.0, device=2.0, link=0.0, host=0.0, launch=0.0)
+    nothing = StepTime(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+    def candidate(split, decode, score):
+        layout = layouts(SPEC, at, Search(split=split))[0][0]
+        return Candidate(layout, Workload(rows=2), Times(1.0, 1.0, 1.0, 1.0, decode, nothing), score)
+
+    best = candidate(Split(), step, 1.0)
+    wider = candidate(Split(data=2), dataclasses.replace(step, compute=0.9, memory=1.2, link=0.3), 1.04)
+    assert slower(wider, best) == "4 % more: decoding takes more link"
+    # Two devices: 1.8, 2.4 and 0.6 device-seconds in the place of 1, 2 and 0
+    assert slower(wider, best, "cost") == "4 % more: decoding takes more compute"
+    assert slower(dataclasses.replace(wider, score=1.5), best).startswith("1.5 times as much: ")
+    assert slower(dataclasses.replace(wider, score=1.0), best) == "as good, with more devices or axes"
+
+
 def test_every_split_is_tried_once():
     found = list(splits(4, Search(), SPEC))
     assert len(set(found)) == len(found) and {s.devices for s in found} == {1, 2, 4}
@@ -98,7 +116,7 @@ def test_what_does_not_fit_says_what_would():
 
 def test_long_prompts_and_many_sequences_are_named():
     at = machine(1, int(DENSE.total * 1.2))
-    many = Workload(rows=4096, prompt=2048, kv_dtype="float32")
+    many = Workload(rows=128, prompt=2048, kv_dtype="float32")
     with pytest.raises(DoesNotFit) as error:
         search_plan(SPEC, at, many, Search(), device_bytes)
     texts = {change.text.split()[0]: change for change in error.value.changes}
@@ -113,6 +131,16 @@ def test_host_memory_is_counted_too():
     at = dataclasses.replace(at, hardware=dataclasses.replace(at.hardware, host_memory_bytes=1000))
     with pytest.raises(DoesNotFit, match="host memory"):
         search_plan(SPEC, at, Workload(rows=2, slots=2), Search(split=Split(expert=2)), device_bytes)
+
+
+def test_a_host_holds_only_its_own_devices_experts():
+    split, work = Split(expert=2), Workload(rows=2, slots=2)
+    layout = layouts(SPEC, machine(2, 10**9), Search(split=split))[0][0]
+    need = device_bytes(SPEC, layout, work, "gpu")
+    for text, hosts in (("h100:2x1", 1), ("h100:2", 2)):
+        found = parse_hardware(text)
+        found = dataclasses.replace(found, hardware=dataclasses.replace(found.hardware, host_memory_bytes=1000))
+        assert Fits(SPEC, found, device_bytes).over(layout, work) == (need.host_store * hosts - 1000, "host memory")
 
 
 def test_limits_that_cannot_be_kept():
@@ -133,12 +161,40 @@ def test_a_split_alone():
     for split, says in ((Split(tensor=8), "takes 8 devices, h100:4 has 4"), (Split(tensor=3), "tensor = 3 doesn't divide")):
         with pytest.raises(SplitError, match=says):
             search_plan(SPEC, machine(4, 10**10), Workload(rows=2), Search(split=split), device_bytes)
-    with pytest.raises(SplitError, match="rows = 1"):
+    with pytest.raises(SplitError, match="rows = 1 don't divide among 2 groups"):
         search_plan(SPEC, machine(4, 10**10), Workload(rows=1), Search(split=Split(data=2)), device_bytes)
     with pytest.raises(ValueError, match="any_rows with objective = 'latency'"):
         Search(any_rows=True)
     with pytest.raises(ValueError, match="objective = 'speed'"):
         Search(objective="speed")
+
+
+WEIGHTS = Search(split=Split(expert=2, exchange="weights"))
+
+
+@pytest.mark.parametrize(
+    ("workload", "search", "says"),
+    [(Workload(rows=2, slots=2), WEIGHTS, "exchange = 'weights' .* choose another"), (Workload(slots=1), Search(), "slots = 1: olmoe needs 2 to 8"),
+     (Workload(slots=9), Search(), "slots = 9: olmoe needs 2 to 8"), (Workload(rows=1024), Search(), "at most 128 in each group"),
+     (Workload(rows=256), Search(split=Split(tensor=2)), "rows = 256: at most 128 in each group"),
+     (Workload(rows=10**6 + 1), Search(axes=("data",), split=Split(data=2)), "2 groups")],
+)  # fmt: skip
+def test_what_the_engine_refuses_is_not_planned(workload, search, says):
+    with pytest.raises(ValueError, match=says):
+        search_plan(SPEC, machine(4, 10**10), workload, search, device_bytes)
+
+
+def test_arms_are_what_the_engine_runs():
+    at = machine(4, 10**10)
+    good = layouts(SPEC, at, Search())[0]
+    for streamed, workload in ((True, Workload(rows=128)), (False, Workload(rows=256, slots=4))):
+        found = arms(SPEC, good, workload, Search(), streamed)
+        assert found and all(workload.rows // arm.layout.shards <= 128 for arm in found)
+        for arm in found:
+            split = arm.layout.split
+            assert not (split.expert > 1 and split.attention == "data" and split.exchange == "weights")
+            assert all(2 <= slots <= 8 // split.expert for slots in arm.slots)
+    assert any(arm.layout.split.exchange == "weights" for arm in arms(SPEC, good, Workload(rows=4), Search()))
 
 
 def test_a_search_asks_for_few_bytes():
