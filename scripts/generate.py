@@ -149,7 +149,8 @@ def check_arguments(args: Arguments, prompts: list[str]) -> None:
         raise ValueError(f"top_p = {args.top_p} is outside (0, 1]")
     sampling_params(1, args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     StopStrings(args.stop)
-    if len(prompts) > steps.ROW_BUCKETS[-1]:
+    alone = args.split is None and args.plan is None  # else so many in each group of devices, which the engine sees to
+    if alone and len(prompts) > steps.ROW_BUCKETS[-1]:
         raise ValueError(f"{len(prompts)} prompts are more than the {steps.ROW_BUCKETS[-1]} that one run takes: split the file")
     if args.dtype is not None:
         formats.leaf_dtype(args.dtype)

@@ -180,11 +180,11 @@ def why_none(spec: ModelSpec, machine: Machine, good: Sequence[Layout], workload
                 return error
         if not divided:
             return SplitError(f"rows = {workload.rows}: no split of {machine} divides so many sequences, use another number")
+        most = MOST_ROWS * max(layout.shards for layout in good)
         good = [layout for layout in divided if _rows_fit(layout, workload.rows)]
         if not good:
-            groups = max(layout.shards for layout in divided)
-            most = f"at most {MOST_ROWS} in each group of devices that share their sequences"
-            return SplitError(f"rows = {workload.rows}: {most}, {machine} can be divided into {groups}")
+            there = f"at most {MOST_ROWS} in each group of devices that share their sequences"
+            return SplitError(f"rows = {workload.rows}: {there}, so at most {most} with these splits")
     if not any(_slots_fit(spec, layout, workload) for layout in good):
         ranges = [slots_range(spec, layout) for layout in good]
         low, high = min(r[0] for r in ranges if r), max(r[1] for r in ranges if r)

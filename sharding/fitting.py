@@ -134,8 +134,9 @@ def _fits_some(fits: Fits, change: Change, search: Search, by_need: Sequence[Lay
 
 def _shares_most(layout: Layout) -> tuple:
     """An order: with the most devices first, of those the ones that divide experts, which are most of a model, by most, and then the caches."""
-    s = layout.split
-    return (-s.devices, -layout.size(layout.experts) * layout.size(layout.expert_hidden) * s.stage, -layout.size(layout.heads), -layout.shards, s.shape)
+    split = layout.split
+    experts = layout.size(layout.experts) * layout.size(layout.expert_hidden) * split.stage
+    return (-split.devices, -experts, -layout.size(layout.heads), -layout.shards, split.shape)
 
 
 def _smaller_kv(spec: ModelSpec, machine: Machine, workload: Workload) -> Iterator[Change]:

@@ -248,7 +248,10 @@ class Machine:
             return Machine(h, (devices // inside, inside))
         if devices % h.chip_devices:
             raise ValueError(f"devices = {devices}: a chip of {h.name} is {h.chip_devices}, use a multiple")
-        shape = compact(devices // h.chip_devices, h.dims)
+        try:
+            shape = compact(devices // h.chip_devices, h.dims)
+        except ValueError:
+            raise ValueError(f"devices = {devices}: there is no slice of so many of {h.name}, use a power of two") from None
         return Machine(h, _torus(h, shape, f"{h.name}:{'x'.join(map(str, shape))}"))
 
     def levels(self, split: Split, axes: Sequence[str]) -> tuple[Level, ...]:

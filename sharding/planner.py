@@ -218,7 +218,8 @@ def _keeps(fits: Fits, change: Change, search: Search, routing: Routing | None) 
 
 def _found(objective: Objective, ranking: _Ranking, refused: int, ways: int) -> Found:
     best, *others = ranking.kept[: KEPT + 1]
-    reasons = {c.split: slower(c, best, objective) for c in others} | {s: why for s, why in ranking.lost.items() if s not in {c.split for c in ranking.kept}}
+    reasons = {c.split: slower(c, best, objective) for c in others}
+    reasons |= {s: why for s, why in ranking.lost.items() if s not in {c.split for c in ranking.kept}}
     return Found(best, tuple(others), tuple(Lost(s, why) for s, why in reasons.items()), refused, ways - ranking.seen)
 
 

@@ -16,9 +16,10 @@ from jaxmoe.spec.types import AttentionSpec, DeltaSpec, LayerSpec, RouterSpec
 from sharding.exchange_cost import Shape, even_rooms, traffic, transport, worst_rooms
 from sharding.hardware import Backend
 from sharding.link_time import Kind
-from sharding.phases import Count, Phase
+from sharding.phases import Count, Phase, run_length
 from sharding.routing_load import Routing, load, missed
 from sharding.split import Layout
+from sharding.temporaries import ROW_BUCKETS
 from sharding.workload import WIDTH, Workload
 
 
@@ -78,7 +79,16 @@ class _Step:
     @property
     def tokens(self) -> float:
         """Of one device, outside of experts: prompts are divided among those of the sequence axis."""
-        return self.phase.tokens / (self.layout.size(self.layout.sequence) if self.phase.kind == "prefill" else 1)
+        return self.phase.computed / self._parts
+
+    @property
+    def routed(self) -> float:
+        """Those of them that aren't padding, which has no experts."""
+        return self.phase.tokens / self._parts
+
+    @property
+    def _parts(self) -> int:
+        return self.layout.size(self.layout.sequence) if self.phase.kind == "prefill" else 1
 
     def matmul(self, name: str, times: int, rows: float, inputs: float, outputs: float, weight_bytes: int | None = None) -> Op:
         """Rows times a matrix of weights that is read once."""
@@ -92,7 +102,8 @@ def step_work(
 ) -> Work:  # fmt: skip
     """What one device does in a step of `phase`.
 
-    A device of a stage waits for the others: the layers of all stages are counted, one after another.
+    Stages work at once, on different parts of the tokens (`jaxmoe.nn.pipeline`): each goes through its layers once a tick, and reads their weights as
+    often.
 
     Args:
         spec: the whole model.
@@ -107,27 +118,55 @@ def step_work(
     at = _Step(spec, layout, workload, phase, count, routing, backend)
     ops: list[Op] = []
     collectives: list[Collective] = []
+    staged, ticks = _part(at)
     for layer, times in kinds(spec, count != "compiled"):
-        for part in (_mixer(at, layer, times), _feed_forward(at, layer, times)):
+        times = times if count == "compiled" else times // layout.size(layout.stage) * ticks
+        for part in (_mixer(staged, layer, times), _feed_forward(staged, layer, times)):
             ops += part.ops
             collectives += part.collectives
-    ends = _ends(at)
+    ends = _ends(at, staged.tokens, ticks)
     collectives = [c for c in (*collectives, *ends.collectives) if layout.size(c.axes) > 1]
     copies = (Op("temporaries", 1, 0.0, 2 * temporaries),) if temporaries else ()
     return Work((*ops, *ends.ops, *copies), tuple(collectives))
 
 
-def _ends(at: _Step) -> Work:
-    """Embedding and logits, and what goes from stage to stage."""
+def _part(at: _Step) -> tuple[_Step, int]:
+    """What a device's layers see at a time, and how many times.
+
+    n parts take n + s - 1 ticks to pass s stages (arXiv:1811.06965, section 2.3): one a stage, or as many of them as the step's runs divide into.
+    """
+    stages, phase = at.layout.size(at.layout.stage), at.phase
+    if stages == 1:
+        return at, 1
+    n = _parts(at, stages)
+    chunk = min(phase.chunk, math.ceil(phase.computed / n))  # a part of a prompt reads the keys of the parts before it
+    cut = dataclasses.replace(phase, tokens=phase.tokens / n, rows=phase.rows / n, chunk=chunk, room=phase.room / n)
+    return dataclasses.replace(at, phase=cut), n + stages - 1
+
+
+def _parts(at: _Step, stages: int) -> int:
+    tokens = math.ceil(at.phase.computed)
+    if at.phase.kind == "decode":
+        runs = next((rows for rows in ROW_BUCKETS if tokens <= rows), tokens)
+    elif at.layout.size(at.layout.sequence) > 1:
+        return 1
+    else:
+        runs = tokens // run_length(tokens)
+    return max(n for n in range(1, stages + 1) if runs % n == 0)
+
+
+def _ends(at: _Step, part: float, ticks: int) -> Work:
+    """Embedding and logits, and what goes from stage to stage: `part` tokens in each tick of each segment, and what comes out to all."""
     spec, layout, w, d = at.spec, at.layout, at.width, at.spec.width
     rows, own = at.phase.logits, spec.vocab / layout.size(layout.vocab)
     head = Op("logits", 1, 2 * rows * d * own, d * own * w + rows * (d * w + own * 4))
     embed = Op("embed", 1, 0.0, 2 * at.tokens * d * w)
-    stages = layout.size(layout.stage)
+    segments = len(spec.segments)
     return Work((embed, head), (
         Collective("embed", 1, "psum", layout.vocab, at.tokens * d * w),
         Collective("tokens", 1, "all_gather", layout.vocab, rows * layout.size(layout.vocab) * 8),  # each device's likeliest and its logit
-        Collective("stage", stages - 1, "ppermute", layout.stage, at.tokens * d * w),
+        Collective("stage", segments * (1 if at.count == "compiled" else ticks), "ppermute", layout.stage, part * d * w),
+        Collective("stages", segments, "psum", layout.stage, at.tokens * d * w),
     ))  # fmt: skip
 
 
@@ -162,7 +201,7 @@ def _attend(at: _Step, a: AttentionSpec, times: int, heads: float) -> Op:
     out = value if value is not None else a.latent.kv_rank if a.latent else key
     # In a prompt that is divided, every part of the keys comes by every device; in a decode step each reads its own part.
     here = reads if at.phase.kind == "prefill" else reads / n
-    moved = (here + at.phase.tokens / n) * kept + at.tokens * heads * (key + out) * at.width
+    moved = (here + at.phase.computed / n) * kept + at.tokens * heads * (key + out) * at.width
     return Op("attend", times, 2 * (pairs / n) * heads * (key + out), moved)
 
 
@@ -237,11 +276,12 @@ def _experts(at: _Step, layer: LayerSpec, times: int) -> Work:
     hidden = expert.width / layout.size(layout.expert_hidden)
     record = 3 * d * hidden * w
     given = (router.experts, router.active)
-    seen = t * n if meet else t  # tokens that any of the group's experts is asked for by
+    real = at.routed
+    seen = real * n if meet else real  # tokens that any of the group's experts is asked for by
     asked = load(*given, n, seen, at.routing)
     read = asked.distinct
     if meet and layout.split.exchange == "weights":  # each device computes with all that its own tokens ask for
-        asked = load(*given, 1, t, at.routing)
+        asked = load(*given, 1, real, at.routing)
         read = asked.distinct
     fills = missed(*given, n, seen, at.workload.slots, at.routing) * record
     pairs = asked.pairs

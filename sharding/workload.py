@@ -91,11 +91,6 @@ class Workload:
         """Tokens of a decode step in each group of devices: one a sequence. See `local_rows`."""
         return self.local_rows(layout)
 
-    def prefill_steps(self, layout: Layout) -> tuple[int, ...]:
-        """Tokens of each prefill step in a group of devices, until all prompts are in: full ones, and at last the rest. See `local_rows`."""
-        full, rest = divmod(self.local_rows(layout) * self.prompt, self.prefill_tokens)
-        return (self.prefill_tokens,) * full + ((rest,) if rest else ())
-
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `from_json` is the inverse."""
         return dataclasses.asdict(self)

@@ -233,7 +233,7 @@ class Engine:
         return init_layers(spec or self.model.spec, self._own_rows, self.positions, steps.run_length(steps.TOKEN_BUCKETS[-1]), self._parts)
 
     def _counters(self, state: steps.EngineState) -> dict[str, np.ndarray]:
-        """The bank's counters, of all devices together."""
+        """The bank's counters, of all devices together; where layers are divided, those at the same place of each stage fall together."""
         moving, on = state.bank, self.model.on
         if on.spread and jax.tree.leaves(moving):
             moving = jax.jit(on.readable)(dataclasses.replace(moving, pools=()))

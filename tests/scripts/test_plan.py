@@ -123,7 +123,7 @@ def test_a_recorded_routing(config, tmp_path):
         (("olmoe_1b_7b", "--prompt", "100000"), "goes up to 4096 positions"),
         (("olmoe_1b_7b", "--hardware", "h100:2", "--split", "tensor=x"), "tensor = 'x'"),
         (("olmoe_1b_7b", "--hardware", "h100:2", "--split", "tensor=4"), "takes 4 devices"),
-        (("olmoe_1b_7b", "--hardware", "h100", "--memory", "50%"), "give bytes"),
+        (("olmoe_1b_7b", "--hardware", "h100", "--memory", "50%"), "give the bytes"),
         (("olmoe_1b_7b", "--hardware", "h100", "--devices", "0"), "--devices 0"),
         (("olmoe_1b_7b", "--hardware", "none.json"), "none.json: No such file"),
         (("olmoe_1b_7b", "--hardware", "h100", "--plot", "p.png"), "--plot is for --sweep"),

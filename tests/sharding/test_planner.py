@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from jaxmoe.spec import ModelSpec
+from jaxmoe.spec.published import published
+from sharding import memory
 from sharding.choices import MOST_ROWS, Search, Slo, arms, layouts, score, splits
 from sharding.fitting import DoesNotFit, Fits
 from sharding.hardware import Machine, parse_hardware
@@ -131,6 +133,14 @@ def test_host_memory_is_counted_too():
     at = dataclasses.replace(at, hardware=dataclasses.replace(at.hardware, host_memory_bytes=1000))
     with pytest.raises(DoesNotFit, match="host memory"):
         search_plan(SPEC, at, Workload(rows=2, slots=2), Search(split=Split(expert=2)), device_bytes)
+
+
+def test_a_much_larger_machine_is_found():
+    """A trillion parameters on sixteen small devices: the first machine that holds them, where few of thousands of splits do."""
+    spec = dataclasses.replace(published("kimi_k2_instruct").with_precision("bfloat16"), extra_heads=())
+    search = Search(resident=True)
+    with pytest.raises(DoesNotFit, match="what would fit: --hardware v5e:16x16$"):
+        search_plan(spec, parse_hardware("v5e:4x4"), Workload(rows=16), search, memory.device_bytes)
 
 
 def test_a_host_holds_only_its_own_devices_experts():

@@ -9,7 +9,6 @@ from jaxmoe.spec.published import names, published
 from sharding.rules import RulesError
 from sharding.split import ALONE, Layout, Split, SplitError, layout_of, local_spec, parse_split
 
-
 TEXTS = ("data=1", "data=2,expert=4,attention=data,exchange=gather", "expert=8,tensor=2,attention=tensor", "sequence=4,stage=2")
 
 

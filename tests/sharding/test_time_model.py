@@ -1,15 +1,17 @@
 """Times and what they are made of, against counts by hand, by loops, and against sums that must agree."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from jaxmoe.engine.generate import Engine
 from jaxmoe.spec import ModelSpec
 from jaxmoe.spec.types import AttentionSpec
 from sharding.hardware import Level, parse_hardware
 from sharding.link_time import collective_seconds
-from sharding.phases import Phase, causal_pairs, causal_reads, decode_phase, prefill_phases, visible
+from sharding.phases import Phase, causal_pairs, causal_reads, decode_phase, prefill_phases, prefill_steps, visible
 from sharding.routing_load import Load, Routing, even_distinct, load, missed, window_distinct
 from sharding.split import Split, layout_of
 from sharding.time_model import DECODE_CHUNK, predict, step_time
@@ -160,7 +162,8 @@ def test_splitting_shares_the_work():
         (Split(expert=2, exchange="gather"), {"gather tokens": ("all_gather", 2, 4 * 66 * 2),
                                               "scatter results": ("reduce_scatter", 2, 4 * 2 * 64 * 2)}),
         (Split(expert=2, exchange="weights"), {"experts to tokens": ("all_gather", 2, 2 * 2 * 2 * 3 * 64 * 48 * 2)}),  # two waves of two experts
-        (Split(stage=2), {"stage": ("ppermute", 1, 512)}),
+        # Two parts of two tokens take three ticks; one segment.
+        (Split(stage=2), {"stage": ("ppermute", 3, 2 * 64 * 2), "stages": ("psum", 1, 512)}),
         (Split(sequence=2), {"attention parts": ("psum", 2, 4 * 4 * 18 * 4)}),
     ],
 )  # fmt: skip
@@ -171,6 +174,25 @@ def test_the_collectives_of_a_decode_step(split, kinds_of):
     assert set(found) == set(kinds_of)
     for name, (kind, times, nbytes) in kinds_of.items():
         assert found[name][:2] == (kind, times) and found[name][2] == pytest.approx(nbytes), name
+
+
+def test_stages_pass_parts_in_ticks():
+    alone, split = layout_of(SPEC, Split()), layout_of(SPEC, Split(stage=2))
+    w, half = Workload(rows=4, prompt=8, new_tokens=4), Workload(rows=2, prompt=8, new_tokens=4)
+    staged = by_name(step_work(SPEC, split, w, decode_phase(w, split)))
+    part = by_name(step_work(SPEC, alone, half, decode_phase(half, alone)))
+    for name in ("qkv", "attend", "attention out", "router", "experts", "norms"):  # one of two layers, 2 + 2 - 1 ticks of half of the tokens
+        assert staged[name] == part[name]._replace(times=3), name
+    assert staged["logits"] == by_name(step_work(SPEC, alone, w, decode_phase(w, alone)))["logits"]
+    one = Workload(rows=1, prompt=8, new_tokens=4)  # a single token has nothing to be divided: two ticks
+    assert by_name(step_work(SPEC, split, one, decode_phase(one, split)))["qkv"].times == 2
+    read = Workload(rows=1, prompt=96, new_tokens=4, prefill_tokens=128)  # 128 have four runs of 32: two parts of 64, three of the runs not empty
+    (phase,) = prefill_phases(read, split)
+    step = by_name(step_work(SPEC, split, read, phase))
+    assert (step["qkv"].times, step["qkv"].flops, step["experts"].flops) == (3, 2 * 64 * 64 * 128, 6 * 48 * 2 * 64 * 48)
+    assert step["attend"].flops == 2 * (96 * 97 / 2 / 2) * 4 * 32
+    together = by_name(step_work(SPEC, layout_of(SPEC, Split(stage=2, sequence=2)), read, phase))  # prompts that are divided pass whole
+    assert (together["qkv"].times, together["qkv"].flops) == (2, 2 * 64 * 64 * 128)
 
 
 def test_missed_experts_come_over_the_hosts_link():
@@ -185,14 +207,39 @@ def test_missed_experts_come_over_the_hosts_link():
 
 
 def test_prefill_goes_in_steps():
-    w = Workload(rows=2, prompt=20, new_tokens=1, prefill_tokens=16)
+    w = Workload(rows=2, prompt=40, new_tokens=1, prefill_tokens=32)
     layout = layout_of(SPEC, Split())
-    phases = prefill_phases(w, layout)
-    assert [(p.tokens, p.steps) for p in phases] == [(16, 2), (8, 1)] and sum(p.rows * p.steps for p in phases) == pytest.approx(2)
+    phases = prefill_phases(w, layout)  # 32 of a prompt, then 8 and its padding, as a run of its own leaves no room for the next
+    assert [(p.tokens, p.steps, p.room) for p in phases] == [(20, 4, 32)] and sum(p.rows * p.steps for p in phases) == pytest.approx(2)
     a = SPEC.layers[0].attention
-    assert sum(p.steps * p.attended(a, "needed")[0] for p in phases) == pytest.approx(2 * 20 * 21 / 2)
-    assert sum(p.steps * p.attended(a, "needed")[1] for p in phases) == pytest.approx(2 * (16 + 20))
-    assert phases[0].attended(a, "whole") == (16 * 128, 128)  # 21 positions and a run of 64 take a row of 128
+    assert sum(p.steps * p.attended(a, "needed")[0] for p in phases) == pytest.approx(2 * 40 * 41 / 2)
+    assert sum(p.steps * p.attended(a, "needed")[1] for p in phases) == pytest.approx(2 * (32 + 40))
+    assert phases[0].attended(a, "whole") == (32 * 128, 128)  # 41 positions and a run of 64 take a row of 128
+    step = by_name(step_work(SPEC, layout, w, phases[0]))
+    assert step["qkv"].flops == 2 * 32 * 64 * 128 and step["experts"].flops == 6 * 20 * 2 * 64 * 48  # padding has no experts
+
+
+@pytest.mark.parametrize(
+    ("rows", "prompt", "most", "steps"),
+    [(128, 16, 512, {128: (32, 2048)}),  # eight prompts have 128 tokens, which is four runs of 32, each of which a prompt fills by half
+     (128, 16, 32, {32: (128, 2048)}), (1, 16, 512, {32: (1, 16)}), (16, 64, 512, {512: (2, 1024)}),
+     (2, 300, 512, {512: (1, 492), 128: (1, 108)}),  # 300 take 5 runs of 64 of the first step, and 192 of the second prompt 3
+     (1, 600, 512, {512: (1, 512), 128: (1, 88)}), (9, 32, 512, {512: (1, 256), 32: (1, 32)})],
+)  # fmt: skip
+def test_steps_of_prompts_by_hand(rows, prompt, most, steps):
+    assert prefill_steps(rows, prompt, most) == steps
+
+
+@pytest.mark.parametrize(("rows", "prompt", "most"), [(13, 37, 512), (20, 16, 128), (5, 300, 512), (3, 1500, 1024), (7, 130, 128), (9, 1, 32)])
+def test_steps_of_prompts_as_the_engine_packs_them(rows, prompt, most):
+    engine = object.__new__(Engine)  # what packing looks at
+    engine._parts, engine._own_rows, engine._shards, engine._prefill_tokens, engine.positions = 1, rows, 1, most, prompt + 16
+    engine.model = SimpleNamespace(on=SimpleNamespace(mesh=None))
+    found: dict[int, tuple[int, int]] = {}
+    for tokens, batch, _ in engine._prefill_batches([SimpleNamespace(prompt_ids=[1] * prompt)] * rows):
+        steps, taken = found.get(tokens, (0, 0))
+        found[tokens] = steps + 1, taken + int((batch.segments >= 0).sum())
+    assert prefill_steps(rows, prompt, most) == found
 
 
 def test_totals_bound_each_other():
