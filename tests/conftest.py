@@ -38,6 +38,8 @@ LONGEST = (
     "train/test_bank.py",
     "nn/test_shipped_model.py",
     "report/test_kernel_bench.py",
+    "engine/test_processes.py",
+    "engine/test_mesh.py",
 )
 """Files that begin first, some of a few long tests: a worker that began one of them last would leave the other with nothing to do (`make test` has
 xdist keep this order)."""

@@ -95,9 +95,9 @@ def test_a_stock_orbax_save(source, tmp_path):
 @pytest.mark.parametrize(
     ("parts", "dtype", "message"),
     [
-        ({"hidden": 7}, None, "7 parts don't divide its axis 'hidden' of"),
+        ({"hidden": 7}, None, "7 parts don't divide its axis 'mlp_hidden' of"),
         ({"hidden": 0}, None, "0 parts don't divide"),
-        ({"hiden": 2}, None, "no leaf has an axis 'hiden': embed, experts, head_dim, heads, hidden, kv_heads, vocab are there"),
+        ({"hiden": 2}, None, "no leaf has an axis 'hiden': embed, experts, head_dim, heads, hidden, kv_heads, mlp_hidden, vocab are there"),
         ({}, "float16", "unsupported dtype 'float16'"),
     ],
 )
