@@ -90,8 +90,8 @@ class Arguments:
     """The most tokens of a prefill step in each group of devices."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """How weights are held and computed with."""
-    kv_dtype: Literal["bfloat16", "float32"] | None = None
-    """Of cached keys and values; as --dtype if not given."""
+    kv_dtype: Literal["bfloat16", "float32", "auto"] | None = None
+    """Of cached keys and values; as --dtype if not given. auto: float32 or bfloat16, whichever gives the better plan."""
     slots: int | None = None
     """Experts of each MoE layer that a device has room for, the others in host memory; found where not all fit, if not given."""
     staging: int = 2
@@ -238,6 +238,8 @@ class Planned:
 
 def make_plan(args: Arguments, progress: Callable[[str], None], machine: Machine | None = None) -> Planned:
     """Plans what the arguments ask for."""
+    if args.kv_dtype == "auto":
+        return either(args, progress, machine)
     name, spec = read_model(args.model)
     workload, search, routing = workload_of(args, spec), search_of(args), read_routing(args, spec)
     spec = planned_spec(spec, workload)
@@ -246,6 +248,21 @@ def make_plan(args: Arguments, progress: Callable[[str], None], machine: Machine
     machine = read_machine(args, progress) if machine is None else machine
     found = search_plan(spec, machine, workload, search, device_bytes, routing, progress)
     return Planned(plan_of(name, spec, machine, search, found.best), found, spec)
+
+
+def either(args: Arguments, progress: Callable[[str], None], machine: Machine | None) -> Planned:
+    """The better plan of those with keys and values in float32 and in bfloat16; of equals, and of a model in bfloat16, the one in its dtype."""
+    machine = read_machine(args, progress) if machine is None else machine
+    own = dataclasses.replace(args, kv_dtype=args.dtype)
+    narrow = dataclasses.replace(args, kv_dtype="bfloat16")
+    if args.dtype == "bfloat16":
+        return make_plan(own, progress, machine)
+    try:
+        first = make_plan(own, progress, machine)
+    except (DoesNotFit, MissesSlo):
+        return make_plan(narrow, progress, machine)
+    second = make_plan(narrow, progress, machine)
+    return second if second.found.best.score < first.found.best.score else first
 
 
 def sweep(args: Arguments, progress: Callable[[str], None]) -> list[dict[str, Any]]:

@@ -60,7 +60,8 @@ def headline(plan: Plan) -> str:
     """A plan in a line."""
     w = plan.workload
     experts = "all experts resident" if w.slots is None else f"{w.slots} expert slots a layer and device"
-    return f"{plan.model} on {plan.machine}: {plan.split}, {sequences(w.rows)} of {w.prompt} + {w.new_tokens} tokens, {w.dtype}, {experts}"
+    kept = "" if w.kv_dtype == w.dtype else f" (keys and values {w.kv_dtype})"
+    return f"{plan.model} on {plan.machine}: {plan.split}, {sequences(w.rows)} of {w.prompt} + {w.new_tokens} tokens, {w.dtype}{kept}, {experts}"
 
 
 def bytes_table(plan: Plan) -> Table:

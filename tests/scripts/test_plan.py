@@ -85,6 +85,17 @@ def test_a_sweep_is_drawn(config, tmp_path):
     assert done.code == 0 and (tmp_path / "p.svg").stat().st_size > 5000, done.err
 
 
+def test_the_dtype_of_keys_and_values_is_searched(config, tmp_path):
+    """Narrower ones take less time to read; a model in bfloat16 has them already."""
+    args = (config, "--hardware", "h100:2", "--rows", 8, "--prompt", 64, "--new", 64, "--out", tmp_path / "p.json", "--kv-dtype", "auto")
+    shown = run(*args, "--dtype", "float32")
+    assert load_plan(tmp_path / "p.json").workload.kv_dtype == "bfloat16" and "keys and values bfloat16" in shown.out
+    narrow = load_plan(tmp_path / "p.json").times.tpot
+    run(*args[:-1], "float32", "--dtype", "float32")
+    assert narrow < load_plan(tmp_path / "p.json").times.tpot
+    assert "keys and values" not in run(*args).out
+
+
 def test_a_proof_is_shown(config, monkeypatch):
     from jaxmoe.engine import prove as engine
 
