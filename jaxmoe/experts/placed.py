@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.experts.resident import ResidentBank
+from jaxmoe.experts.still import NothingMoves
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.biases import Biases
 
@@ -46,7 +47,7 @@ def _checked(order_LE: Any, layers: int, experts: int) -> np.ndarray:
 
 
 @flax.struct.dataclass
-class PlacedBank:
+class PlacedBank(NothingMoves):
     """Attributes: `own` a bank whose experts are placed in some order; `position_of_expert` where each expert of each layer stands in it."""
 
     own: ResidentBank
@@ -55,34 +56,6 @@ class PlacedBank:
     def logical_axes(self) -> dict[str, Any]:
         """The logical name of every axis of every leaf."""
         return {"own": self.own.logical_axes(), "position_of_expert": ("layers", None)}
-
-    def split(self) -> tuple[PlacedBank, tuple]:
-        """See `ResidentBank.split`."""
-        return self, ()
-
-    def join(self, moving: tuple) -> PlacedBank:
-        """See `ResidentBank.join`."""
-        return self
-
-    def in_order(self) -> PlacedBank:
-        """See `ResidentBank.in_order`."""
-        return self
-
-    def init_state(self) -> tuple:
-        """See `ResidentBank.init_state`."""
-        return ()
-
-    def forget(self, moving: tuple) -> tuple:
-        """See `ResidentBank.forget`."""
-        return moving
-
-    def new_text(self, moving: tuple) -> tuple:
-        """See `ResidentBank.new_text`."""
-        return moving
-
-    def counters(self, moving: tuple) -> dict:
-        """See `ResidentBank.counters`."""
-        return {}
 
     @property
     def device_bytes(self) -> int:

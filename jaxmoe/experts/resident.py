@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxmoe.experts.dispatch import dispatch, of_experts, rows_of, weighted_sum
+from jaxmoe.experts.still import NothingMoves
 from jaxmoe.formats import ExpertLayout, expert_axis_names
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
@@ -15,7 +16,7 @@ from pallas_kernels.grouped_matmul.glu import GLUS
 
 
 @flax.struct.dataclass
-class ResidentBank:
+class ResidentBank(NothingMoves):
     """Every expert of every MoE layer, on device.
 
     Attributes:
@@ -34,34 +35,6 @@ class ResidentBank:
         """The logical name of every axis of every leaf."""
         w_in, w_out = expert_axis_names(self.layout)
         return {"w_in": ("layers", "experts", *w_in), "w_out": ("layers", "experts", *w_out)}
-
-    def split(self) -> tuple[ResidentBank, tuple]:
-        """`(fixed, moving)`: nothing of this bank changes as it is used."""
-        return self, ()
-
-    def join(self, moving: tuple) -> ResidentBank:
-        """The bank whose `split` gave this fixed part and `moving`."""
-        return self
-
-    def in_order(self) -> ResidentBank:
-        """The bank for steps whose tokens come one after another: the same."""
-        return self
-
-    def init_state(self) -> tuple:
-        """The moving part at the beginning."""
-        return ()
-
-    def forget(self, moving: tuple) -> tuple:
-        """The moving part as if nothing had been run."""
-        return moving
-
-    def new_text(self, moving: tuple) -> tuple:
-        """The moving part for another text."""
-        return moving
-
-    def counters(self, moving: tuple) -> dict:
-        """What the bank has counted: nothing."""
-        return {}
 
     @property
     def device_bytes(self) -> int:
