@@ -7,6 +7,7 @@ no bit, so a token's result does not depend on how long the cache is, how the pr
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -26,6 +27,9 @@ KEY_BLOCK = 128
 """Keys in one step of attention on the CPU. Part of what fixes the bits of a result."""
 
 _NONE_YET = -1e30
+
+BlockReader = Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]
+"""Block j of a sequence: keys [K, C, KEY_BLOCK] and values [K, KEY_BLOCK, V] as they are held; None where values are the keys' first channels."""
 
 
 @flax.struct.dataclass
@@ -105,11 +109,7 @@ def _held(x: jax.Array, like: jax.Array) -> jax.Array:
 def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, row_invariant: bool, sinks):
     """The CPU's way: one run after another, each over the key blocks that it can see."""
     run, (heads, c), kv_heads, width = batch.run, q.shape[1:], k.shape[1], _value_width(state, spec)
-    group = heads // kv_heads
-    m = max(run * group, ROW_TILES[0])
     out = jnp.zeros((q.shape[0], heads, width), jnp.float32)
-    if sinks is not None:
-        sinks = jnp.pad(jnp.tile(sinks.reshape(kv_heads, group), (1, run)), ((0, 0), (0, m - run * group)))
 
     def one_run(r, carry):
         keys, values, out = carry
@@ -122,13 +122,17 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
         keys = write(keys, k, (1, 2, 0), (0, pos))
         if values is not None:
             values = write(values, v, (1, 0, 2), (pos, 0))
-        q_run = jax.lax.dynamic_slice_in_dim(q, at, run).astype(jnp.float32) * spec.softmax_scale
-        rows = q_run.reshape(run, kv_heads, group, c).transpose(1, 0, 2, 3).reshape(kv_heads, run * group, c)
-        rows = jnp.pad(rows, ((0, 0), (0, m - run * group), (0, 0)))
-        at_row = jnp.pad(pos + jnp.repeat(jnp.arange(run), group), (0, m - run * group))
-        o = _blocks(rows, at_row, keys, values, (layer, seg), pos + batch.run_lengths[r], pos, spec, row_invariant, sinks)
-        o = o[:, : run * group].reshape(kv_heads, run, group, width).transpose(1, 0, 2, 3)
-        return keys, values, jax.lax.dynamic_update_slice(out, o.reshape(run, heads, width), (at, 0, 0))
+
+        def read(j):
+            at = j * KEY_BLOCK
+            k_block = jax.lax.dynamic_slice(keys, (layer, seg, 0, 0, at), (1, 1, kv_heads, c, KEY_BLOCK))[0, 0]
+            if values is None:
+                return k_block, None
+            return k_block, jax.lax.dynamic_slice(values, (layer, seg, 0, at, 0), (1, 1, kv_heads, KEY_BLOCK, width))[0, 0]
+
+        q_run = jax.lax.dynamic_slice_in_dim(q, at, run).astype(jnp.float32)
+        o = attend_run(q_run, read, kv_heads, width, pos, batch.run_lengths[r], spec, row_invariant, sinks)
+        return keys, values, jax.lax.dynamic_update_slice(out, o, (at, 0, 0))
 
     carry = (state.k, state.v, out)
     if q.shape[0] == run and not batch.grouped:  # a single run that is there needs no loop around it
@@ -136,6 +140,33 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
     else:
         keys, values, out = jax.lax.fori_loop(0, batch.n_runs, one_run, carry)
     return out.astype(q.dtype), KVState(keys, values)
+
+
+def attend_run(
+    q: Float[Array, "R H C"], read: BlockReader, kv_heads: int, width: int, pos, length, spec: AttentionSpec, row_invariant: bool, sinks
+) -> Float[Array, "R H V"]:
+    """Attention of a run's queries over the blocks of keys of their sequence; the one order of sums that all caches on the CPU share.
+
+    Args:
+        q: float32, not scaled; the run's tokens, from position `pos` on.
+        read: gives block j of the sequence's keys and values.
+        kv_heads, width: K, and V.
+        pos, length: the run's first position, and how many of its tokens are real; their keys are among those that `read` gives.
+        spec, row_invariant, sinks: as for `KVState.attend`.
+
+    Returns:
+        float32 outputs.
+    """
+    run, heads, c = q.shape
+    group = heads // kv_heads
+    m = max(run * group, ROW_TILES[0])
+    more = m - run * group
+    if sinks is not None:
+        sinks = jnp.pad(jnp.tile(sinks.reshape(kv_heads, group), (1, run)), ((0, 0), (0, more)))
+    rows = (q * spec.softmax_scale).reshape(run, kv_heads, group, c).transpose(1, 0, 2, 3).reshape(kv_heads, run * group, c)
+    at_row = jnp.pad(pos + jnp.repeat(jnp.arange(run), group), (0, more))
+    o = _blocks(jnp.pad(rows, ((0, 0), (0, more), (0, 0))), at_row, read, width, pos + length, pos, spec, row_invariant, sinks)
+    return o[:, : run * group].reshape(kv_heads, run, group, width).transpose(1, 0, 2, 3).reshape(run, heads, width)
 
 
 def widened(values: Float[Array, "K S C"], rows: int) -> Float[Array, "K S W"]:
@@ -166,22 +197,18 @@ _CHANNELS = 256
 """Channels that are multiplied with at a time. Part of what fixes the bits of a result."""
 
 
-def _blocks(rows, at_row, keys, values, where, end, first, spec: AttentionSpec, row_invariant, sinks):
-    """Attention of query rows [K, m, C] at positions `at_row` [m] over the blocks of one cache row, `where` = (layer, row); float32 [K, m, V]."""
-    kv_heads, m, c = rows.shape
-    width = spec.latent.kv_rank if values is None and spec.latent else values.shape[-1]
+def _blocks(rows, at_row, read: BlockReader, width: int, end, first, spec: AttentionSpec, row_invariant, sinks):
+    """Attention of query rows [K, m, C] at positions `at_row` [m] over the blocks of one sequence; float32 [K, m, V]."""
+    kv_heads, m, _ = rows.shape
     ones = jnp.ones((KEY_BLOCK, 8), jnp.float32)
 
     def step(j, carry):
         top, total, o = carry
-        at = j * KEY_BLOCK
-        k_block = jax.lax.dynamic_slice(keys, (*where, 0, 0, at), (1, 1, kv_heads, c, KEY_BLOCK))[0, 0]
-        if values is None:  # the barrier keeps the transpose out of the dot, which would be added up in another order for many rows
+        k_block, v_block = read(j)
+        if v_block is None:  # the barrier keeps the transpose out of the dot, which would be added up in another order for many rows
             v_block = jax.lax.optimization_barrier(k_block[:, :width].swapaxes(1, 2))
-        else:
-            v_block = jax.lax.dynamic_slice(values, (*where, 0, at, 0), (1, 1, kv_heads, KEY_BLOCK, width))[0, 0]
         s = scores(rows, formats.load(k_block, jnp.float32))
-        s = jnp.where(seen(spec, at_row[:, None], at + jnp.arange(KEY_BLOCK)), s, -jnp.inf)
+        s = jnp.where(seen(spec, at_row[:, None], j * KEY_BLOCK + jnp.arange(KEY_BLOCK)), s, -jnp.inf)
         new_top = jnp.maximum(top, s.max(-1))
         p = jnp.exp(s - new_top[..., None])
         keep = jnp.exp(top - new_top)

@@ -11,10 +11,12 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.contiguous import init_kv
+from jaxmoe.cache.paged import init_paged
 from jaxmoe.cache.recurrent import init_recurrent
 from jaxmoe.cache.split_kv import init_split_kv
 from jaxmoe.spec import AttentionSpec, DeltaSpec, ModelSpec
@@ -45,14 +47,22 @@ class LayerStates:
     ) -> tuple[Float[Array, "T H C"], LayerStates]:
         """See `KVState.attend`."""
         at = self.kinds.index(spec.cached)
-        out, state = self.states[at].attend(spec, layer, q, k, v, batch, kernels, sinks)
-        return out, self._with(at, state)
+        state, outs = self.states[at], []
+        for mine, part in batch.parts():
+            out, state = state.attend(spec, layer, q[mine], k[mine], None if v is None else v[mine], part, kernels, sinks)
+            outs.append(out)
+        return outs[0] if len(outs) == 1 else jnp.concatenate(outs), self._with(at, state)
 
-    def delta(self, spec: DeltaSpec, layer: Int[Array, ""], *args: Any) -> tuple[jax.Array, LayerStates]:
+    def delta(
+        self, spec: DeltaSpec, layer: Int[Array, ""], q, k, v, log_decay, beta, conv_kernels, batch: Batch, kernels: Kernels
+    ) -> tuple[jax.Array, LayerStates]:
         """See `RecurrentState.delta`."""
         at = self.kinds.index(spec)
-        out, state = self.states[at].delta(spec, layer, *args)
-        return out, self._with(at, state)
+        state, outs = self.states[at], []
+        for mine, part in batch.parts():
+            out, state = state.delta(spec, layer, q[mine], k[mine], v[mine], log_decay[mine], beta[mine], conv_kernels, part, kernels)
+            outs.append(out)
+        return outs[0] if len(outs) == 1 else jnp.concatenate(outs), self._with(at, state)
 
     def _with(self, at: int, state: Any) -> LayerStates:
         return dataclasses.replace(self, states=(*self.states[:at], state, *self.states[at + 1 :]))
@@ -71,5 +81,26 @@ def init_layers(spec: ModelSpec, rows: int, positions: int, max_run: int, parts:
         if parts > 1:
             return init_split_kv(kind, layers, rows, positions, max_run, spec.precision.kv, parts)
         return init_kv(kind, layers, rows, positions, max_run, spec.precision.kv)
+
+    return LayerStates(tuple(init(kind, layers) for kind, layers in kinds.items()), tuple(kinds))
+
+
+def init_paged_layers(spec: ModelSpec, rows: int, pages: int, page: int, kernels: Kernels, kv: str | None = None) -> LayerStates:
+    """Empty states whose keys and values lie in pages, and what other layers carry in `rows` rows.
+
+    Args:
+        spec: the model.
+        rows: sequences that a step may name (`Batch.segments`).
+        pages: of each layer, besides a trash page, the last one, which takes what padding writes.
+        page: W, tokens of a page.
+        kernels: what will attend.
+        kv: 'float32', 'bfloat16' or 'int8'; the spec's own precision if not given.
+    """
+    kinds = spec.state_kinds
+
+    def init(kind, layers: int):
+        if isinstance(kind, DeltaSpec):
+            return init_recurrent(kind, layers, rows, spec.precision)
+        return init_paged(kind, layers, pages, page, kv or spec.precision.kv, kernels)
 
     return LayerStates(tuple(init(kind, layers) for kind, layers in kinds.items()), tuple(kinds))

@@ -125,7 +125,7 @@ def check_requests(spec: ModelSpec, requests: Sequence[Request]) -> None:
     for i, r in enumerate(requests):
         if r.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens = {r.max_new_tokens} must be at least 1")
-        _check_ids(spec, r.prompt_ids, f"prompt {i}")
+        check_ids(spec, r.prompt_ids, f"prompt {i}")
         total = len(r.prompt_ids) + r.max_new_tokens
         if total > spec.max_positions:
             raise RequestError(
@@ -141,7 +141,7 @@ def check_requests(spec: ModelSpec, requests: Sequence[Request]) -> None:
             raise RequestError(str(error)) from error
 
 
-def _check_ids(spec: ModelSpec, ids: Sequence[int], what: str) -> None:
+def check_ids(spec: ModelSpec, ids: Sequence[int], what: str) -> None:
     if not ids:
         raise RequestError(f"{what} is empty: give at least one token")
     for id in ids:
@@ -475,7 +475,7 @@ def prompt_logits(model: Model, ids: Sequence[int], tokens: int = 512) -> np.nda
     """float32 logits [len(ids), V] of every position of one sequence (teacher-forced), in steps of `tokens`."""
     if model.on.mesh is not None:
         raise ValueError(f"logits of a whole prompt are for a model on one device: leave out the split {model.on.layout.split}")
-    _check_ids(model.spec, ids, "the sequence")
+    check_ids(model.spec, ids, "the sequence")
     if len(ids) > model.spec.max_positions:
         raise RequestError(f"{len(ids)} tokens are more than the model's {model.spec.max_positions} positions")
     run = steps.run_length(tokens)

@@ -175,7 +175,7 @@ def decode_step(
 
         stacked = stack_gates(own, params) if gates else None
         out = jnp.full((CHUNK, rows.shape[0]), -1, jnp.int32)
-        routed = _unrouted(spec, rows.shape[0], gates) if record else ()
+        routed = unrouted(spec, rows.shape[0], gates) if record else ()
         carry = (jnp.int32(0), state, tokens, positions, budget, out, routed)
         if kernels.backend in ("cpu", "reference"):
             carry = jax.lax.while_loop(lambda c: (c[0] < CHUNK) & anywhere((c[4] > 0).any(), layout), body, carry)
@@ -188,12 +188,12 @@ def decode_step(
     return jax.jit(whole, donate_argnums=2, compiler_options=kernels.compiler_options())
 
 
-def _unrouted(spec: ModelSpec, rows: int, gates: bool) -> tuple[jax.Array, ...]:
+def unrouted(spec: ModelSpec, rows: int, gates: bool, chunk: int = CHUNK) -> tuple[jax.Array, ...]:
     """`chosen_experts` of a chunk before its first step."""
     layers, active = len(spec.moe_layers), spec.moe[0].active
     kinds: list[tuple[tuple[int, ...], Any]] = [((active,), jnp.int16), ((active,), jnp.float16)]
     kinds += [((AHEAD, WIDTH * active), jnp.int16)] if gates else []
-    return tuple(jnp.zeros((CHUNK, rows, layers, *shape), dtype) for shape, dtype in kinds)
+    return tuple(jnp.zeros((chunk, rows, layers, *shape), dtype) for shape, dtype in kinds)
 
 
 class Fused:

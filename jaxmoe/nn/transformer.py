@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
@@ -77,6 +77,67 @@ def forward(
     return head(spec, params, x, batch, kernels, layout), fixed.join(moving), state, {"routed": routed} if collect else {}
 
 
+def layer_groups(spec: ModelSpec, groups: int) -> tuple[int, ...]:
+    """Where groups of layers begin, and the last one ends: `groups` + 1 layer numbers, about equally many experts' layers in each.
+
+    A pattern of layers that repeats is never cut.
+
+    Raises:
+        ValueError: more groups than there are such pieces, or none.
+    """
+    cuts = [segment.layer_index(r, 0) for segment in spec.segments for r in range(segment.repeats)]
+    if not 1 <= groups <= len(cuts):
+        raise ValueError(f"{groups} groups of layers: the model can be cut into 1 to {len(cuts)}")
+    weights = [0.01 + sum(i in spec.moe_layers for i in range(a, b)) for a, b in zip(cuts, [*cuts[1:], spec.n_layers], strict=True)]
+    total, out, done = sum(weights), [0], 0.0
+    for i, weight in enumerate(weights):
+        done += weight
+        left = groups - len(out)  # groups that are still to begin
+        if left and (done >= total * len(out) / groups - 1e-9 or len(weights) - i - 1 == left):
+            out.append(cuts[i + 1])
+    return (*out, spec.n_layers)
+
+
+def forward_group(
+    spec: ModelSpec, params: dict, bank: ExpertBank, state: Any, x: Float[Array, "T D"], router_state: Any, batch: Batch, kernels: Kernels,
+    first: Int[Array, ""], last: Int[Array, ""],
+) -> tuple[Float[Array, "T D"], ExpertBank, Any, Any]:  # fmt: skip
+    """Takes a batch through the layers from `first` up to `last`, which are values: one program serves every group of layers.
+
+    Args:
+        spec, params, bank, state, batch, kernels: as for `forward`.
+        x, router_state: what the layers before have left; of the tokens' embeddings where `first` is 0, whatever is given.
+        first, last: of `layer_groups`.
+
+    Returns:
+        The residual stream, bank, state and router state after these layers.
+    """
+    fixed, moving = bank.split()
+    fresh = (embed(spec, params, batch), initial_state(spec, x))
+    x, router_state = jax.tree.map(lambda new, old: jnp.where(first == 0, new, old), fresh, (x, router_state))
+    carry = (x, moving, state, router_state)
+    for segment, trees in zip(spec.segments, params["segments"], strict=True):
+        repeat = _repeat_of(spec, segment, fixed, batch, kernels, False, None, ALONE)
+        if _is_unrolled(trees):
+            for r in range(segment.repeats):
+                layers = _layers_at(trees, r)
+                at = segment.layer_index(r, 0)
+                inside = ((first <= at) & (at < last)).astype(jnp.int32)
+                # A loop of one step or none: what a conditional hands through it may copy, and pools are large.
+                carry = jax.lax.fori_loop(0, inside, lambda _, c, layers=layers, r=r, repeat=repeat: repeat(c, (layers, r))[0], carry)
+        else:
+            begin, each = segment.first, len(segment.pattern)
+            low, high = (jnp.clip((edge - begin) // each, 0, segment.repeats) for edge in (first, last))
+
+            def one(r, carry, trees=trees, repeat=repeat):
+                layers = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, r, 0, keepdims=False), trees)
+                return repeat(carry, (layers, r))[0]
+
+            carry = jax.lax.fori_loop(low, high, one, carry)
+    x, moving, state, router_state = carry
+    return x, fixed.join(moving), state, router_state
+
+
 def embed(spec: ModelSpec, params: dict, batch: Batch, layout: Layout = ALONE) -> Float[Array, "T D"]:
     """The tokens' embeddings; where the vocabulary is split, from whichever device has them."""
     with jax.named_scope("embed"):
@@ -134,8 +195,8 @@ def chosen_experts(spec: ModelSpec, routed: list[RouterOut]) -> tuple[Array, ...
     return tuple(jnp.concatenate(out).swapaxes(0, 1).astype(jnp.float16 if name == "weights" else jnp.int16) for name, out in found.items())
 
 
-def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, collect: bool, gates: Gates | None, layout: Layout):
-    """Runs all repeats of a pattern; returns the carry and, per sparse layer of the pattern, its routing stacked over repeats."""
+def _repeat_of(spec: ModelSpec, segment: Segment, fixed, batch: Batch, kernels, collect: bool, gates: Gates | None, layout: Layout) -> Callable:
+    """`(carry, (layers, r)) -> (carry, routing of each sparse layer)`: the r-th repeat of a segment's pattern."""
     pattern, before = segment.pattern, spec.layers[: segment.first]
     modules: list[Any] = [decoder_layer(spec, layer, kernels, layout) for layer in pattern]
 
@@ -160,15 +221,25 @@ def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, 
                 seen.append(routed._replace(inputs=None, ahead=ahead))
         return (x, bank.split()[1], state, router_state), tuple(seen)
 
+    return repeat
+
+
+def _run_segment(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, collect: bool, gates: Gates | None, layout: Layout):
+    """Runs all repeats of a pattern; returns the carry and, per sparse layer of the pattern, its routing stacked over repeats."""
+    repeat = _repeat_of(spec, segment, fixed, batch, kernels, collect, gates, layout)
     if _is_unrolled(trees):
         out = []
         for r in range(segment.repeats):
-            layers = tuple(jax.tree.map(lambda t, r=r: t[r], tree, is_leaf=lambda t: isinstance(t, tuple)) for tree in trees)
-            carry, seen = repeat(carry, (layers, r))
+            carry, seen = repeat(carry, (_layers_at(trees, r), r))
             out.append(seen)
         return carry, list(jax.tree.map(lambda *a: jnp.stack(a), *out)) if out and out[0] else []
     carry, seen = jax.lax.scan(repeat, carry, (trees, jnp.arange(segment.repeats)))
     return carry, list(seen)
+
+
+def _layers_at(trees: tuple, r: int) -> tuple:
+    """The r-th repeat's layers of a segment with a tuple of arrays a leaf."""
+    return tuple(jax.tree.map(lambda t: t[r], tree, is_leaf=lambda t: isinstance(t, tuple)) for tree in trees)
 
 
 def _run_staged(spec: ModelSpec, segment: Segment, trees, fixed, carry, batch, kernels, layout: Layout):

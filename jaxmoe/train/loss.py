@@ -21,7 +21,7 @@ def sequences(tokens_BT: Int[Array, "B T"]) -> Batch:
     flat = jnp.arange(b * t)
     zero = jnp.zeros(b, jnp.int32)
     return Batch(
-        tokens_BT.reshape(-1), flat % t, flat // t, jnp.arange(b), zero, zero + t, jnp.asarray(b), flat, t
+        tokens_BT.reshape(-1), flat % t, flat // t, jnp.arange(b), zero, zero + t, jnp.asarray(b), flat, run=t
     )
 
 
