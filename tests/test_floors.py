@@ -37,6 +37,7 @@ FLOORS = {
     "jaxmoe.train": 5,
     "jaxmoe.engine": 6,
     "jaxmoe.report": 7,
+    "jaxmoe.server": 7,
     "scripts": 8,
     "tests": 9,  # nothing below may import a test
 }

@@ -91,6 +91,11 @@ class Row:
         self._decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self._stops = StopStrings(request.stop)
 
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text."""
+        return self._stops.matched
+
     def push(self, token: int) -> str:
         """Takes one token; returns the text that may be shown now."""
         r = self.result

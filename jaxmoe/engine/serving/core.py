@@ -1,0 +1,354 @@
+"""The serving engine: requests in, events out. It owns tokens and text; the scheduler decides, the runner computes.
+
+    engine.submit(request); while not engine.idle: events = engine.step()
+
+One thread calls it. Every token of a request is a function of the request alone (its prompt, sampling and seed), whatever runs beside it, how its
+prompt was cut, and how often it was put aside; on the CPU to the bit, elsewhere as far as the kernels' rounding goes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.decode.grammar import GrammarError
+from jaxmoe.decode.penalties import RowEdits
+from jaxmoe.decode.sampling import sampling_params
+from jaxmoe.engine.generate import RequestError, Row, check_ids
+from jaxmoe.engine.serving import scheduler
+from jaxmoe.engine.serving.compiles import CompileCount
+from jaxmoe.engine.serving.prefix import page_keys
+from jaxmoe.engine.serving.recovery import lost
+from jaxmoe.engine.serving.requests import MOST_LOGPROBS, Event, QueueFull, ServeRequest
+from jaxmoe.engine.serving.runner import Given, Runner
+from jaxmoe.engine.serving.scheduler import Policy
+from jaxmoe.engine.serving.types import Results, Seq, ServeSpec, StepPlan
+from jaxmoe.engine.text import Tokenizer
+from jaxmoe.spec import ModelSpec
+
+
+class Answer:
+    """One sequence on its way: tokens, text and what its logits go through. It is what a runner calls `Live`."""
+
+    def __init__(self, request: ServeRequest, tokenizer: Tokenizer | None, eos: Sequence[int], vocab: int):
+        self.request, self.sampling, self.logprobs = request, request.sampling, request.logprobs
+        self.ids = list(request.prompt_ids)
+        self.row = Row(request, tokenizer, () if request.ignore_eos else eos)  # type: ignore[arg-type]
+        self.edits = _edits(request, vocab, eos)
+        self.matcher = None if request.grammar is None else request.grammar.matcher()
+        self.keys: list[bytes] = []
+        self.failed: str | None = None
+        self.began = False
+        self._mask: np.ndarray | None = None
+        self._look()
+
+    def mask(self) -> np.ndarray | None:
+        """What its grammar allows next."""
+        return self._mask
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether the host has a say between any two of its tokens."""
+        return self.edits is not None or self.matcher is not None or self.logprobs is not None
+
+    def push(self, token: int) -> str:
+        """Takes a token; returns the text that has become final."""
+        self.ids.append(token)
+        text = self.row.push(token)
+        if self.row.result.finish_reason is None:
+            if self.edits is not None:
+                self.edits.push(token)
+            if self.matcher is not None:
+                self.matcher.consume(token)
+            self._look()
+        return text
+
+    def _look(self) -> None:
+        """Asks the grammar, which may give up on what it has become: that is this sequence's end, and no other's."""
+        if self.matcher is not None:
+            try:
+                self._mask = self.matcher.mask()
+            except GrammarError as error:
+                self.failed = str(error)
+
+
+class ServingEngine:
+    """Attributes: `model_name` for answers; `tokenizer`; `spec` sizes; `eos`; `runner`; `state` the scheduler's."""
+
+    def __init__(
+        self, runner: Runner, tokenizer: Tokenizer | None, eos: Sequence[int], policy: Policy, model_name: str = "jaxmoe",
+        clock: Callable[[], float] = time.perf_counter, max_waiting: int | None = None, salt: bytes = b"", paths: Any = None,
+    ):  # fmt: skip
+        """
+        Args:
+            runner: warmed up, or `warm_up` is called before requests come.
+            tokenizer: for text and stop strings; without one only ids come back.
+            eos: ids that end a text.
+            policy: the scheduler's.
+            model_name: for answers.
+            clock: seconds.
+            max_waiting: requests that may wait before others are turned away; None for any number.
+            salt: what makes this model's pages differ from another's (`prefix.fingerprint`).
+            paths: a `Paths`, what foretells the experts of sequences, for policies that go by it.
+        """
+        self.runner, self.tokenizer, self.eos, self.policy, self.model_name = runner, tokenizer, tuple(eos), policy, model_name
+        self.spec: ServeSpec = runner.spec
+        self.model_spec: ModelSpec = runner.model.spec
+        self._clock, self._max_waiting, self._salt, self._paths = clock, max_waiting, salt, paths
+        self.state = scheduler.fresh(self.spec, self.spec.move)
+        self._live: dict[int, Answer] = {}
+        self._next, self._aborted = 0, []
+        self.finished: dict[str, int] = {}
+        self.errors = 0
+        self._closed = False
+        self._compiles = CompileCount()
+        self._queued = Tally((0.001, 0.01, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0))
+        self._step_tokens = Tally((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096))
+        self._distinct = Tally((1, 2, 4, 8, 16, 32, 64, 128, 256))
+        self._asked = self._requests()
+        self._groups = 0
+
+    def warm_up(self, progress: Callable[[str], None] = lambda name: None) -> float:
+        """Compiles all that steps can need; returns the seconds it took. `counters` counts what is compiled after it."""
+        groups = "group" if self.policy.prefill == "layered" else "chunk"
+        seconds = self.runner.warm_up(progress, ("decode", groups, "pages"))
+        self._compiles, self._asked = CompileCount(), self._requests()
+        return seconds
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._live and not self._aborted
+
+    def check(self, request: ServeRequest) -> None:
+        """Refuses what can't be run.
+
+        Raises:
+            RequestError: an empty or too long prompt, ids outside the vocabulary, or values out of range; the message names them.
+        """
+        spec, vocab = self.spec, self.model_spec.vocab
+        check_ids(self.model_spec, request.prompt_ids, "the prompt")
+        if request.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens = {request.max_new_tokens} must be at least 1")
+        total = len(request.prompt_ids) + request.max_new_tokens
+        if total > spec.positions:
+            raise RequestError(
+                f"the prompt has {len(request.prompt_ids)} tokens and max_new_tokens is {request.max_new_tokens}: {total} positions, but the engine "
+                f"has {spec.positions}"
+            )
+        if (needed := spec.pages_for(total)) > spec.pages:
+            raise RequestError(f"{total} positions need {needed} pages of {spec.page} tokens, and the engine has {spec.pages}: it can never run")
+        if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LOGPROBS:
+            raise RequestError(f"logprobs = {request.logprobs} is outside [0, {MOST_LOGPROBS}]")
+        if not 0 <= request.min_new_tokens <= request.max_new_tokens:
+            raise RequestError(f"min_new_tokens = {request.min_new_tokens} is outside [0, max_new_tokens = {request.max_new_tokens}]")
+        if request.stop and self.tokenizer is None:
+            raise RequestError(f"stop strings {request.stop}, but without a tokenizer there is no text to find them in")
+        try:
+            sampling_params(1, **dataclasses.asdict(request.sampling))
+            _edits(request, vocab, self.eos)
+            Row(request, self.tokenizer, self.eos)  # type: ignore[arg-type]
+        except ValueError as error:
+            raise RequestError(str(error)) from error
+
+    def submit(self, request: ServeRequest, n: int = 1) -> list[int]:
+        """Takes a request in.
+
+        Args:
+            request: what to continue.
+            n: answers to it, with seeds that count up from the request's; they share the prompt's pages.
+
+        Returns:
+            A number for each answer.
+
+        Raises:
+            RequestError: see `check`; `QueueFull` where too many wait.
+        """
+        if self._closed:
+            raise QueueFull("the engine is closing: it takes no more requests")
+        if n < 1:
+            raise RequestError(f"n = {n} must be at least 1")
+        self.check(request)
+        waiting = self.state.waiting
+        if self._max_waiting is not None and waiting + n > self._max_waiting:
+            raise QueueFull(f"{waiting} requests wait already, and {n} more would be above {self._max_waiting}: try again later")
+        return [self._take(request, k, self._next - k) for k in range(n)]
+
+    def _take(self, request: ServeRequest, turn: int, first: int) -> int:
+        seed = (request.sampling.seed + turn) % 2**32
+        own = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
+        id, self._next = self._next, self._next + 1
+        live = Answer(own, self.tokenizer, self.eos, self.model_spec.vocab)
+        if live.failed is not None:
+            raise RequestError(live.failed)
+        if self.spec.sharing:
+            live.keys = list(page_keys(live.ids, self.spec.page, self._salt))
+        self._live[id] = live
+        now, prompt = self._clock(), len(request.prompt_ids)
+        seq = Seq(
+            id, prompt, prompt, prompt + request.max_new_tokens, now, keys=tuple(live.keys), priority=request.priority, user=request.user,
+            expected=request.expected or request.max_new_tokens, stepwise=live.stepwise, ran=now,
+            parent=first if turn and self.spec.sharing else None,
+        )  # fmt: skip
+        self.state = scheduler.submit(self.state, seq)
+        return id
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        """Ends requests; an event with the reason 'abort' follows for each that was not over."""
+        gone = [id for id in ids if id in self._live]
+        for id in gone:
+            del self._live[id]
+            self.runner.host.forget(id)
+            self._aborted.append(Event(id, finish_reason="abort"))
+        if gone:
+            self.state = scheduler.cancel(self.state, gone)
+
+    def step(self) -> list[Event]:
+        """One step; nothing if there is nothing to do."""
+        events, self._aborted = self._aborted, []
+        for event in events:
+            self._over(event)
+        if not self._live:
+            return events
+        now = self._clock()
+        paths, held = (None, None) if self._paths is None else self._paths.of(self.state, self._live, self.runner)
+        plan, self.state = scheduler.plan(self.state, self.policy, now, paths, held)
+        try:
+            given = self.runner.run(plan, self._live)
+        except Exception as error:  # whatever a device or a disk may do: those whose step it was are told, the others are computed again
+            return events + self._lost(plan, error)
+        self._observe(plan, given, now)
+        if self._paths is not None:
+            self._paths.learn(plan, given, self._live, self.runner)
+        now = self._clock()
+        new, results = self._push(given)
+        self.state = scheduler.commit(self.state, plan, results, now)
+        for id in results.ended:
+            self._live.pop(id, None)
+            self.runner.host.forget(id)
+        return events + new
+
+    def _push(self, given: Mapping[int, Given]) -> tuple[list[Event], Results]:
+        events, tokens, ended, keys = [], {}, set(), {}
+        for id, new in given.items():
+            live = self._live[id]
+            text, count = "", 0
+            for token in new.ids:
+                text, count = text + live.push(token), count + 1
+                if live.row.result.finish_reason is not None or live.failed is not None:
+                    break
+            tokens[id] = count
+            if self.spec.sharing and (more := self._new_keys(live)):
+                keys[id] = more
+            cached = self.state.seqs[id].cached if id in self.state.seqs else 0
+            reason = live.row.result.finish_reason if live.failed is None else "error"
+            event = Event(id, new.ids[:count], text, new.logprobs[:count], reason, live.row.matched, live.failed, cached)
+            if reason is not None:
+                ended.add(id)
+                self._over(event)
+            events.append(event)
+        return events, Results(tokens, frozenset(ended), keys)
+
+    def _new_keys(self, live: Answer) -> tuple[bytes, ...]:
+        have = len(live.keys)
+        if len(live.ids) // self.spec.page <= have:
+            return ()
+        more = page_keys(live.ids, self.spec.page, self._salt, live.keys[-1] if live.keys else None, have * self.spec.page)
+        live.keys += more
+        return tuple(more)
+
+    def _lost(self, plan: StepPlan, error: Exception) -> list[Event]:
+        """After a step that failed: its requests end with an error, the device's state is made anew, and the others are computed again."""
+        self.errors += 1
+        ids = {row.id for row in plan.decode} | {p.id for p in plan.chunk} | {p.id for p in (plan.group.pieces if plan.group else ())}
+        ids |= {move.id for move in (*plan.out, *plan.into)}
+        ids = {id for id in ids if id in self._live} or set(self._live)
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        events = [Event(id, finish_reason="error", error=reason) for id in sorted(ids)]
+        for event in events:
+            del self._live[event.id]
+            self.runner.host.forget(event.id)
+            self._over(event)
+        self.state = lost(scheduler.cancel(self.state, ids))
+        self.runner.rebuild()
+        return events
+
+    # --- What is counted
+
+    def _requests(self) -> np.ndarray | None:
+        """Experts asked for so far, by layer."""
+        return self.runner.counters().get("requests")
+
+    def _observe(self, plan: StepPlan, given: Mapping[int, Given], now: float) -> None:
+        self._groups += plan.group is not None
+        tokens = sum(len(new.ids) for new in given.values()) + sum(piece.count for piece in plan.chunk)
+        self._step_tokens.add(tokens + (sum(p.count for p in plan.group.pieces) if plan.group is not None and plan.group.last else 0))
+        for id in {row.id for row in plan.decode} | {p.id for p in plan.chunk} | {p.id for p in (plan.group.pieces if plan.group is not None else ())}:
+            if not self._live[id].began:
+                self._live[id].began = True
+                self._queued.add(now - self.state.seqs[id].arrived)
+        before, self._asked = self._asked, self._requests()
+        if before is not None and self._asked is not None and len(plan.decode) and all(row.count == 1 for row in plan.decode):
+            for n in (self._asked - before).tolist():
+                self._distinct.add(n)
+
+    def counters(self) -> dict[str, Any]:
+        """What happened so far and how things stand, by the names that `jaxmoe.server.metrics` tells of."""
+        state, counts, runner = self.state, self.state.counters, self.runner
+        out: dict[str, Any] = {
+            "running": len(state.running), "waiting": state.waiting, "swapped": len(state.swapped), "steps": counts.steps,
+            "pages": {name: getattr(state.pool, name) for name in ("free", "cached", "held")},
+            "host_pages": {name: getattr(state.host, name) for name in ("free", "cached", "held")},
+            "preemptions": {"swap": counts.swaps, "recompute": counts.preemptions - counts.swaps},
+            "prefix_queries": counts.prompt + counts.cached, "prefix_hits": counts.cached,
+            "computed_tokens": {"prompt": counts.prompt, "decode": counts.decode}, "padded_tokens": runner.padded,
+            "swap_bytes": {"out": runner.host.bytes_out, "in": runner.host.bytes_in}, "layer_group_iterations": self._groups,
+            "xla_compiles_after_warmup": self._compiles.since, "queue_seconds": self._queued.shown(), "step_tokens": self._step_tokens.shown(),
+        }  # fmt: skip
+        found = runner.counters()
+        if found:
+            asked, hits, loads = (int(found[name].sum()) for name in ("requests", "hits", "loads"))
+            bank = runner.model.bank
+            out |= {"expert_hits": hits, "expert_misses": asked - hits, "expert_loads": loads, "expert_bytes_h2d": loads * bank.record_bytes}
+            out |= {"expert_stall_seconds": runner.stalled, "expert_slots": sum(bank.slots), "distinct_experts": self._distinct.shown()}
+        return out
+
+    def _over(self, event: Event) -> None:
+        if event.finish_reason is not None:
+            self.finished[event.finish_reason] = self.finished.get(event.finish_reason, 0) + 1
+
+    def close(self) -> None:
+        """Takes no more requests; those that are there go on."""
+        self._closed = True
+
+
+class Tally:
+    """A histogram in the making: how many values are at most each bound, and their sum."""
+
+    def __init__(self, bounds: Sequence[float]):
+        self._bounds, self._counts, self._sum = list(bounds), [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        """Counts a value."""
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def shown(self) -> dict[str, Any]:
+        """As `jaxmoe.server.metrics` takes it."""
+        return {"bounds": list(self._bounds), "counts": list(self._counts), "sum": self._sum}
+
+
+def _edits(request: ServeRequest, vocab: int, eos: Sequence[int]) -> RowEdits | None:
+    """What changes a request's logits; None if nothing does."""
+    r = request
+    if not (r.presence_penalty or r.frequency_penalty or r.repetition_penalty != 1 or r.logit_bias or r.min_new_tokens):
+        return None
+    return RowEdits(
+        vocab, r.presence_penalty, r.frequency_penalty, r.repetition_penalty, r.logit_bias, r.min_new_tokens, () if r.ignore_eos else eos,
+        r.prompt_ids,
+    )  # fmt: skip

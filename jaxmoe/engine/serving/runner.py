@@ -1,0 +1,311 @@
+"""Runs a scheduler's plans on a model: pages, programs, and what they need of each sequence. Holds the device state and decides nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxmoe import formats
+from jaxmoe.cache.layers import init_paged_layers
+from jaxmoe.decode.penalties import RowEdits, build_adjust
+from jaxmoe.decode.sampling import SamplingParams, sampling_params
+from jaxmoe.engine import steps
+from jaxmoe.engine.generate import Sampling
+from jaxmoe.engine.model import Model
+from jaxmoe.engine.serving import programs
+from jaxmoe.engine.serving.batches import page_tables, places_of, prompt_batch, sizes
+from jaxmoe.engine.serving.host_store import HostStore
+from jaxmoe.engine.serving.requests import TokenLogprob
+from jaxmoe.engine.serving.types import Move, Piece, Row, ServeSpec, StepPlan
+from jaxmoe.engine.steps import EngineState
+from jaxmoe.experts import SlotBank
+from jaxmoe.nn.transformer import layer_groups
+from jaxmoe.spec import DeltaSpec
+
+
+class Live(Protocol):
+    """What a runner has to know of a sequence. Attributes: `ids` its tokens so far; `sampling`; `edits` of its logits, `mask` what a grammar allows
+    next, each None where there is none; `logprobs` how many of the likeliest tokens are wanted, None for no log probabilities."""
+
+    ids: list[int]
+    sampling: Sampling
+    edits: RowEdits | None
+    logprobs: int | None
+
+    def mask(self) -> np.ndarray | None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """New tokens of a sequence, and their log probabilities where they were asked for."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class FusedPrograms:
+    """The compiled steps of `programs`, experts included."""
+
+    stalled = 0.0
+
+    def __init__(self, model: Model, spec: ServeSpec, record: bool = False):
+        self._model, self._record = model, record
+        own, kernels = model.spec, model.kernels
+        self._decode = [programs.decode_step(own, kernels, spec.burst, adjusted, record) for adjusted in (False, True)]
+        self._prompts, self._group = programs.prompts_step(own, kernels, record), programs.group_step(own, kernels)
+        self._edges = layer_groups(own, spec.groups)
+
+    def decode(self, state, rows, tokens, positions, budget, tables, eos, sampling, adjust):
+        """See `programs.decode_step`."""
+        run = self._decode[adjust is not None]
+        return run(self._model.params, self._model.bank, state, rows, tokens, positions, budget, tables, eos, sampling, adjust)
+
+    def prompts(self, state, batch, sampling, positions, adjust):
+        """See `programs.prompts_step`."""
+        return self._prompts(self._model.params, self._model.bank, state, batch, sampling, positions, adjust)
+
+    def park(self, tokens: int) -> Any:
+        """A wave before its first group."""
+        return programs.nothing_parked(self._model.spec, tokens, formats.compute_dtype(self._model.spec.precision.compute))
+
+    def group(self, state, parked, batch, group: int, sampling, positions, adjust):
+        """See `programs.group_step`; `group` counts groups of layers."""
+        edges = np.int32(self._edges[group]), np.int32(self._edges[group + 1])
+        return self._group(self._model.params, self._model.bank, state, parked, batch, *edges, sampling, positions, adjust)
+
+
+class Runner:
+    """Attributes: `state` on the device; `host` pages in host memory; `compiled` seconds of warm-up; `padded` and `real` tokens so far."""
+
+    def __init__(self, model: Model, spec: ServeSpec, eos: Sequence[int] = (), kv: str | None = None, run: Any = None):
+        """
+        Args:
+            model: on one device.
+            spec: sizes.
+            eos: ids that end a text.
+            kv: how keys and values are held, as for `init_paged_layers`.
+            run: what runs the steps; the compiled ones if not given.
+
+        Raises:
+            ValueError: a model on a mesh, or more end-of-text ids than a step watches for.
+        """
+        if model.on.mesh is not None:
+            raise ValueError(f"serving is for a model on one device: leave out the split {model.on.layout.split}")
+        if len(eos) > steps.EOS_SLOTS:
+            raise ValueError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
+        self.spec, self.kv = spec, kv
+        self.model = model = model.for_positions(spec.positions)
+        self._run = run or FusedPrograms(model, spec)
+        self._eos, self._none = steps.pad_to(eos, steps.EOS_SLOTS, -2), steps.pad_to((), steps.EOS_SLOTS, -2)
+        self.state = self._fresh()
+        self._copy, self._read, self._write = (make(model.kernels) for make in (programs.copy_pages, programs.read_pages, programs.write_pages))
+        self.host = HostStore(spec.host_pages)
+        self._rows = int(any(isinstance(kind, DeltaSpec) for kind in model.spec.state_kinds))  # whether slots hold what no page does
+        self._parked: Any = None
+        self._neutral: dict[int, Any] = {}
+        self.padded = self.real = 0
+        self.row_buckets = tuple(b for b in steps.ROW_BUCKETS if b < spec.batch) + (spec.batch,)
+        self.chunk_buckets, self.wave_buckets = sizes(spec.chunk, 64), sizes(spec.wave, 64)
+
+    def _fresh(self) -> EngineState:
+        return steps.committed(EngineState(self._empty(), self.model.bank.init_state()))
+
+    def rebuild(self) -> None:
+        """Makes the device's state anew, after a step that failed may have left none. Pages in host memory stay."""
+        self.state, self._parked = self._fresh(), None
+
+    def _empty(self):
+        return init_paged_layers(self.model.spec, self.spec.slots, self.spec.pages, self.spec.page, self.model.kernels, self.kv)
+
+    def kv_bytes(self) -> int:
+        """Bytes of the device's pages, trash included, and of what other layers carry."""
+        return sum(x.nbytes for x in jax.tree.leaves(jax.eval_shape(self._empty)))
+
+    def page_bytes(self) -> int:
+        """Bytes of one page, in all layers."""
+        held = jax.eval_shape(self._empty).states
+        return sum(x.nbytes // (self.spec.pages + 1) for pool in held if hasattr(pool, "pages") for x in jax.tree.leaves(pool.pages))
+
+    # --- A step
+
+    def run(self, plan: StepPlan, live: Mapping[int, Live]) -> dict[int, Given]:
+        """Does what a plan says.
+
+        Args:
+            plan: of the scheduler.
+            live: every sequence that it names.
+
+        Returns:
+            New tokens, by sequence.
+        """
+        spec, given = self.spec, {}
+        tables = page_tables(spec, plan.tables)
+        self._move_pages(plan)
+        if plan.chunk and spec.mixed:
+            given |= self._prompts(plan.decode, plan.chunk, live, tables)
+        else:
+            if plan.decode:
+                given |= self._decode(plan.decode, live, tables)
+            if plan.chunk:
+                given |= self._prompts((), plan.chunk, live, tables)
+        if plan.group is not None:
+            given |= self._group(plan.group, live, tables)
+        return given
+
+    def _move_pages(self, plan: StepPlan) -> None:
+        most = self.spec.move
+        for at in range(0, len(plan.copies), most):
+            pairs = plan.copies[at : at + most]
+            source, target = (self._padded([pair[k] for pair in pairs]) for k in range(2))
+            self.state = self._copy(self.state, source, target)
+        for move in plan.out:
+            for device, host in self._parts(move):
+                self.host.put(self._read(self.state, self._padded(device), np.int32(move.slot)), host, move.id)
+        for move in plan.into:
+            for device, host in self._parts(move):
+                self.state = self._write(self.state, self._padded(device), np.int32(move.slot), self.host.get(host, move.id, most))
+
+    def _parts(self, move: Move):
+        most = self.spec.move
+        for at in range(0, max(self._rows, len(move.device)), most):
+            yield move.device[at : at + most], move.host[at : at + most]
+
+    def _padded(self, pages: Sequence[int]) -> np.ndarray:
+        return steps.pad_to(pages, self.spec.move, self.spec.trash)
+
+    def _decode(self, rows: Sequence[Row], live: Mapping[int, Live], tables: np.ndarray) -> dict[int, Given]:
+        n = steps.bucket(len(rows), self.row_buckets)
+        adjust = self._adjust([live[row.id] for row in rows], n)
+        columns = [[live[row.id].ids[row.at] for row in rows], [row.at for row in rows], [row.count for row in rows]]
+        tokens, positions, budget = (steps.pad_to(column, n) for column in columns)
+        sampling = self._sampling([live[row.id] for row in rows], n)
+        slots = steps.pad_to([row.slot for row in rows], n)
+        out, self.state, more, _ = self._run.decode(self.state, slots, tokens, positions, budget, tables, self._eos, sampling, adjust)
+        out = np.asarray(out)
+        self.real += int((out >= 0).sum())
+        self.padded += int((n - len(rows)) * max(1, (out >= 0).any(1).sum()))
+        more = jax.device_get(more)
+        return {row.id: _given(live[row.id], [t for t in out[:, i].tolist() if t >= 0], more, i) for i, row in enumerate(rows)}
+
+    def _prompts(self, rows: Sequence[Row], pieces: Sequence[Piece], live: Mapping[int, Live], tables: np.ndarray) -> dict[int, Given]:
+        spec = self.spec
+        places, used = places_of(spec, pieces)
+        tokens, singles = steps.bucket(used, self.chunk_buckets), spec.batch if spec.mixed else 0
+        ids = {id: live[id].ids for id in {r.id for r in rows} | {p.id for p in pieces}}
+        batch = prompt_batch(spec, rows, pieces, places, tokens, singles, ids, tables)
+        drawing = self._drawing(rows, pieces, live, singles)
+        new, self.state, more, _ = self._run.prompts(self.state, batch, *drawing)
+        self._count(pieces, tokens + singles, len(rows))
+        return self._ends(rows, pieces, live, new, more, singles)
+
+    def _group(self, step, live: Mapping[int, Live], tables: np.ndarray) -> dict[int, Given]:
+        tokens = steps.bucket(step.tokens, self.wave_buckets)
+        batch = prompt_batch(self.spec, (), step.pieces, step.places, tokens, 0, {p.id: live[p.id].ids for p in step.pieces}, tables)
+        parked = self._run.park(tokens) if step.group == 0 else self._parked
+        drawing = self._drawing((), step.pieces, live, 0)
+        new, self.state, self._parked, more = self._run.group(self.state, parked, batch, step.group, *drawing)
+        if not step.last:
+            return {}
+        self._parked = None
+        self._count(step.pieces, tokens, 0)
+        return self._ends((), step.pieces, live, new, more, 0)
+
+    def _count(self, pieces: Sequence[Piece], tokens: int, rows: int) -> None:
+        real = sum(piece.count for piece in pieces) + rows
+        self.real, self.padded = self.real + real, self.padded + tokens - real
+
+    def _ends(self, rows, pieces: Sequence[Piece], live, new, more, singles: int) -> dict[int, Given]:
+        new, more = np.asarray(new), jax.device_get(more)
+        at = [(row.id, i) for i, row in enumerate(rows)]
+        at += [(piece.id, singles + i) for i, piece in enumerate(piece for piece in pieces if piece.ends)]
+        return {id: _given(live[id], [int(new[i])], more, i) for id, i in at}
+
+    # --- What sampling takes
+
+    def _drawing(self, rows: Sequence[Row], pieces: Sequence[Piece], live: Mapping[int, Live], singles: int) -> tuple:
+        """Sampling, positions and adjustments of the rows and of the pieces that end, as `prompt_batch` orders their logits."""
+        ends = [piece for piece in pieces if piece.ends]
+        all_rows: list[Live | None] = [live[row.id] for row in rows] + [None] * (singles - len(rows)) + [live[piece.id] for piece in ends]
+        total = singles + self.spec.slots
+        all_rows += [None] * (total - len(all_rows))
+        positions = np.zeros(total, np.int32)
+        positions[: len(rows)] = [row.at + 1 for row in rows]
+        positions[singles : singles + len(ends)] = [piece.at + piece.count for piece in ends]
+        adjust = self._adjust(all_rows, total)
+        return self._sampling(all_rows, total), positions, self._nothing(total) if adjust is None else adjust
+
+    def _sampling(self, rows: Sequence[Live | None], n: int) -> SamplingParams:
+        given = [Sampling() if row is None else row.sampling for row in rows] + [Sampling()] * (n - len(rows))
+        return sampling_params(n, **{f.name: np.asarray([getattr(s, f.name) for s in given]) for f in dataclasses.fields(Sampling)})
+
+    def _adjust(self, rows: Sequence[Live | None], n: int):
+        """What changes the rows' logits; None if nothing does and nobody asks for log probabilities."""
+        masks = [None if row is None else row.mask() for row in rows]
+        edits = [None if row is None or row.edits is None or row.edits.neutral else row.edits for row in rows]
+        if all(m is None for m in masks) and all(e is None for e in edits):
+            return self._nothing(n) if any(row is not None and row.logprobs is not None for row in rows) else None
+        return build_adjust(edits, masks, n, self.model.spec.vocab)
+
+    def _nothing(self, n: int):
+        """Adjustments of n rows that change nothing, which stay on the device."""
+        if n not in self._neutral:
+            self._neutral[n] = jax.device_put(build_adjust([None] * n, [None] * n, n, self.model.spec.vocab))
+        return self._neutral[n]
+
+    # --- Warming up
+
+    def warm_up(self, progress: Callable[[str], None] = lambda name: None, modes: Sequence[str] = ("decode", "chunk", "group", "pages")) -> float:
+        """Compiles every program that a plan can need, by running it on padding; returns the seconds that took."""
+        began, spec, tables = time.perf_counter(), self.spec, page_tables(self.spec, {})
+        zeros = {n: np.zeros(n, np.int32) for n in {*self.row_buckets}}
+        for n in self.row_buckets if "decode" in modes else ():
+            for adjust in (None, self._nothing(n)):
+                progress(f"decode of {n}{'' if adjust is None else ', adjusted'}")
+                args = (zeros[n], zeros[n], zeros[n], np.ones(n, np.int32), tables, self._none, sampling_params(n, temperature=0.0), adjust)
+                _, self.state, _, _ = self._run.decode(self.state, *args)
+        for tokens in self.chunk_buckets if "chunk" in modes else ():
+            progress(f"prompts of {tokens}")
+            singles = spec.batch if spec.mixed else 0
+            _, self.state, _, _ = self._run.prompts(self.state, *self._padding(tokens, singles, tables))
+        for tokens in self.wave_buckets if "group" in modes else ():
+            progress(f"waves of {tokens}")
+            parked = self._run.park(tokens)
+            for group in range(spec.groups):
+                batch, *drawing = self._padding(tokens, 0, tables)
+                _, self.state, parked, _ = self._run.group(self.state, parked, batch, group, *drawing)
+        if "pages" in modes:
+            progress("copies of pages")
+            nothing = self._padded(())
+            self.state = self._copy(self.state, nothing, nothing)
+            block = jax.device_get(self._read(self.state, nothing, np.int32(0)))
+            self.state = self._write(self.state, nothing, np.int32(0), block)
+            self.host.shape(block)
+        self.state = dataclasses.replace(self.state, bank=self.model.bank.forget(self.state.bank))
+        jax.block_until_ready(jax.tree.leaves(self.state))
+        return time.perf_counter() - began
+
+    def _padding(self, tokens: int, singles: int, tables: np.ndarray) -> tuple:
+        """A batch with nothing but padding, and what goes with it."""
+        return prompt_batch(self.spec, (), (), (), tokens, singles, {}, tables), *self._drawing((), (), {}, singles)
+
+    def counters(self) -> dict[str, np.ndarray]:
+        """The bank's, by layer."""
+        return self.model.bank.counters(self.state.bank) if isinstance(self.model.bank, SlotBank) else {}
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that the host waited for experts."""
+        return self._run.stalled
+
+
+def _given(live: Live, ids: list[int], more: Any, at: int) -> Given:
+    if live.logprobs is None or not more:
+        return Given(tuple(ids))
+    logprob, top_ids, top = (np.asarray(part)[at] for part in more)
+    likeliest = tuple((int(i), float(l)) for i, l in zip(top_ids[: live.logprobs], top[: live.logprobs], strict=True))
+    return Given(tuple(ids), (TokenLogprob(ids[0], float(logprob), likeliest),))
