@@ -81,10 +81,11 @@ class Matcher:
         """
         self._raise_error()
         accepting = self.accepting
+        words = -(-self._vocab // 32)
         if self.finished:
-            found = np.zeros(-(-self._vocab // 32), np.uint32)
-        else:
-            found = np.frombuffer(self._inner.compute_bitmask(), np.uint32).copy()
+            found = np.zeros(words, np.uint32)
+        else:  # a word more than these comes of a vocabulary that fills its last one
+            found = np.frombuffer(self._inner.compute_bitmask(), np.uint32)[:words].copy()
         self._raise_error()
         for token in self._eos_ids:
             bit = np.uint32(1 << (token % 32))

@@ -111,6 +111,19 @@ class Pending:
     layer: LayerSpec = flax.struct.field(pytree_node=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class OnTheWay:
+    """A batch between two layers.
+
+    Attributes: `x` its residual stream, without what `before` has to add; `chosen` the routing so far, by MoE layer.
+    """
+
+    x: jax.Array
+    router_state: Any
+    before: Pending | None = None
+    chosen: tuple = ()
+
+
 class Programs:
     """The halves, each jitted once for a kind of layer and a batch size."""
 
@@ -129,6 +142,7 @@ class Programs:
         self.land = self._jit(self._land, donate=(0, 1))
         self.begin = self._jit(lambda params, batch: embed(spec, params, batch))
         self.tail = functools.cache(self._tail)
+        self.logits = self._jit(lambda params, x, before, batch: head(spec, params, self._finish(x, before), batch, kernels))
         self.decode_batch = jax.jit(steps.decode_batch)
 
     def _jit(self, f: Callable, donate: tuple[int, ...] = ()) -> Callable:
@@ -306,16 +320,32 @@ class HostDriven:
 
     def step(self, params, state: steps.EngineState, batch: Batch, sampling: SamplingParams, positions):
         """One forward pass: `(tokens, logits, state, routed)`."""
-        self._loads[:] = 0  # a step that failed has left some
+        way, state = self.through(params, state, self.start(params, batch), batch, 0, self._spec.n_layers)
+        tokens, logits = self.programs.tail(self._greedy)(params, way.x, way.before, batch, sampling, positions)
+        if self._lookout is not None:
+            self._lookout.end([ids for ids, _ in way.chosen])
+        return tokens, logits, state, self._routing(way.chosen)
+
+    def start(self, params, batch: Batch) -> OnTheWay:
+        """A batch before the first layer."""
         x = self.programs.begin(params, batch)
+        return OnTheWay(x, initial_state(self._spec, x))
+
+    def through(
+        self, params, state: steps.EngineState, way: OnTheWay, batch: Batch, first: int, last: int
+    ) -> tuple[OnTheWay, steps.EngineState]:
+        """Takes a batch through the layers from `first` up to `last`.
+
+        Other batches may go through layers between two calls for the same one, if nothing looks ahead.
+        """
+        self._loads[:] = 0  # a step that failed has left some
         layers, carried = state.layers, state.bank
         pools, tables = carried.pools, dataclasses.replace(carried, pools=None)
-        before: Pending | None = None
-        router_state = initial_state(self._spec, x)
-        tables = self._begin(batch, tables)
-        chosen = []
-        moe_layer = 0
-        for i, (layer, tree, at, index) in enumerate(self._layers(params)):
+        x, before, router_state, chosen = way.x, way.before, way.router_state, list(way.chosen)
+        if first == 0:
+            tables = self._begin(batch, tables)
+        moe_layer = sum(layer.sparse for layer in self._spec.layers[:first])
+        for i, (layer, tree, at, index) in enumerate(self._layers(params)[first:last], first):
             front = self.programs.front(layer, at is not None)
             look = self._look(params, moe_layer) if layer.sparse else None
             x, layers, tables, router_state, planned = front(tree, at, x, before, layers, tables, index, moe_layer, batch, router_state, look)
@@ -328,13 +358,14 @@ class HostDriven:
                 before = Pending(side, finishing, y, routed, layer)
                 chosen.append(own)  # the router's choice, which a lossy bank, or an expert that scales its input, is not given
                 moe_layer += 1
-        tokens, logits = self.programs.tail(self._greedy)(params, x, before, batch, sampling, positions)
-        if self._lookout is not None:
-            self._lookout.end([ids for ids, _ in chosen])
-        if self._forget is not None:
+        if last == self._spec.n_layers and self._forget is not None:
             tables = dataclasses.replace(tables, slot_of_expert=self._forget(tables.slot_of_expert))
         carried = dataclasses.replace(tables, pools=pools, loads=tables.loads + self._loads.copy())
-        return tokens, logits, steps.EngineState(layers, carried), self._routing(chosen)
+        return OnTheWay(x, router_state, before, tuple(chosen)), steps.EngineState(layers, carried)
+
+    def logits(self, params, way: OnTheWay, batch: Batch) -> jax.Array:
+        """float32 logits of a batch that has been through all layers."""
+        return self.programs.logits(params, way.x, way.before, batch)
 
     def _begin(self, batch: Batch, tables: Any) -> Any:
         """The lookout begins its step; the tables with what it foresees, where the policy goes by that."""

@@ -518,3 +518,10 @@ def test_the_longest_chains_of_rules_do_not_end_the_process():
     code = CHAINS.format(file=str(FILE), vocab=TOKENS)
     got = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (got.returncode, got.stdout) == (0, "done\n"), got.stderr[-2000:]
+
+
+def test_a_vocabulary_that_fills_its_words_has_no_word_more():
+    """The shipped model's, of 4,096 tokens."""
+    compiler = GrammarCompiler(FILE, 4096, (0,))
+    matcher = compiler.json_schema({"type": "integer"}).matcher()
+    assert matcher.mask().shape == (128,)

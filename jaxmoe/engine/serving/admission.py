@@ -25,7 +25,7 @@ class Admission:
         """Whoever waits or was put aside, best first; children that need their parent's prompt only once that is there."""
         step = self._step
         ids = [*step.swapped, *(i for i, s in step.seqs.items() if s.phase is Phase.WAITING and not self._held_back(s))]
-        yield from step.ranked(ids)
+        yield from step.ranked(i for i in ids if i != step.made_way)
 
     def ready(self) -> None:
         """Those that can decode at once come in, while prompts have to wait."""
@@ -33,7 +33,7 @@ class Admission:
             return
         step = self._step
         ids = [i for i in step.swapped if step.seqs[i].left == 1]
-        ids += [i for i, s in step.seqs.items() if s.phase is Phase.WAITING and s.parent is not None and self._forks(s)]
+        ids += [i for i, s in step.seqs.items() if s.phase is Phase.WAITING and s.parent is not None and self.forks(s)]
         for seq in step.ranked(ids) if ids else ():
             if self.closed or (came := self.admit(seq)) is None:
                 return
@@ -44,7 +44,7 @@ class Admission:
 
         One page for each running sequence stays free, so that who comes in does not drive others out at the next step.
         """
-        came = _fork(self._step, seq) if seq.parent is not None and self._forks(seq) else _admit(self._step, seq)
+        came = _fork(self._step, seq) if seq.parent is not None and self.forks(seq) else _admit(self._step, seq)
         self.closed = came is None or not self._step.slots
         if came is not None and self._computing is not None and came.left > 1:
             self._computing.update(_to_compute(self._step, came))
@@ -70,16 +70,17 @@ class Admission:
         """A child waits as long as its parent is here and has not computed the prompt, or cannot lend it in this step."""
         if seq.parent is None or not self._may_fork(seq):
             return False
-        return not self._forks(seq)
+        return not self.forks(seq)
 
     def _may_fork(self, seq: Seq) -> bool:
         step = self._step
         return step.spec.sharing and seq.known == seq.prompt and seq.parent in step.seqs
 
-    def _forks(self, seq: Seq) -> bool:
+    def forks(self, seq: Seq) -> bool:
+        """Whether a sequence can share the pages of its parent's prompt in this step."""
         if not self._may_fork(seq):
             return False
-        if self._step.made_way:
+        if self._step.made_way is not None:
             return False  # pages that have just been given back are read after copies on the device are made
         parent = _parent(self._step, seq)
         return parent.phase is Phase.RUNNING and parent.computed >= seq.prompt and parent.id not in self._step.admitted

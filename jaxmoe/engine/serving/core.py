@@ -265,8 +265,7 @@ class ServingEngine:
     def _lost(self, plan: StepPlan, error: Exception) -> list[Event]:
         """After a step that failed: its requests end with an error, the device's state is made anew, and the others are computed again."""
         self.errors += 1
-        ids = {row.id for row in plan.decode} | {p.id for p in plan.chunk} | {p.id for p in (plan.group.pieces if plan.group else ())}
-        ids |= {move.id for move in (*plan.out, *plan.into)}
+        ids = _computed(plan) | {move.id for move in (*plan.out, *plan.into)}
         ids = {id for id in ids if id in self._live} or set(self._live)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         events = [Event(id, finish_reason="error", error=reason) for id in sorted(ids)]
@@ -288,7 +287,7 @@ class ServingEngine:
         self._groups += plan.group is not None
         tokens = sum(len(new.ids) for new in given.values()) + sum(piece.count for piece in plan.chunk)
         self._step_tokens.add(tokens + (sum(p.count for p in plan.group.pieces) if plan.group is not None and plan.group.last else 0))
-        for id in {row.id for row in plan.decode} | {p.id for p in plan.chunk} | {p.id for p in (plan.group.pieces if plan.group is not None else ())}:
+        for id in _computed(plan):
             if not self._live[id].began:
                 self._live[id].began = True
                 self._queued.add(now - self.state.seqs[id].arrived)
@@ -325,6 +324,12 @@ class ServingEngine:
     def close(self) -> None:
         """Takes no more requests; those that are there go on."""
         self._closed = True
+
+
+def _computed(plan: StepPlan) -> set[int]:
+    """Sequences that a plan computes tokens of."""
+    pieces = (*plan.chunk, *(plan.group.pieces if plan.group is not None else ()))
+    return {row.id for row in plan.decode} | {piece.id for piece in pieces}
 
 
 class Tally:

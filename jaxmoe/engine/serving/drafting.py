@@ -22,7 +22,7 @@ class Step(Draft):
         policy, now, paths, held: as `plan` was given them.
         copies, out, into, decode: as of `types.StepPlan`, growing.
         preempted: whether a sequence was put aside for want of pages, after which nobody else comes in.
-        made_way: whether one was put aside so that another can come in.
+        made_way: who was put aside so that another can come in, and does not come back in the same step.
         admitted: sequences that came in or back; their pages are complete only after `into`.
     """
 
@@ -33,7 +33,8 @@ class Step(Draft):
         self.out: list[Move] = []
         self.into: list[Move] = []
         self.decode: list[Row] = []
-        self.preempted = self.made_way = False
+        self.preempted = False
+        self.made_way: int | None = None
         self.admitted: set[int] = set()
         self._borrowed: list[int] = []
         self._ranker = Ranker(self, policy, now, paths, held)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from jaxmoe.engine.serving.admission import Admission
 from jaxmoe.engine.serving.drafting import Step
 from jaxmoe.engine.serving.state import changed
 from jaxmoe.engine.serving.types import Move, Phase, Seq
@@ -32,17 +33,19 @@ def make_room(step: Step, pages: int, seq: Seq) -> bool:
 def make_way(step: Step) -> None:
     """At most one running sequence is put aside for one that waits and is ahead of it by more than the policy's margin.
 
-    Not during a wave, which nobody could join. Who is put aside comes back when there is room; it would need the margin to come back before.
+    Not during a wave, which nobody could join, nor for an answer that only waits for another's prompt. Who is put aside comes back when there is
+    room; it would need the margin to come back before.
     """
     if step.policy.margin == math.inf or step.wave is not None or not step.running or len(step.running) == len(step.seqs):
         return
-    first = step.ranked(i for i, s in step.seqs.items() if s.phase is not Phase.RUNNING)[0]
-    if step.slots and step.spec.pages_for(first.known) + len(step.running) <= step.pool.available:
+    admission = Admission(step)
+    first = next((s for s in admission.queue() if not admission.forks(s) and not admission.deferred(s)), None)
+    if first is None or step.slots and step.spec.pages_for(first.known) + len(step.running) <= step.pool.available:
         return
     lowest = step.ranked(step.running)[-1]
     if step.ahead(first, lowest):
         preempt(step, lowest)
-        step.preempted, step.made_way = False, True
+        step.preempted, step.made_way = False, lowest.id
 
 
 def preempt(step: Step, seq: Seq) -> None:

@@ -21,6 +21,7 @@ from jaxmoe.engine.serving import programs
 from jaxmoe.engine.serving.batches import page_tables, places_of, prompt_batch, sizes
 from jaxmoe.engine.serving.host_store import HostStore
 from jaxmoe.engine.serving.requests import TokenLogprob
+from jaxmoe.engine.serving.routing import DecodeCounts, Routed, decoded, prompted
 from jaxmoe.engine.serving.types import Move, Piece, Row, ServeSpec, StepPlan
 from jaxmoe.engine.steps import EngineState
 from jaxmoe.experts import SlotBank
@@ -80,9 +81,10 @@ class FusedPrograms:
 
 
 class Runner:
-    """Attributes: `state` on the device; `host` pages in host memory; `compiled` seconds of warm-up; `padded` and `real` tokens so far."""
+    """Attributes: `state` on the device; `host` pages in host memory; `compiled` seconds of warm-up; `padded` and `real` tokens so far; `record`,
+    whether `routed` has the last step's routing, waves excepted; `decoded` what decoding asked the bank for."""
 
-    def __init__(self, model: Model, spec: ServeSpec, eos: Sequence[int] = (), kv: str | None = None, run: Any = None):
+    def __init__(self, model: Model, spec: ServeSpec, eos: Sequence[int] = (), kv: str | None = None, run: Any = None, record: bool = False):
         """
         Args:
             model: on one device.
@@ -90,17 +92,22 @@ class Runner:
             eos: ids that end a text.
             kv: how keys and values are held, as for `init_paged_layers`.
             run: what runs the steps; the compiled ones if not given.
+            record: keep each step's routing, for what learns from it. A wave's groups of layers do not give theirs.
 
         Raises:
-            ValueError: a model on a mesh, or more end-of-text ids than a step watches for.
+            ValueError: a model on a mesh, more end-of-text ids than a step watches for, or steps of `run` that are to be recorded.
         """
         if model.on.mesh is not None:
             raise ValueError(f"serving is for a model on one device: leave out the split {model.on.layout.split}")
         if len(eos) > steps.EOS_SLOTS:
             raise ValueError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
-        self.spec, self.kv = spec, kv
+        if record and run is not None:
+            raise ValueError("the compiled steps give their routing, those that are given do not: leave out record or run")
+        self.spec, self.kv, self.record = spec, kv, record
+        self.routed: list[Routed] = []
+        self.decoded = DecodeCounts()
         self.model = model = model.for_positions(spec.positions)
-        self._run = run or FusedPrograms(model, spec)
+        self._run = run or FusedPrograms(model, spec, record)
         self._eos, self._none = steps.pad_to(eos, steps.EOS_SLOTS, -2), steps.pad_to((), steps.EOS_SLOTS, -2)
         self.state = self._fresh()
         self._copy, self._read, self._write = (make(model.kernels) for make in (programs.copy_pages, programs.read_pages, programs.write_pages))
@@ -144,7 +151,7 @@ class Runner:
             New tokens, by sequence.
         """
         spec, given = self.spec, {}
-        tables = page_tables(spec, plan.tables)
+        tables, self.routed = page_tables(spec, plan.tables), []
         self._move_pages(plan)
         if plan.chunk and spec.mixed:
             given |= self._prompts(plan.decode, plan.chunk, live, tables)
@@ -185,8 +192,12 @@ class Runner:
         tokens, positions, budget = (steps.pad_to(column, n) for column in columns)
         sampling = self._sampling([live[row.id] for row in rows], n)
         slots = steps.pad_to([row.slot for row in rows], n)
-        out, self.state, more, _ = self._run.decode(self.state, slots, tokens, positions, budget, tables, self._eos, sampling, adjust)
+        before = self.decoded.look(self.state.bank)
+        out, self.state, more, routed = self._run.decode(self.state, slots, tokens, positions, budget, tables, self._eos, sampling, adjust)
         out = np.asarray(out)
+        self.decoded.add(before, self.state.bank, int((out >= 0).any(1).sum()))
+        if self.record:
+            self.routed.append(decoded(rows, tokens, positions, out, routed[0]))
         self.real += int((out >= 0).sum())
         self.padded += int((n - len(rows)) * max(1, (out >= 0).any(1).sum()))
         more = jax.device_get(more)
@@ -199,7 +210,9 @@ class Runner:
         ids = {id: live[id].ids for id in {r.id for r in rows} | {p.id for p in pieces}}
         batch = prompt_batch(spec, rows, pieces, places, tokens, singles, ids, tables)
         drawing = self._drawing(rows, pieces, live, singles)
-        new, self.state, more, _ = self._run.prompts(self.state, batch, *drawing)
+        new, self.state, more, routed = self._run.prompts(self.state, batch, *drawing)
+        if self.record:
+            self.routed.append(prompted(rows, pieces, batch, routed[0]))
         self._count(pieces, tokens + singles, len(rows))
         return self._ends(rows, pieces, live, new, more, singles)
 
@@ -268,6 +281,7 @@ class Runner:
                 progress(f"decode of {n}{'' if adjust is None else ', adjusted'}")
                 args = (zeros[n], zeros[n], zeros[n], np.ones(n, np.int32), tables, self._none, sampling_params(n, temperature=0.0), adjust)
                 _, self.state, _, _ = self._run.decode(self.state, *args)
+            self.decoded.look(self.state.bank)
         for tokens in self.chunk_buckets if "chunk" in modes else ():
             progress(f"prompts of {tokens}")
             singles = spec.batch if spec.mixed else 0
