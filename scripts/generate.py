@@ -21,7 +21,7 @@ if importlib.util.find_spec("jaxmoe") is None:
     sys.path.insert(0, str(ROOT))
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from jaxmoe.report.command import run_command
@@ -158,30 +158,6 @@ def check_arguments(args: Arguments, prompts: list[str]) -> None:
         record.check_path(args.json)
 
 
-def find_kernels(args: Arguments):
-    """The kernels of the default device."""
-    from pallas_kernels.dispatch import Kernels
-
-    try:
-        return Kernels.default(row_invariant=not args.fast, pallas=args.kernels == "pallas")
-    except RuntimeError as error:  # JAX_PLATFORMS names a device that is not there
-        raise ValueError(str(error)) from error
-
-
-def open_checkpoint(args: Arguments, console: Console):
-    """Opens the model, converted if need be."""
-    from checkpoints.load import load_hf_or_checkpoint
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("converting", total=None, visible=False)
-
-        def show(done: int, total: int, what: str) -> None:
-            progress.update(task, completed=done, total=total, visible=True)
-
-        return load_hf_or_checkpoint(args.model, args.cache / "converted", None, show)
-
-
 def plan_streaming(args: Arguments, spec, rows: int, positions: int):
     """What was asked for about experts and devices, checked; None if nothing was."""
     from jaxmoe.engine.planned import choose_devices
@@ -277,9 +253,10 @@ def run(args: Arguments, console: Console) -> None:
     from jaxmoe.engine.generate import check_requests
     from jaxmoe.engine.processes import together
     from jaxmoe.engine.text import Tokenizer
+    from jaxmoe.report.opening import find_kernels, open_model
 
     check_arguments(args, prompts)
-    kernels = find_kernels(args)
+    kernels = find_kernels(args.fast, args.kernels == "pallas")
     spec = read_spec(args.model)  # first, so that a folder that holds no model is refused as such, not for its lack of a tokenizer
     began = time.perf_counter()
     tokenizer = Tokenizer(args.model)
@@ -287,7 +264,7 @@ def run(args: Arguments, console: Console) -> None:
     check_requests(spec, requests)
     spec = spec.with_precision(args.dtype or ("float32" if kernels.backend == "cpu" else spec.precision.params))
     plan = plan_streaming(args, spec, len(requests), max(len(r.prompt_ids) + r.max_new_tokens for r in requests))
-    model, engine, streamed = load(args, plan, open_checkpoint(args, console), spec, kernels, requests, tokenizer.eos_ids, console)
+    model, engine, streamed = load(args, plan, open_model(args.model, args.cache, console), spec, kernels, requests, tokenizer.eos_ids, console)
     load_seconds = time.perf_counter() - began
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the host-driven mode has many small programs

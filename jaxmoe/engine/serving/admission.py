@@ -22,7 +22,10 @@ class Admission:
         self._computing: set[bytes] | None = None
 
     def queue(self) -> Iterator[Seq]:
-        """Whoever waits or was put aside, best first; children that need their parent's prompt only once that is there."""
+        """Whoever waits or was put aside, best first; children that need their parent's prompt only once that is there.
+
+        Everyone is looked at before the first comes in: a parent that comes back in this step has its pages only after copies on the device are made.
+        """
         step = self._step
         ids = [*step.swapped, *(i for i, s in step.seqs.items() if s.phase is Phase.WAITING and not self._held_back(s))]
         yield from step.ranked(i for i in ids if i != step.made_way)
@@ -83,7 +86,7 @@ class Admission:
         if self._step.made_way is not None:
             return False  # pages that have just been given back are read after copies on the device are made
         parent = _parent(self._step, seq)
-        return parent.phase is Phase.RUNNING and parent.computed >= seq.prompt and parent.id not in self._step.admitted
+        return parent.phase is Phase.RUNNING and parent.computed >= seq.prompt
 
 
 def _parent(step: Step, seq: Seq) -> Seq:

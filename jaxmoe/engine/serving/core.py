@@ -112,13 +112,18 @@ class ServingEngine:
         self._distinct = Tally((1, 2, 4, 8, 16, 32, 64, 128, 256))
         self._asked = self._requests()
         self._groups = 0
+        self._modes = ("decode", {"layered": "group", "whole": "whole"}.get(policy.prefill, "chunk"), "pages")
 
     def warm_up(self, progress: Callable[[str], None] = lambda name: None) -> float:
         """Compiles all that steps can need; returns the seconds it took. `counters` counts what is compiled after it."""
-        groups = "group" if self.policy.prefill == "layered" else "chunk"
-        seconds = self.runner.warm_up(progress, ("decode", groups, "pages"))
+        seconds = self.runner.warm_up(progress, self._modes)
         self._compiles, self._asked = CompileCount(), self._requests()
         return seconds
+
+    @property
+    def programs(self) -> int:
+        """How many programs its steps can need."""
+        return len(self.runner.programs(self._modes)) + 2  # copies of pages are three
 
     @property
     def idle(self) -> bool:

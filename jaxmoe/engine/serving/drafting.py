@@ -23,7 +23,6 @@ class Step(Draft):
         copies, out, into, decode: as of `types.StepPlan`, growing.
         preempted: whether a sequence was put aside for want of pages, after which nobody else comes in.
         made_way: who was put aside so that another can come in, and does not come back in the same step.
-        admitted: sequences that came in or back; their pages are complete only after `into`.
     """
 
     def __init__(self, state: SchedulerState, policy: Policy, now: float, paths: Paths | None, held: np.ndarray | None):
@@ -35,8 +34,7 @@ class Step(Draft):
         self.decode: list[Row] = []
         self.preempted = False
         self.made_way: int | None = None
-        self.admitted: set[int] = set()
-        self._borrowed: list[int] = []
+        self._borrowed: list[list[int]] = []
         self._ranker = Ranker(self, policy, now, paths, held)
 
     def ranked(self, ids) -> list[Seq]:
@@ -71,7 +69,7 @@ class Step(Draft):
         assert host is not None
         for (_, key), at in zip(keyed, host, strict=True):
             self.host.register(at, key)
-        self._borrowed += host  # nobody else may write there in this step
+        self._borrowed.append(host)  # nobody else may write there in this step
         self.out.append(Move(NOBODY, tuple(page for page, _ in keyed), tuple(host), NOBODY))
         self.count(out_pages=len(keyed), kept_pages=len(keyed))
 
@@ -89,22 +87,22 @@ class Step(Draft):
     def borrow(self, host: list[int]) -> None:
         """Keeps host pages that this step reads from being given to someone else in it."""
         self.host.hold(host)
-        self._borrowed += host
+        self._borrowed.append(host)
 
     def take_host(self, n: int, but: int) -> list[int] | None:
         """Pages in host memory; where there are too few, running sequences other than `but` lose their copies there, which are second ones."""
         for id in self.running:
             if n <= self.host.available:
                 break
-            if (seq := self.seqs[id]).host and id not in self.admitted and id != but:
+            if (seq := self.seqs[id]).host and id != but:
                 self.host.drop(seq.host)
                 self.set(changed(seq, host=(), host_tokens=0))
         return self.host.take(n)
 
     def state(self) -> SchedulerState:
         """See `Draft.state`."""
-        if self._borrowed:
-            self.host.drop(self._borrowed)
+        for host in self._borrowed:  # one by one: a page that was kept in this step may be read in it, and then has two
+            self.host.drop(host)
         return super().state()
 
     # --- Coming and going
@@ -114,7 +112,6 @@ class Step(Draft):
         if seq.phase is Phase.SWAPPED:
             self.swapped.remove(seq.id)
         self.running.append(seq.id)
-        self.admitted.add(seq.id)
         # -1: whoever comes in during a step was not passed over in it.
         return self.set(changed(seq, phase=Phase.RUNNING, slot=self.slots.pop(0), waited=-1, **fields))
 

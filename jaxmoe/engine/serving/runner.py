@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -12,6 +14,7 @@ import numpy as np
 
 from jaxmoe import formats
 from jaxmoe.cache.layers import init_paged_layers
+from jaxmoe.cache.paged import PagedKV
 from jaxmoe.decode.penalties import RowEdits, build_adjust
 from jaxmoe.decode.sampling import SamplingParams, sampling_params
 from jaxmoe.engine import steps
@@ -27,6 +30,9 @@ from jaxmoe.engine.steps import EngineState
 from jaxmoe.experts import SlotBank
 from jaxmoe.nn.transformer import layer_groups
 from jaxmoe.spec import DeltaSpec
+
+MODES = ("decode", "chunk", "whole", "group", "pages")
+"""Kinds of programs."""
 
 
 class Live(Protocol):
@@ -118,6 +124,7 @@ class Runner:
         self.padded = self.real = 0
         self.row_buckets = tuple(b for b in steps.ROW_BUCKETS if b < spec.batch) + (spec.batch,)
         self.chunk_buckets, self.wave_buckets = sizes(spec.chunk, 64), sizes(spec.wave, 64)
+        self.chunk_buckets += (spec.positions,) if spec.positions > spec.chunk else ()  # for prompts in one piece
 
     def _fresh(self) -> EngineState:
         return steps.committed(EngineState(self._empty(), self.model.bank.init_state()))
@@ -131,12 +138,12 @@ class Runner:
 
     def kv_bytes(self) -> int:
         """Bytes of the device's pages, trash included, and of what other layers carry."""
-        return sum(x.nbytes for x in jax.tree.leaves(jax.eval_shape(self._empty)))
+        return _bytes(jax.eval_shape(self._empty))
 
     def page_bytes(self) -> int:
         """Bytes of one page, in all layers."""
         held = jax.eval_shape(self._empty).states
-        return sum(x.nbytes // (self.spec.pages + 1) for pool in held if hasattr(pool, "pages") for x in jax.tree.leaves(pool.pages))
+        return sum(_bytes(pool.pages) // (self.spec.pages + 1) for pool in held if isinstance(pool, PagedKV))
 
     # --- A step
 
@@ -272,39 +279,62 @@ class Runner:
 
     # --- Warming up
 
-    def warm_up(self, progress: Callable[[str], None] = lambda name: None, modes: Sequence[str] = ("decode", "chunk", "group", "pages")) -> float:
-        """Compiles every program that a plan can need, by running it on padding; returns the seconds that took."""
-        began, spec, tables = time.perf_counter(), self.spec, page_tables(self.spec, {})
-        zeros = {n: np.zeros(n, np.int32) for n in {*self.row_buckets}}
-        for n in self.row_buckets if "decode" in modes else ():
-            for adjust in (None, self._nothing(n)):
-                progress(f"decode of {n}{'' if adjust is None else ', adjusted'}")
-                args = (zeros[n], zeros[n], zeros[n], np.ones(n, np.int32), tables, self._none, sampling_params(n, temperature=0.0), adjust)
-                _, self.state, _, _ = self._run.decode(self.state, *args)
-            self.decoded.look(self.state.bank)
-        for tokens in self.chunk_buckets if "chunk" in modes else ():
-            progress(f"prompts of {tokens}")
-            singles = spec.batch if spec.mixed else 0
-            _, self.state, _, _ = self._run.prompts(self.state, *self._padding(tokens, singles, tables))
-        for tokens in self.wave_buckets if "group" in modes else ():
-            progress(f"waves of {tokens}")
-            parked = self._run.park(tokens)
-            for group in range(spec.groups):
-                batch, *drawing = self._padding(tokens, 0, tables)
-                _, self.state, parked, _ = self._run.group(self.state, parked, batch, group, *drawing)
-        if "pages" in modes:
-            progress("copies of pages")
-            nothing = self._padded(())
-            self.state = self._copy(self.state, nothing, nothing)
-            block = jax.device_get(self._read(self.state, nothing, np.int32(0)))
-            self.state = self._write(self.state, nothing, np.int32(0), block)
-            self.host.shape(block)
+    def programs(self, modes: Sequence[str] = MODES) -> list[tuple[str, Callable[[], None]]]:
+        """Every program that plans can need, as a name and what runs it on padding.
+
+        Args:
+            modes: of 'decode', 'chunk', 'whole' (prompts in one piece, of any length), 'group' and 'pages'.
+        """
+        out: list[tuple[str, Callable[[], None]]] = []
+        if "decode" in modes:
+            both = [(n, adjusted) for n in self.row_buckets for adjusted in (False, True)]
+            out += [(f"decode of {n}{', adjusted' if some else ''}", functools.partial(self._try_decode, n, some)) for n, some in both]
+        pieces = self.chunk_buckets if "whole" in modes else [n for n in self.chunk_buckets if n <= self.spec.chunk] if "chunk" in modes else ()
+        out += [(f"prompts of {n}", functools.partial(self._try_prompts, n)) for n in pieces]
+        out += [(f"waves of {n}", functools.partial(self._try_wave, n)) for n in (self.wave_buckets if "group" in modes else ())]
+        return out + ([("copies of pages", self._try_pages)] if "pages" in modes else [])
+
+    def warm_up(self, progress: Callable[[str], None] = lambda name: None, modes: Sequence[str] = MODES) -> float:
+        """Compiles every program that plans can need, by running it on padding; returns the seconds that took.
+
+        Args:
+            progress: called with the name of each.
+            modes: as for `programs`.
+        """
+        began = time.perf_counter()
+        for name, attempt in self.programs(modes):
+            progress(name)
+            attempt()
         self.state = dataclasses.replace(self.state, bank=self.model.bank.forget(self.state.bank))
         jax.block_until_ready(jax.tree.leaves(self.state))
         return time.perf_counter() - began
 
-    def _padding(self, tokens: int, singles: int, tables: np.ndarray) -> tuple:
+    def _try_decode(self, n: int, adjusted: bool) -> None:
+        zeros, ones, tables = np.zeros(n, np.int32), np.ones(n, np.int32), page_tables(self.spec, {})
+        adjust = self._nothing(n) if adjusted else None
+        sampling = sampling_params(n, temperature=0.0)
+        _, self.state, _, _ = self._run.decode(self.state, zeros, zeros, zeros, ones, tables, self._none, sampling, adjust)
+
+    def _try_prompts(self, tokens: int) -> None:
+        singles = self.spec.batch if self.spec.mixed else 0
+        _, self.state, _, _ = self._run.prompts(self.state, *self._padding(tokens, singles))
+
+    def _try_wave(self, tokens: int) -> None:
+        parked = self._run.park(tokens)
+        for group in range(self.spec.groups):
+            batch, *drawing = self._padding(tokens, 0)
+            _, self.state, parked, _ = self._run.group(self.state, parked, batch, group, *drawing)
+
+    def _try_pages(self) -> None:
+        nothing = self._padded(())
+        self.state = self._copy(self.state, nothing, nothing)
+        block = jax.device_get(self._read(self.state, nothing, np.int32(0)))
+        self.state = self._write(self.state, nothing, np.int32(0), block)
+        self.host.shape(block)
+
+    def _padding(self, tokens: int, singles: int) -> tuple:
         """A batch with nothing but padding, and what goes with it."""
+        tables = page_tables(self.spec, {})
         return prompt_batch(self.spec, (), (), (), tokens, singles, {}, tables), *self._drawing((), (), {}, singles)
 
     def counters(self) -> dict[str, np.ndarray]:
@@ -315,6 +345,10 @@ class Runner:
     def stalled(self) -> float:
         """Seconds that the host waited for experts."""
         return self._run.stalled
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _given(live: Live, ids: list[int], more: Any, at: int) -> Given:

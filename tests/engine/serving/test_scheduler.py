@@ -298,15 +298,14 @@ def test_a_wave_is_not_put_aside():
 
 def test_copies_in_host_memory_make_room():
     """A running sequence's copy there is a second one: it goes when another has to be put aside, and the sequence knows."""
-    spec = dataclasses.replace(TINY, pages=4, burst=1, host_pages=2)
-    state, policy = decoding(spec, [8, 6])
+    spec = dataclasses.replace(TINY, pages=6, burst=1, host_pages=3)
+    state, policy = decoding(spec, [11, 9])
     _, state = aside(state)
     _, state = back(state)
-    assert len(state.seqs[0].host) == 2
     made, state = step(state, policy)
-    assert not made.out and len(state.seqs[0].host) == 2
+    assert not made.out and len(state.seqs[0].host) == 3
     made, state = step(state, policy)
-    assert [(move.id, len(move.device)) for move in made.out] == [(1, 2)] and [row.id for row in made.decode] == [0]
+    assert [(move.id, len(move.device)) for move in made.out] == [(1, 3)] and [row.id for row in made.decode] == [0]
     assert state.seqs[0].host == () and state.seqs[1].phase is Phase.SWAPPED
     state.check()
 

@@ -57,6 +57,22 @@ def test_every_request_gives_what_it_gives_alone(data):
         assert result.stalls == 0
 
 
+def test_a_prefix_is_kept_and_found_in_one_step():
+    """The device gives up a page for one who comes in, and the next to come in takes it from host memory."""
+    spec = dataclasses.replace(SMALL, slots=2, pages=5, batch=1, wave=32, groups=9, host_pages=3)
+    policy = Policy("layered", objective="expert-aware", held_cost=0.2, longest=0.01, defer=0.0)
+    requests = some_requests(1352, 20, 24, 23, 0.03)
+    both = 0
+
+    def watch(state, made):
+        nonlocal both
+        kept = {page for move in made.out if move.id < 0 for page in move.host}
+        both += any(kept & set(move.host) for move in made.into)
+
+    check_tokens(requests, simulate(requests, spec, policy, COST, routing, [(0.0, 0)], watch))
+    assert both > 0
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
 def test_three_pages_for_fifty_requests(mode, preemption):

@@ -1,0 +1,154 @@
+"""From what a user asks for to an engine that serves: checks first, weights last."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from checkpoints.load import Checkpoint
+from jaxmoe.decode.grammar import GrammarCompiler
+from jaxmoe.engine.memory import RESERVE, available_host_memory
+from jaxmoe.engine.model import Offload, load_model, read_store
+from jaxmoe.engine.serving.core import ServingEngine
+from jaxmoe.engine.serving.fitting import Fitted, check_host, fit
+from jaxmoe.engine.serving.host_programs import HostPrograms
+from jaxmoe.engine.serving.memory import ServeMemory
+from jaxmoe.engine.serving.objective import Policy, check_policy
+from jaxmoe.engine.serving.prefix import fingerprint
+from jaxmoe.engine.serving.runner import Runner
+from jaxmoe.engine.text import Tokenizer
+from jaxmoe.experts.source import ExpertSource
+from jaxmoe.nn.transformer import layer_groups
+from jaxmoe.offload import bounds
+from jaxmoe.offload.knowledge import knowledge
+from jaxmoe.offload.link import Link
+from jaxmoe.offload.trace import PROMPT, as_teacher_forced, check_model, load_or_import
+from jaxmoe.residency import find_policy
+from jaxmoe.spec import DeltaSpec, ModelSpec
+from pallas_kernels.dispatch import Kernels
+
+Mode = Literal["fused", "host-driven"]
+STREAMED_GROUPS = 8
+"""Groups of layers that a prompt goes through where experts are streamed, if a model has so many layers and nobody says otherwise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """What a user may ask for.
+
+    Attributes:
+        memory: the device's memory, and the engine's sizes; `groups` 0 takes as many as suit the model.
+        policy: how steps are put together; its `prefill` is 'layered' for streamed experts and 'chunked' for resident ones if None is given here.
+        prefill: see `policy`.
+        mode: 'fused' brings experts inside the compiled steps, 'host-driven' has the host send them.
+        link_gbps: emulate a link of this speed; needs the host-driven mode.
+        trace: a routing trace of the model, by which slots are shared out over the layers.
+        max_waiting: requests that may wait before others are turned away.
+    """
+
+    memory: ServeMemory
+    policy: Policy = Policy()
+    prefill: str | None = None
+    mode: Mode = "fused"
+    link_gbps: float | None = None
+    trace: Path | None = None
+    max_waiting: int | None = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class ServingPlan:
+    """A request that was checked. Attributes: `fitted` what the memory comes to, `policy` with its mode of prefill, `trace` what was read."""
+
+    asked: Serving
+    fitted: Fitted
+    policy: Policy
+    trace: Any = None
+
+
+def make_serving_plan(asked: Serving, spec: ModelSpec, kernels: Kernels, free: int | None = None) -> ServingPlan:
+    """Checks a request against the model and this machine; reads no weights.
+
+    Args:
+        asked: the request.
+        spec: the model, in the precision that it is to run in.
+        kernels: of the device.
+        free: bytes that the device has; asked of it if not given.
+
+    Raises:
+        ValueError: sizes, policies or a memory that don't go together; the message says which, and what would.
+    """
+    Link(asked.link_gbps)  # refuses a speed that is none
+    if asked.link_gbps is not None and asked.mode != "host-driven":
+        raise ValueError(f"a link of {asked.link_gbps} GB/s is emulated where the host sends experts: choose the mode host-driven, not {asked.mode}")
+    find_policy(asked.memory.policy)
+    memory, trace, curves = asked.memory, None, None
+    pieces = sum(segment.repeats for segment in spec.segments)
+    memory = dataclasses.replace(
+        memory, unrolled=False, sharing=memory.sharing and not any(isinstance(kind, DeltaSpec) for kind in spec.state_kinds),
+        groups=memory.groups or min(STREAMED_GROUPS, pieces), positions=min(memory.positions, spec.max_positions), link_gbps=asked.link_gbps,
+    )  # fmt: skip
+    layer_groups(spec, memory.groups)
+    if asked.trace is not None:
+        trace = load_or_import(asked.trace)
+        check_model(trace, spec)
+        counted = as_teacher_forced(trace) if (trace.phase == PROMPT).all() else trace
+        curves = bounds.marginal_hits(counted)
+        memory = dataclasses.replace(memory, knowledge=knowledge(trace, find_policy(memory.policy)))
+    fitted = fit(spec, memory, kernels, _free_bytes() if free is None else free, curves)
+    check_host(fitted, available_host_memory(), jax.devices()[0].platform == "cpu")
+    prefill: Any = asked.prefill or ("chunked" if fitted.resident else "layered")
+    policy = dataclasses.replace(asked.policy, prefill=prefill)
+    check_policy(fitted.spec, policy)
+    if asked.mode == "host-driven" and fitted.resident:
+        raise ValueError("the mode host-driven is for experts that don't all fit on the device, and here they do: give the experts less memory")
+    return ServingPlan(asked, fitted, policy, trace)
+
+
+def load_serving(
+    plan: ServingPlan, checkpoint: Checkpoint, kernels: Kernels, tokenizer: Tokenizer | None, name: str = "jaxmoe", dtype: str | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ServingEngine:  # fmt: skip
+    """Reads the weights and makes the engine, which still has to be warmed up.
+
+    Args:
+        plan: of `make_serving_plan`.
+        checkpoint, kernels: as for `load_model`.
+        tokenizer: for text; its end-of-text ids end answers.
+        name: of the model, for answers.
+        dtype: as for `load_model`; the checkpoint's own if not given.
+        progress: called with experts read and experts in all.
+    """
+    fitted, memory = plan.fitted, plan.fitted.asked
+    dtype = dtype or checkpoint.spec.precision.params
+    host = plan.asked.mode == "host-driven"
+    offload = None
+    if not fitted.resident:
+        assert fitted.slots is not None
+        offload = Offload(fitted.slots, fitted.staging, memory.policy, memory.knowledge, store=not host)
+    # Stacked layers compile in the time of one; what slicing them costs the CPU is little beside a step.
+    model = load_model(checkpoint, dtype, kernels, False, offload, progress)
+    run = None
+    if host:
+        source = ExpertSource(model.spec, read_store(checkpoint, model.spec, progress, kernels.expert_layout))
+        run = HostPrograms(model, fitted.spec, source, Link(plan.asked.link_gbps))
+    eos = () if tokenizer is None else tokenizer.eos_ids
+    runner = Runner(model, fitted.spec, eos, memory.kv_dtype, run)
+    salt = fingerprint(model.spec.hash(), memory.kv_dtype or model.spec.precision.kv, fitted.spec.page)
+    return ServingEngine(runner, tokenizer, eos, plan.policy, name, max_waiting=plan.asked.max_waiting, salt=salt)
+
+
+def grammar_compiler(engine: ServingEngine, folder: Path) -> GrammarCompiler | None:
+    """What turns schemas and grammars into masks for this model; None where its texts have no end or llguidance is not installed."""
+    if engine.tokenizer is None or not engine.eos:
+        return None
+    return GrammarCompiler(folder / "tokenizer.json", engine.model_spec.vocab, engine.eos)
+
+
+def _free_bytes() -> int | None:
+    """What the device has free; None where it does not say."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return None if "bytes_limit" not in stats else int(stats["bytes_limit"] * (1 - RESERVE) - stats.get("bytes_in_use", 0))
