@@ -18,6 +18,7 @@ from jaxmoe.engine.generate import Sampling
 from jaxmoe.engine.serving.core import ServingEngine
 from jaxmoe.engine.serving.requests import ServeRequest
 from jaxmoe.engine.serving.types import PrefillMode, ServeSpec
+from jaxmoe.engine.steps import committed
 from jaxmoe.report.serve_drive import Sent, check_drive, drive, loads
 from jaxmoe.report.serve_stats import Served
 
@@ -106,7 +107,7 @@ class Ready:
     def forget(self) -> None:
         """Empties the device of experts."""
         runner = self.engine.runner
-        runner.state = dataclasses.replace(runner.state, bank=runner.model.bank.forget(runner.state.bank))
+        runner.state = committed(dataclasses.replace(runner.state, bank=runner.model.bank.forget(runner.state.bank)))
 
 
 @dataclasses.dataclass(frozen=True)

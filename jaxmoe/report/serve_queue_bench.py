@@ -2,56 +2,48 @@
 the order of arrival, or one request at a time.
 
 Every arm serves the same requests and gives the same tokens, on the same compiled programs; what differs is how many sequences the scheduler may hold
-and decode in a step, and how it chooses them. Bytes are those of experts that crossed the link, counted where they are read; seconds are the wall's.
+and decode in a step, and how it chooses them. Bytes are those of experts that crossed the link, counted where they are read; seconds are
+the wall's, and those of all processors together, which others on the machine disturb less.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxmoe.engine.generate import Sampling
-from jaxmoe.engine.model import Model
+from checkpoints.load import load_hf_or_checkpoint
+from jaxmoe.engine.model import Model, Offload, load_model
 from jaxmoe.engine.serving import scheduler
 from jaxmoe.engine.serving.compiles import CompileCount
 from jaxmoe.engine.serving.core import ServingEngine
-from jaxmoe.engine.serving.paths import RequestPaths, by_token_seen
-from jaxmoe.engine.serving.requests import ServeRequest
+from jaxmoe.engine.serving.paths import RequestPaths
 from jaxmoe.engine.serving.routing import DecodeCounts
 from jaxmoe.engine.serving.runner import Runner
 from jaxmoe.engine.serving.scheduler import Policy
 from jaxmoe.engine.serving.types import ServeSpec
+from jaxmoe.engine.text import Tokenizer
 from jaxmoe.experts import SlotBank
-from jaxmoe.offload import request_paths
-from jaxmoe.offload.predictors import PREDICTORS, sizes_of
-from jaxmoe.offload.predictors.interface import one_hot
 from jaxmoe.offload.request_paths import PathSource
-from jaxmoe.offload.trace import DECODE, Trace, model_hash, model_meta
+from jaxmoe.offload.trace import Trace, model_hash
 from jaxmoe.report import record
-from jaxmoe.report.regroup_bench import Recorded, oracle
-from jaxmoe.report.serve_load import Sizes
-from jaxmoe.train.corpus import Corpus, windows
+from jaxmoe.report.serve_queue_sources import PROMPT, Queue, Recording, installed_text, mixed_queue, sources, trace_of
+from jaxmoe.train.corpus import Corpus
+from jaxmoe.train.path_predictor import FitSettings, train
+from pallas_kernels.dispatch import Kernels
 
 NAME = "serve_queue"
-PAGE = 32
-PROMPT, NEW = 32, Sizes(32, 0.5, 8, 96)
-"""Tokens of a prompt, a whole page; and of an answer."""
+PAGE, BLOCK = 32, 128
+"""Tokens of a page, and of a block of keys: sequences have room for whole blocks."""
 HELD = 0.3
 """What an expert that is on the device counts for, where arms look at that."""
-CONTROLS = ("arrival", "turns", "no regrouping", "one at a time")
+CONTROLS = ("arrival", "no regrouping, in turns", "no regrouping, together", "one at a time")
 RATIOS = ("tokens_per_second", "bytes_per_token", "decode_bytes_per_token", "distinct_per_token")
-
-
-@dataclasses.dataclass(frozen=True)
-class Queue:
-    """Attributes: `requests`, in order of arrival, all there at the beginning; `domains` of each."""
-
-    requests: tuple[ServeRequest, ...]
-    domains: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,54 +67,22 @@ class Ran:
     counts: Mapping[str, float]
 
 
-def mixed_queue(text: Corpus, count: int = 256, seed: int = 0, split: str = "held_out", prompt: int = PROMPT, new: Sizes = NEW) -> Queue:
-    """Requests of all domains of a corpus in equal parts, shuffled: windows of its text, continued at temperature 1; no text ends earlier.
-
-    Raises:
-        ValueError: the text is too short for so many.
-    """
-    each = -(-count // len(text.domains))
-    found = [(domain, tuple(map(int, ids[:prompt]))) for domain in text.domains for ids in windows(text, domain, prompt, split, most=each)]
-    if len(found) < count:
-        raise ValueError(f"the {split} text of {len(text.domains)} domains has {len(found)} windows of {prompt} tokens: give {count}, or more text")
-    rng = np.random.default_rng([seed, 11])
-    chosen = [found[i] for i in rng.permutation(len(found))[:count]]
-    lengths = new.draw(count, rng).tolist()
-    how = [Sampling(1.0, seed=seed + i) for i in range(count)]
-    requests = [ServeRequest(ids, n, sampling, ignore_eos=True) for (_, ids), n, sampling in zip(chosen, lengths, how, strict=True)]
-    return Queue(tuple(requests), tuple(domain for domain, _ in chosen))
-
-
 def arms(batch: int, wait: int, sources: Sequence[str]) -> list[Arm]:
-    """The controls, then grouping by each source with `wait` batches' worth of sequences to choose from, then looking at what is on the device."""
+    """The controls, then grouping by each source, then with an eye to what is on the device.
+
+    Args:
+        batch: sequences of a step; of all that run in "no regrouping, together".
+        wait: batches' worth of sequences that run, to be chosen from.
+        sources: their names.
+    """
     many, greedy = wait * batch, Policy(group="greedy")
-    out = [Arm("arrival", batch, batch), Arm("turns", many, batch), Arm("no regrouping", many, many), Arm("one at a time", 1, 1)]
+    out = [Arm("arrival", batch, batch), Arm(CONTROLS[1], many, batch), Arm(CONTROLS[2], many, many), Arm("one at a time", 1, 1)]
     out += [Arm(f"grouped by {source}", many, batch, greedy, source) for source in sources]
     held = [source for source in ("token, learned", "oracle") if source in sources]
     return out + [Arm(f"grouped by {source}, held", many, batch, dataclasses.replace(greedy, held_cost=HELD), source) for source in held]
 
 
 # --- Running
-
-
-class _Recording:
-    """In the place of `RequestPaths`, for a run that learns every sequence's routing. Attributes: `parts` of each id: (tokens, experts)."""
-
-    def __init__(self) -> None:
-        self.parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
-
-    def of(self, state: Any, live: Any, runner: Any) -> tuple[None, None]:
-        return None, None
-
-    def learn(self, plan: Any, given: Any, live: Any, runner: Runner) -> None:
-        for call in runner.routed:
-            for id, _, tokens, experts in call.by_sequence():
-                self.parts.setdefault(id, []).append((tokens, experts))
-
-    def sequence(self, id: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and experts of all that a request decoded; of its prompt nothing is known, which went by groups of layers."""
-        tokens, experts = zip(*self.parts[id], strict=True)
-        return np.concatenate(tokens), np.concatenate(experts)
 
 
 class _Timed:
@@ -170,13 +130,14 @@ def run_arm(runner: Runner, queue: Queue, arm: Arm, paths: Any = None) -> Ran:
     """
     runner.rebuild()
     runner.decoded = DecodeCounts()
-    paths, compiled = _Timed(paths), CompileCount()
-    engine = ServingEngine(runner, None, (), arm.policy, paths=paths if paths._paths is not None else None)
+    timed, compiled = None if paths is None else _Timed(paths), CompileCount()
+    engine = ServingEngine(runner, None, (), arm.policy, paths=timed)
     engine.state = scheduler.fresh(dataclasses.replace(runner.spec, slots=arm.slots, batch=arm.batch), runner.spec.move)
     for request in queue.requests:
         engine.submit(request)
     ids: list[list[int]] = [[] for _ in queue.requests]
     done, waited, began = np.zeros(len(ids)), 0, time.perf_counter()
+    busy = time.process_time()
     while not engine.idle:
         for event in engine.step():
             if event.error is not None:
@@ -184,7 +145,8 @@ def run_arm(runner: Runner, queue: Queue, arm: Arm, paths: Any = None) -> Ran:
             ids[event.id] += event.ids
             done[event.id] = time.perf_counter() - began
         waited = max([waited, *(engine.state.seqs[i].waited for i in engine.state.running)])
-    seconds = {"wall": time.perf_counter() - began, "paths": paths.seconds, "mean_until_done": float(done.mean())}
+    seconds = {"wall": time.perf_counter() - began, "processor": time.process_time() - busy, "paths": 0.0 if timed is None else timed.seconds}
+    seconds["mean_until_done"] = float(done.mean())
     return Ran(tuple(map(tuple, ids)), seconds, _counts(runner, engine, ids, waited) | {"compiles": compiled.since})
 
 
@@ -202,59 +164,44 @@ def _counts(runner: Runner, engine: ServingEngine, ids: Sequence[Sequence[int]],
     }  # fmt: skip
 
 
-# --- Sources of paths
-
-
-def _trace(model: Model, recording: _Recording) -> Trace:
-    """What was decoded, as a trace; the routers' weights were not kept, and all count alike."""
-    parts = [recording.sequence(id) for id in recording.parts]
-    tokens, ids = (np.concatenate([part[k] for part in parts]) for k in range(2))
-    numbers = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part[0]) for part in parts])
-    phase, step = np.full(len(tokens), DECODE, np.uint8), np.arange(len(tokens), dtype=np.int32)
-    meta = model_meta(model.spec, "a model", "a queue of other text")
-    return Trace(ids.astype(np.int16), np.ones(ids.shape, np.float16), tokens.astype(np.int32), numbers, phase, step, meta)
-
-
-def sources(model: Model, queue: Queue, truth: _Recording, other: Trace | None, path: Any = None) -> dict[str, tuple[PathSource, int | None]]:
-    """By name, each with how many tokens without routing it is told (`RequestPaths`): learned while serving, from other text, and the truth.
-
-    Args:
-        model, queue: that are measured.
-        truth: a recording of that queue.
-        other: of other text; sources that are fitted are left out without one.
-        path: a trained path predictor (`jaxmoe.train.path_predictor.train`); left out without one.
-    """
-    router, _ = model.spec.moe
-    layers, experts, active = len(model.spec.moe_layers), router.experts, router.active
-    prior = np.full((layers, experts), active / experts, np.float32) if other is None else _mean(other)
-    previous = PREDICTORS["previous"]
-    fitted = previous.fit([], sizes=sizes_of(model.spec))
-    out: dict[str, tuple[PathSource, int | None]] = {
-        "previous token": (request_paths.by_predictor(previous, fitted), 0), "own routing": (request_paths.recent(prior), 0),
-        "token, learned": (by_token_seen(layers, experts, active), 0),
-    }  # fmt: skip
-    if other is not None:
-        out["token"] = (request_paths.by_token([other]), 0)
-    if path is not None:
-        out["path predictor"] = (request_paths.by_predictor(PREDICTORS["path"], path), path.settings.window)
-    known = []
-    for i, request in enumerate(queue.requests):
-        tokens, ids = truth.sequence(i)
-        prompt = np.asarray(request.prompt_ids)
-        unknown = np.full((len(prompt), layers, active), -1, ids.dtype)
-        known.append(Recorded(queue.domains[i], np.concatenate([prompt, tokens]), np.concatenate([unknown, ids]), len(prompt)))
-    return out | {"oracle": (oracle(known, experts, 1), None)}
-
-
-def _mean(trace: Trace) -> np.ndarray:
-    return one_hot(trace.ids, trace.experts).mean(0, dtype=np.float32)
-
-
 # --- The measurement
 
 
 def queue_records(
-    model: Model, queue: Queue, other: Queue | None = None, batch: int = 8, wait: int = 4, train: Callable[[Trace], Any] | None = None,
+    folder: Path, text: Corpus | None = None, count: int = 256, share: float = 0.25, batch: int = 8, wait: int = 4, seed: int = 0,
+    train_steps: int = 300, tell: Callable[[str], None] = lambda what: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Measures a model on the default device: a mixed queue of held-out text, and as much of the text to train on, for sources that are fitted.
+
+    Args:
+        folder: Hugging Face folder with a tokenizer, or a converted checkpoint of one.
+        text: what `jaxmoe.train.corpus` made, with the model's tokenizer; if not given, text of those domains whose files are on this machine.
+        count: requests.
+        share: of every layer's experts that the device holds.
+        batch, wait: of `measure`.
+        seed: of the queue.
+        train_steps: of the path predictor; 0 leaves it out.
+        tell: is told what comes next.
+
+    Returns:
+        Records; see `measure`.
+    """
+    tell("loading")
+    with tempfile.TemporaryDirectory() as converted:
+        checkpoint = load_hf_or_checkpoint(folder, Path(converted))
+        experts = checkpoint.spec.moe[0].experts
+        model = load_model(checkpoint, "float32", Kernels.default(), False, Offload(max(1, round(share * experts))))
+    text = installed_text(Tokenizer(folder)) if text is None else text
+    queue, other = (mixed_queue(text, count, seed + k, split) for k, split in enumerate(("held_out", "train")))
+
+    def fit(trace: Trace) -> Any:
+        return train([trace], "path", FitSettings(steps=train_steps), seed) if train_steps else None
+
+    return measure(model, queue, other, batch, wait, fit, tell)
+
+
+def measure(
+    model: Model, queue: Queue, other: Queue | None = None, batch: int = 8, wait: int = 4, fit: Callable[[Trace], Any] | None = None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Serves a queue in every way, and checks that all give the same tokens.
@@ -265,7 +212,7 @@ def queue_records(
         other: a queue of other text, from which sources that are fitted learn.
         batch: sequences of a step.
         wait: batches' worth of sequences to choose from.
-        train: gives a path predictor of a trace of the other text.
+        fit: gives a path predictor of a trace of the other text.
         tell: is told what comes next.
 
     Returns:
@@ -277,21 +224,21 @@ def queue_records(
         RuntimeError: an arm gave other tokens than the first, or a step failed.
     """
     queues = [queue] if other is None else [queue, other]
-    positions = max(-(-(len(r.prompt_ids) + r.max_new_tokens) // PAGE) for q in queues for r in q.requests) * PAGE
+    longest = max(len(r.prompt_ids) + r.max_new_tokens for q in queues for r in q.requests)
     tell("compiling")
-    runner = make_runner(model, batch, wait, positions)
-    compile_seconds = runner.warm_up(modes=("decode", "group"))
+    runner = make_runner(model, batch, wait, -(-longest // BLOCK) * BLOCK)
+    compile_seconds = _warm_up(runner, queue, batch, wait)
     everyone = Arm("recording", batch * wait, batch * wait)
-    truth, elsewhere = _Recording(), _Recording()
+    truth, elsewhere = Recording(), Recording()
     tell("recording")
     expected = run_arm(runner, queue, everyone, truth).ids
     trace = None
     if other is not None:
         run_arm(runner, other, everyone, elsewhere)
-        trace = _trace(model, elsewhere)
-    if train is not None and trace is not None:
+        trace = trace_of(model, elsewhere)
+    if fit is not None and trace is not None:
         tell("training the path predictor")
-    found = sources(model, queue, truth, trace, train(trace) if train is not None and trace is not None else None)
+    found = sources(model, queue, truth, trace, fit(trace) if fit is not None and trace is not None else None)
     ran: dict[Arm, Ran] = {}
     for arm in arms(batch, wait, list(found)):
         tell(arm.name)
@@ -299,6 +246,15 @@ def queue_records(
         if ran[arm].ids != expected:
             raise RuntimeError(f"the tokens of {arm.name!r} differ from those of all decoding together: grouping must not change them")
     return _records(model, queue, ran, compile_seconds)
+
+
+def _warm_up(runner: Runner, queue: Queue, batch: int, wait: int) -> float:
+    """Compiles what arms need, by small queues of each size, whose answers end one after another; seconds."""
+    began = time.perf_counter()
+    for slots in (wait * batch, batch, 1):
+        few = [dataclasses.replace(r, max_new_tokens=2 + i) for i, r in enumerate(queue.requests[:slots])]
+        run_arm(runner, Queue(tuple(few), queue.domains[:slots]), Arm("warm-up", slots, slots))
+    return time.perf_counter() - began
 
 
 def _paths(runner: Runner, arm: Arm, found: Mapping[str, tuple[PathSource, int | None]]) -> RequestPaths | None:
@@ -317,7 +273,7 @@ def _records(model: Model, queue: Queue, ran: Mapping[Arm, Ran], compile_seconds
         beside = {f"{name} / {c}": own[name] / numbers[c][name] for c in CONTROLS if c != arm.name for name in RATIOS}
         settings = {
             "arm": arm.name, "mode": "fused", "link": "none: bytes are counted", "batch": arm.batch, "slots": arm.slots,
-            "requests": len(queue.requests), "domains": len(set(queue.domains)), "expert_slots": list(model.bank.slots),
+            "requests": len(queue.requests), "domains": sorted(set(queue.domains)), "expert_slots": list(model.bank.slots),
             "experts": model.bank.experts, "policy": model.bank.policy,
             "prefill": arm.policy.prefill, "group": arm.policy.group or "", "bound": arm.policy.bound, "held_cost": arm.policy.held_cost,
             "source": arm.source,

@@ -128,7 +128,7 @@ def _feed_forward(layer: LayerSpec, spec: ModelSpec, step: Step, kernels: Kernel
 def measured(runner: Runner, largest: bool = True) -> int:
     """Bytes that the runner's programs need beside their arguments, as XLA has compiled them; runs nothing.
 
-    Programs that a warm-up has compiled are looked up where a compilation cache is on, and compiled once more elsewhere.
+    Programs that a warm-up has compiled are found again; others are compiled.
 
     Args:
         runner: of compiled steps.

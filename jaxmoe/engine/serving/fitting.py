@@ -88,7 +88,7 @@ def fit(model: ModelSpec, asked: ServeMemory, kernels: Kernels, free: int | None
     """
     sizes = weigh(model, asked, kernels)
     total = _total(asked.total, free)
-    found = _Search(sizes, asked, curves_LC)
+    found = Search(sizes, asked, curves_LC)
     smallest = found.smallest()
     if total is not None and smallest.total > total:
         raise _too_small(total, smallest)
@@ -122,7 +122,7 @@ def _too_small(total: int, smallest: MemoryTable) -> TooSmall:
 # --- Sharing out
 
 
-class _Search:
+class Search:
     """The choices that a request leaves open."""
 
     def __init__(self, sizes: Sizes, asked: ServeMemory, curves_LC: np.ndarray | None):

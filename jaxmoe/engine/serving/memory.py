@@ -20,6 +20,7 @@ from jaxmoe.engine.model import Offload, slot_bank
 from jaxmoe.engine.serving.activations import activation_bytes
 from jaxmoe.engine.serving.host_store import IN_FLIGHT
 from jaxmoe.engine.serving.programs import nothing_parked
+from jaxmoe.engine.serving.routing import PENDING, DecodeCounts
 from jaxmoe.engine.serving.types import ServeSpec
 from jaxmoe.engine.steps import ROW_BUCKETS
 from jaxmoe.experts.host_store import entry_shapes
@@ -262,7 +263,7 @@ def _adjustments(vocab: int, serve: ServeSpec) -> int:
 
 
 def _tables(model: ModelSpec, serve: ServeSpec, asked: ServeMemory, kernels: Kernels, streamed: bool) -> int:
-    """Where experts are and what the policy counts, what it was told, and what two steps are told of their batch."""
+    """Where experts are and what the policy counts, what it was told, counters to be read, and what two steps are told of their batch."""
     batch = 4 * (serve.slots * serve.table + 16 * (serve.chunk + serve.batch + serve.wave + serve.slots + serve.move))
     if not streamed:
         return 2 * batch
@@ -270,4 +271,5 @@ def _tables(model: ModelSpec, serve: ServeSpec, asked: ServeMemory, kernels: Ker
     bank = slot_bank(model, None, Offload(router.experts, asked.staging, asked.policy, asked.knowledge), kernels.expert_layout)
     state = jax.eval_shape(bank.init_state)
     told = [leaf for leaf in jax.tree.leaves((state, asked.knowledge)) if all(leaf is not pool for pool in state.pools)]
-    return 2 * batch + sum(map(_plain, told))
+    counted = 2 * PENDING * _plain(jax.eval_shape(DecodeCounts().look, state))
+    return 2 * batch + counted + sum(map(_plain, told))

@@ -305,7 +305,8 @@ class Runner:
         for name, attempt in self.programs(modes):
             progress(name)
             attempt()
-        self.state = dataclasses.replace(self.state, bank=self.model.bank.forget(self.state.bank))
+        # Committed again: what the host makes of the tables is not, and steps that take them would be compiled once more.
+        self.state = steps.committed(dataclasses.replace(self.state, bank=self.model.bank.forget(self.state.bank)))
         jax.block_until_ready(jax.tree.leaves(self.state))
         return time.perf_counter() - began
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxmoe.engine.generate import RequestError
 from jaxmoe.engine.serving.requests import QueueFull, ServeRequest
-from jaxmoe.engine.serving.scheduler import Policy
+from jaxmoe.engine.serving.scheduler import Objective, Policy
 from tests.engine.serving import small
 from tests.engine.serving.small import SPEC, expected
 
@@ -44,14 +44,16 @@ def test_every_mode_gives_the_plain_engines_tokens(kind, mode):
 
 @pytest.mark.parametrize("kind,preemption", [("resident", "swap"), ("resident", "recompute"), ("slots", "swap")])
 def test_hundreds_of_preemptions_and_cancels_lose_and_change_no_token(kind, preemption):
-    """A pool that four sequences outgrow, and sequences cancelled at random."""
-    engine = small.engine(runner(kind), Policy(prefill="layered", preemption=preemption))
-    rng, asked, got, gone = np.random.default_rng(0), small.requests(60, seed=5, longest=20, new=110), {}, set()
+    """A pool that four sequences outgrow, an objective that keeps changing its mind about who goes first, and sequences cancelled at random."""
+    minds = [Policy(prefill="layered", preemption=preemption, objective=Objective(priority=sign), margin=0.5) for sign in (1.0, -1.0)]
+    engine = small.engine(runner(kind), minds[0])
+    rng, asked, got, gone = np.random.default_rng(0), small.requests(60, seed=5, longest=20, new=60), {}, set()
     waiting = list(asked)
     while waiting or not engine.idle:
-        for _ in range(int(rng.integers(0, 3))):
+        for _ in range(int(rng.integers(0, 2))):
             if waiting:
-                engine.submit(waiting.pop(0))
+                engine.submit(dataclasses.replace(waiting.pop(0), priority=int(rng.integers(0, 4))))
+        engine.policy = minds[int(rng.integers(0, 2))]
         if engine.state.seqs and rng.random() < 0.04:
             gone |= {victim := int(rng.choice(list(engine.state.seqs)))}
             engine.cancel([victim])
@@ -64,7 +66,7 @@ def test_hundreds_of_preemptions_and_cancels_lose_and_change_no_token(kind, pree
         else:
             assert ids == expected(request) and reason in ("stop", "length")
     counts = engine.state.counters
-    assert len(gone) >= 5 and counts.preemptions >= 30 and (counts.swaps > 20) == (preemption == "swap"), (len(gone), counts)
+    assert len(gone) >= 10 and counts.preemptions >= 60 and (counts.swaps > 50) == (preemption == "swap"), (len(gone), counts)
     assert engine.state.pool.held == 0 and engine.state.host.held == 0
 
 
@@ -146,15 +148,16 @@ def test_a_step_that_fails_ends_its_requests_and_no_others():
     assert engine.state.pool.held == 0 and engine.counters()["pages"]["held"] == 0
 
 
-def test_nothing_is_compiled_after_warming_up():
-    engine = small.engine(runner("resident"), Policy(prefill="chunked"))
-    engine.runner.warm_up()
+@pytest.mark.parametrize("kind,mode", [("resident", "chunked"), ("slots", "layered")])
+def test_nothing_is_compiled_after_warming_up(kind, mode):
+    engine = small.engine(runner(kind), Policy(prefill=mode))
     engine.warm_up()
     for request in small.requests(12, seed=17):
         engine.submit(request)
     engine.submit(dataclasses.replace(small.requests(1, seed=19)[0], logprobs=2), n=3)
     small.run(engine)
     assert engine.counters()["xla_compiles_after_warmup"] == 0
+    assert engine.programs < 32
 
 
 @pytest.mark.parametrize("change,says", [

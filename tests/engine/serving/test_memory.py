@@ -12,9 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.engine.serving import activations
-from jaxmoe.engine.serving.fitting import Fitted, _Search, check_host, describe, fit, predicted
+from jaxmoe.engine.serving.core import ServingEngine
+from jaxmoe.engine.serving.fitting import Fitted, Search, check_host, describe, fit, predicted
 from jaxmoe.engine.serving.memory import NAMES, ServeMemory, TooSmall, weigh
+from jaxmoe.engine.serving.requests import ServeRequest
 from jaxmoe.engine.serving.runner import Runner
+from jaxmoe.engine.serving.scheduler import Policy
 from jaxmoe.engine.serving.types import ServeSpec
 from jaxmoe.experts import SlotBank, host_store
 from jaxmoe.offload.budget import BudgetError
@@ -43,7 +46,7 @@ def everything(spec: ModelSpec, **more) -> int:
 
 
 def seconds(fitted: Fitted, curves=None) -> float:
-    return _Search(weigh(SPECS["olmoe"], fitted.asked, CPU), fitted.asked, curves).seconds(fitted.experts, fitted.spec.pages)
+    return Search(weigh(SPECS["olmoe"], fitted.asked, CPU), fitted.asked, curves).seconds(fitted.experts, fitted.spec.pages)
 
 
 # --- Sharing a budget out
@@ -83,7 +86,7 @@ def test_slots_and_pages_are_the_best_of_all_that_fit(share, link, expected, kin
     least, most = smallest(spec, **more), everything(spec, **more)
     total = least + int(share * (most - least))
     found = fit(spec, asked(total, **more), CPU, curves_LC=curves)
-    search = _Search(weigh(spec, found.asked, CPU), found.asked, curves)
+    search = Search(weigh(spec, found.asked, CPU), found.asked, curves)
     every = [
         (search.seconds(plan, pages), search.sizes.table(plan, pages, None).total)
         for plan in search.plans for pages in range(search.least_pages, search.most_pages + 1)
@@ -196,16 +199,21 @@ def test_the_host_has_to_have_room_too():
 # --- Against what is there
 
 
+def on_device() -> int:
+    """Bytes of all arrays there are, those that share memory counted once."""
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if not x.is_deleted() and len(x.devices()) == 1}.values())
+
+
 def fitted_runner(family: str, of: int | None, dtype: str = "float32", **more) -> tuple[Fitted, Runner, int]:
     """A runner made as `fit` says, with `of` slots a layer, and the bytes that it has added to the device."""
     resident = random_model(family, dtype, unroll=False)
-    found = fit(resident.spec, asked(expert_slots=of or resident.spec.moe[0].experts, kv="400kB", **more), CPU)
+    found = fit(resident.spec, asked(**{"expert_slots": of or resident.spec.moe[0].experts, "kv": "400kB"} | more), CPU)
     model = resident if found.slots is None else slot_model(resident, found.slots, found.staging)
     model = dataclasses.replace(model, bank=dataclasses.replace(model.bank, poison=False)) if of else model
     gc.collect()
-    before = sum(x.nbytes for x in jax.live_arrays())
+    before = on_device()
     runner = Runner(model, found.spec, kv=more.get("kv_dtype"))
-    return found, runner, sum(x.nbytes for x in jax.live_arrays()) - before
+    return found, runner, on_device() - before
 
 
 @pytest.mark.parametrize("family, slots, kv_dtype", [("qwen3_moe", None, "int8"), ("olmoe", 4, "bfloat16"), ("mixtral", 3, None)])
@@ -225,7 +233,6 @@ def test_what_is_counted_is_what_lies_on_the_device(family, slots, kv_dtype):
 COMPILED = [
     ("qwen3_moe", None, "float32", "waves", {"wave": 256}),
     ("mixtral", 2, "bfloat16", "decode", {"slots": 32}),
-    ("olmoe", None, "bfloat16", "prompts", {}),
 ]
 
 
@@ -241,13 +248,29 @@ def test_programs_need_no_more_than_the_formula_and_not_much_less(family, slots,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family, slots, dtype", [("qwen3_moe", 3, "bfloat16"), ("olmoe", 4, "float32"), ("mixtral", None, "float32")])
+@pytest.mark.parametrize("family, slots, dtype", [("qwen3_moe", 3, "bfloat16"), ("olmoe", 4, "float32"), ("mixtral", None, "bfloat16")])
 def test_all_programs_together_need_no_more_than_the_table_has(family, slots, dtype):
     found, runner, _ = fitted_runner(family, slots, dtype, host="100kB")
     needed = activations.measured(runner)
     assert needed <= found.table["activations"] <= 4 * needed
     tight = fit(runner.model.spec, dataclasses.replace(found.asked, activations=needed), CPU)
     assert tight.table["activations"] == needed and tight.table.total < found.table.total
+
+
+@pytest.mark.slow
+def test_an_engine_that_is_short_of_pages_stays_within_its_table():
+    found, runner, begun = fitted_runner("olmoe", 4, host="200kB", kv="160kB")
+    there = on_device() - begun
+    engine, rng = ServingEngine(runner, None, (5,), Policy()), np.random.default_rng(0)
+    for i in range(12):
+        engine.submit(ServeRequest(tuple(rng.integers(6, 96, 20 + i).tolist()), 60, logprobs=2 if i % 3 else None))
+    most = events = 0
+    while not engine.idle:
+        events += sum(event.finish_reason in ("length", "stop") for event in engine.step())
+        most = max(most, on_device() - there)
+    held = {name: n for name, n in found.table.items if name not in ("parameters", "activations")}
+    assert begun <= most <= sum(held.values())
+    assert events == 12 and engine.errors == 0 and runner.host.bytes_out > 0
 
 
 def test_the_largest_program_is_looked_for_in_each_kind():

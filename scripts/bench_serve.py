@@ -1,0 +1,250 @@
+"""Measures serving, each arm beside its controls: in virtual time, over an emulated link, on a queue, under open-loop load, and on a GPU.
+
+    python scripts/bench_serve.py --tier virtual [--traces T.npz ...] [--out benchmarks]     exact, the same on every machine
+    python scripts/bench_serve.py --tier link [--model DIR] [--gbps 0.02] [--out benchmarks] long prompts arrive while others decode, on this CPU
+    python scripts/bench_serve.py --tier queue [--model DIR] [--out benchmarks]              a mixed queue, grouped by experts and not
+    python scripts/bench_serve.py --tier open [--model DIR] [--rates 0.25 0.5 0.75 1]        requests that come when they come
+    python scripts/bench_serve.py --tier open --url http://127.0.0.1:8000 [--api-key KEY]    the same against a server that runs
+    python scripts/bench_serve.py --tier device [--tiny] [--out benchmarks]                  long prompts on a GPU, in under ten minutes
+
+Records go to the folder --out. Links of the tiers link and open are EMULATED: every expert byte is paced against real time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+if importlib.util.find_spec("jaxmoe") is None:
+    sys.path.insert(0, str(ROOT))
+
+from rich.console import Console
+
+from jaxmoe.report.command import run_command
+
+TRACES = (ROOT / "tests/offload/data/qwen3_30b_a3b.npz",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Benchmark serving."""
+
+    tier: Literal["virtual", "link", "queue", "open", "device"] = "virtual"
+    """What is measured."""
+    out: Path | None = None
+    """Folder for records; none are written if not given."""
+    model: Path = ROOT / "checkpoints" / "default"
+    """Hugging Face folder or converted checkpoint, for link, queue and open."""
+    text: Path = ROOT / "LICENSE"
+    """File that prompts are passages of, for link and open; random ids for a model without a tokenizer."""
+    traces: tuple[Path, ...] = TRACES
+    """Recorded routing, for virtual."""
+    verify: bool = False
+    """Check every read and every invariant in every step, for virtual."""
+    seed: int = 0
+    """Of what is drawn."""
+    slots: int = 0
+    """Slots a layer, for link and open; a quarter of the experts if 0."""
+    gbps: float = 0.02
+    """Speed of the emulated link, 10^9 bytes per second, for link and open."""
+    groups: tuple[int, ...] = (4, 8)
+    """Groups of layers, for link and device."""
+    chunks: tuple[int, ...] = (256,)
+    """Prompt tokens of a step, for link and device."""
+    rounds: int = 0
+    """How often every arm runs, in turn; 6 if 0, 3 on a device."""
+    prompts: int = 4
+    """Prompts that arrive together, for link and device; another scene has one."""
+    tokens: int = 1024
+    """Of each of them, for link."""
+    alone: int = 1984
+    """Of a prompt that arrives alone, for link; 0 for none."""
+    streams: int = 2
+    """Sequences that decode when prompts arrive, for link."""
+    requests: int = 48
+    """Requests of a run, for open."""
+    rates: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """For open: parts of the rate that the control bears when all requests are there at once; requests per second with --url."""
+    url: str = ""
+    """A server that runs, without /v1, for open."""
+    api_key: str = ""
+    """Of that server."""
+    layers: int = 12
+    """Of the generated model, for device."""
+    percent: int = 25
+    """Of its experts that are on the device."""
+    tiny: bool = False
+    """For device: sizes that check the code anywhere; the numbers mean nothing."""
+    cache: Path = Path(tempfile.gettempdir()) / "jaxmoe-bench"
+    """Converted checkpoints and compiled programs."""
+
+
+Tell = Callable[[str], None]
+
+
+def virtual(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+    """Every comparison in virtual time."""
+    from jaxmoe.offload.trace import load_or_import
+    from jaxmoe.report.serve_virtual import virtual_records
+
+    traces = {path.stem: load_or_import(path) for path in args.traces}
+    made = virtual_records(traces, args.seed, verify=args.verify, tell=tell)
+    return {"-".join((r["name"], r["settings"]["routing"], r["settings"]["what"], r["settings"]["arm"])): r for r in made}
+
+
+def link(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+    """Long prompts over an emulated link."""
+    from jaxmoe.report import serve_bench, serve_judge, serve_setups
+
+    model, records, tokenizer = load(args, tell)
+    texts = serve_setups.random_texts(model.spec.vocab, args.seed)
+    if tokenizer is not None:
+        texts = serve_setups.passages(tokenizer, args.text.read_text(encoding="utf-8"))
+    scenes = [serve_bench.Scene(f"{args.prompts} together", args.prompts, args.tokens, streams=args.streams)]
+    scenes += [serve_bench.Scene("1 alone", 1, args.alone, streams=args.streams)] if args.alone else []
+    arms = serve_bench.arms(args.groups, args.chunks)
+    ready = serve_setups.linked(model, records, arms, scenes, args.gbps)
+    samples = serve_bench.rounds(ready, texts, args.rounds or 6, serve_setups.smallest(arms), tell)
+    about = {"model": args.model.name, "dtype": "float32", "slots": list(model.bank.slots), "mode": "host-driven", "text": args.text.name}
+    setting = serve_judge.Setting(len(model.bank.slots) * model.bank.experts, model.bank.record_bytes, args.gbps, True, about)
+    made = serve_judge.records(ready, samples, setting, "serve_link")
+    show_scenes(made, console)
+    return made
+
+
+def queue(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+    """A mixed queue."""
+    from jaxmoe.report.serve_queue_bench import queue_records
+
+    made = queue_records(args.model, tell=tell)
+    return {f"{r['name']}-{r['settings']['arm']}": r for r in made}
+
+
+def opened(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+    """Open-loop load, in this process or on a server."""
+    from jaxmoe.report import serve_open
+
+    if args.url:
+        made = serve_open.url_records(args.url, args.api_key, args.requests, args.rates, args.seed, tell)
+    else:
+        model, records, tokenizer = load(args, tell)
+        made = serve_open.open_records(model, records, tokenizer, args.gbps, args.requests, args.rates, args.seed, args.model.name, tell)
+    console.print(serve_open.table(made))
+    return {serve_open.stem(r): r for r in made}
+
+
+def device(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+    """Long prompts on the default device, experts fetched by compiled steps."""
+    from jaxmoe.report import serve_bench, serve_device, serve_judge
+
+    sizes = serve_device.TINY if args.tiny else dataclasses.replace(serve_device.FULL, layers=args.layers, prompts=args.prompts)
+    groups = tuple(n for n in args.groups if n <= sizes.layers) or (sizes.layers,)
+    arms = serve_bench.arms(groups, (sizes.chunk,) if args.tiny else args.chunks)
+    made = serve_device.measure(sizes, arms, args.percent, args.rounds or sizes.rounds, tell)
+    show_scenes(made, console)
+    assert serve_judge.claims(made)
+    return {f"tiny-{stem}" if args.tiny else stem: r for stem, r in made.items()}
+
+
+TIERS: dict[str, Callable[[Arguments, Console, Tell], dict[str, Any]]] = {
+    "virtual": virtual, "link": link, "queue": queue, "open": opened, "device": device,
+}  # fmt: skip
+
+
+def load(args: Arguments, tell: Tell) -> tuple[Any, Any, Any]:
+    """The model with slots for some of its experts, all experts' records, and the tokenizer, if it has one."""
+    from checkpoints.load import load_hf_or_checkpoint, read_spec
+    from jaxmoe.engine.model import Offload, load_model, read_store
+    from jaxmoe.engine.text import Tokenizer
+    from pallas_kernels.dispatch import Kernels
+
+    tell("loading")
+    spec = read_spec(args.model)
+    if spec.moe is None:
+        raise ValueError(f"{args.model} has no experts: nothing would cross a link")
+    slots = args.slots or max(spec.moe[0].active, spec.moe[0].experts // 4)
+    checkpoint = load_hf_or_checkpoint(args.model, args.cache)
+    kernels = Kernels.default()
+    model = load_model(checkpoint, "float32", kernels, False, offload=Offload(slots, store=False))
+    tokenizer = Tokenizer(args.model) if (args.model / "tokenizer.json").exists() else None
+    return model, read_store(checkpoint, model.spec, layout=kernels.expert_layout), tokenizer
+
+
+def show_scenes(made: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    """A table of scenes and arms, and whether they show what they should."""
+    from rich.table import Table
+
+    from jaxmoe.report import serve_judge
+
+    table = Table("scene", "arm", "prompt bytes / once", "TTFT mean s", "worst", "worst gap s", "bound s", "decode step s", "% overlapped bound")
+    for r in made.values():
+        t, c = r["timings"], r["counters"]
+        numbers = [t[name]["median"] for name in ("ttft_mean", "ttft_worst", "gap_worst")]
+        table.add_row(
+            r["settings"]["scene"], r["settings"]["arm"], f"{c['once']:.2f}", *(f"{n:.3f}" for n in numbers), f"{c['gap_bound']:.3f}",
+            f"{t['t_dec']['median']:.3f}", f"{r['bound']['percent']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    for text, holds in serve_judge.claims(made):
+        console.print(f"{'holds ' if holds else 'NOT   '} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def run(args: Arguments) -> None:
+    """Measures, prints, writes."""
+    import jax
+
+    from jaxmoe.report.record import write_record
+
+    check(args)
+    jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the host-driven mode has many small programs
+    screen, console = Console(stderr=True), Console()
+    with screen.status(args.tier) as status:
+        made = TIERS[args.tier](args, console, lambda what: status.update(f"{args.tier}: {what}"))
+    for stem, one in made.items() if args.out is not None else ():
+        write_record(args.out / f"{file_stem(stem)}.json", one)  # type: ignore[operator]
+    console.print(f"{len(made)} records" + (f" in {args.out}" if args.out is not None else ""), highlight=False, markup=False, soft_wrap=True)
+
+
+def file_stem(stem: str) -> str:
+    """A record's name as a file's."""
+    return "-".join("".join(c if c.isalnum() or c in "._" else " " for c in stem).split()).lower()
+
+
+def check(args: Arguments) -> None:
+    """Refuses arguments before anything takes long.
+
+    Raises:
+        ValueError: see the messages.
+    """
+    if args.out is not None and not args.out.is_dir():
+        raise ValueError(f"{args.out}: there is no such folder for records")
+    for name in ("prompts", "tokens", "streams", "requests", "layers"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")
+    if not args.groups or min(args.groups) < 1 or min(args.chunks, default=32) < 32:
+        raise ValueError(f"--groups {args.groups}, --chunks {args.chunks}: groups of at least 1, chunks of at least 32 tokens")
+    if any(chunk % 32 for chunk in args.chunks):
+        raise ValueError(f"--chunks {args.chunks}: give multiples of 32 tokens")
+    if not args.rates or min(args.rates) <= 0:
+        raise ValueError(f"--rates {args.rates}: give positive numbers")
+    if not 1 <= args.percent <= 100:
+        raise ValueError(f"--percent {args.percent}: give 1 to 100")
+
+
+def main() -> int:
+    """Runs; gives the exit code."""
+    parsed = tyro.cli(Arguments, description=__doc__)
+    return run_command(lambda: run(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
