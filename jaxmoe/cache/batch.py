@@ -114,4 +114,4 @@ def make_batch(
     rows = list(last if logit_rows is None else logit_rows)
     rows += [rows[-1]] * ((n_logits or len(rows)) - len(rows))
     leaves: list[Any] = [flat["tokens"], flat["positions"], segments, *runs, np.int32(used), np.asarray(rows, np.int32)]
-    return Batch(*leaves, run=run)
+    return dataclasses.replace(Batch(*leaves), run=run)

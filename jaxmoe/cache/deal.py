@@ -84,7 +84,7 @@ def _batch(batch: Batch, pieces: Sequence[tuple[int, int, int, int]], run: int, 
         segments[here], runs[:, i] = row, (row, first, length)
         place[there] = np.arange(here.start, here.stop)
     leaves: list[Any] = [flat[0], flat[1], segments, *runs, np.int32(len(pieces)), np.zeros(1, np.int32)]
-    return Batch(*leaves, run=run)
+    return dataclasses.replace(Batch(*leaves), run=run)
 
 
 def take_room(held: Int[np.ndarray, "n B"], batches: Sequence[Batch], capacity: int) -> Int[np.ndarray, "n B"]:

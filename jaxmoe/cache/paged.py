@@ -43,7 +43,7 @@ class PagedKV:
 
     def logical_axes(self) -> dict[str, tuple[str | None, ...]]:
         """The logical name of every axis of every leaf."""
-        named = {"k": ("pages", "kv_heads", "positions", "head_dim"), "v": ("pages", "kv_heads", "positions", "head_dim")}
+        named: dict[str, tuple[str | None, ...]] = {name: ("pages", "kv_heads", "positions", "head_dim") for name in ("k", "v")}
         named |= {"k_scales": ("pages", "kv_heads", "positions"), "v_scales": ("pages", "kv_heads", "positions")}
         return {name: axes for name, axes in named.items() if getattr(self.pages, name) is not None}
 
@@ -206,14 +206,15 @@ def _with_tokens(state: PagedKV, layer, k, v, batch: Batch, tpu: bool) -> PagedK
         target = jnp.where(real, tables[seg, pos // page], trash) + layer * state.stride
         for name, values in leaves:
             part = jax.lax.dynamic_slice_in_dim(values, r * run, run).swapaxes(0, 1)[None]
-            at = pos % page
+            at, place = pos % page, [target, 0]
             if part.ndim == 3:
-                where = (target, 0, at)
+                place += [at]
             elif run % packs == 0:
-                part, where = part.reshape(*part.shape[:2], run // packs, -1), (target, 0, at // packs, 0)
+                part = part.reshape(*part.shape[:2], run // packs, -1)
+                place += [at // packs, 0]
             else:
-                where = (target, 0, at // packs, at % packs * part.shape[-1])
-            held = held | {name: jax.lax.dynamic_update_slice(held[name], part, where)}
+                place += [at // packs, at % packs * part.shape[-1]]
+            held = held | {name: jax.lax.dynamic_update_slice(held[name], part, tuple(place))}
         return held
 
     held = jax.lax.fori_loop(0, runs, one_run, {name: getattr(state.pages, name) for name, _ in leaves})

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import flax.struct
@@ -403,7 +403,7 @@ class HostDriven:
                     tree = jax.tree.map(lambda t, r=r: t[r], trees[j], is_leaf=lambda t: isinstance(t, tuple)) if unrolled else trees[j]
                     yield layer, tree, None if unrolled else r, self._spec.state_index(segment.layer_index(r, j))
 
-    def _routing(self, chosen: list):
+    def _routing(self, chosen: Sequence[tuple]):
         if not self._record:
             return ()
         ids, weights = (np.stack([np.asarray(c[k]) for c in chosen], axis=1) for k in range(2))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -69,4 +71,5 @@ def prompt_batch(
             last.append(singles + place + piece.count - 1)
     last += [0] * (spec.slots - len(last))
     logit_rows = np.concatenate([np.arange(singles), last]).astype(np.int32)
-    return Batch(flat[0], flat[1], segments, *each, np.int32(used), logit_rows, tables, np.int32(len(rows)) if singles else None, run, singles)  # type: ignore[arg-type]
+    leaves: list[Any] = [flat[0], flat[1], segments, *each, np.int32(used), logit_rows, tables, np.int32(len(rows)) if singles else None]
+    return dataclasses.replace(Batch(*leaves), run=run, singles=singles)

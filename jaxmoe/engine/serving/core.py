@@ -102,7 +102,8 @@ class ServingEngine:
         self._clock, self._max_waiting, self._salt, self._paths = clock, max_waiting, salt, paths
         self.state = scheduler.fresh(self.spec, self.spec.move)
         self._live: dict[int, Answer] = {}
-        self._next, self._aborted = 0, []
+        self._next = 0
+        self._aborted: list[Event] = []
         self.finished: dict[str, int] = {}
         self.errors = 0
         self._closed = False

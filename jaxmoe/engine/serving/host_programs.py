@@ -36,7 +36,7 @@ class HostPrograms:
         self._model, self._burst, self._edges = model, spec.burst, layer_groups(model.spec, spec.groups)
         self._layers = model.spec.n_layers
         kernels = model.kernels
-        self._draw = jax.jit(lambda logits, *how: drawn(logits, *how, kernels))
+        self._draw = jax.jit(lambda logits, sampling, positions, adjust: drawn(logits, sampling, positions, adjust, kernels))
 
     @property
     def link(self) -> Link:

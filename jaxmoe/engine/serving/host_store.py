@@ -21,7 +21,9 @@ class HostStore:
 
     def __init__(self, pages: int):
         """Room for so many pages, taken from the host when the first block shows what a page is."""
-        self._pages, self._held, self._rows = pages, None, {}
+        self._pages = pages
+        self._held: Any = None
+        self._rows: dict[int, Any] = {}
         self._coming: deque[tuple[Any, tuple[int, ...], int]] = deque()
         self.bytes_out = self.bytes_in = 0
 

@@ -157,7 +157,7 @@ class Runner:
         Returns:
             New tokens, by sequence.
         """
-        spec, given = self.spec, {}
+        spec, given = self.spec, dict[int, Given]()
         tables, self.routed = page_tables(spec, plan.tables), []
         self._move_pages(plan)
         if plan.chunk and spec.mixed:
