@@ -30,6 +30,9 @@ from rich.console import Console
 
 from jaxmoe.report.command import run_command
 
+LINK_GBPS, OPEN_GBPS = 0.02, 0.1
+"""Of the first, bringing all experts takes longer than computing a prompt does on two cores, as on a GPU whose host holds them; of the second, runs with
+many requests end within minutes."""
 TRACES = (ROOT / "tests/offload/data/qwen3_30b_a3b.npz",)
 
 
@@ -53,8 +56,8 @@ class Arguments:
     """Of what is drawn."""
     slots: int = 0
     """Slots a layer, for link and open; a quarter of the experts if 0."""
-    gbps: float = 0.02
-    """Speed of the emulated link, 10^9 bytes per second, for link and open."""
+    gbps: float = 0.0
+    """Speed of the emulated link, 10^9 bytes per second; if 0, 0.02 for link and 0.1 for open."""
     groups: tuple[int, ...] = (4, 8)
     """Groups of layers, for link and device."""
     chunks: tuple[int, ...] = (256,)
@@ -104,17 +107,15 @@ def link(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
     """Long prompts over an emulated link."""
     from jaxmoe.report import serve_bench, serve_judge, serve_setups
 
-    model, records, tokenizer = load(args, tell)
-    texts = serve_setups.random_texts(model.spec.vocab, args.seed)
-    if tokenizer is not None:
-        texts = serve_setups.passages(tokenizer, args.text.read_text(encoding="utf-8"))
+    model, records, passages = load(args, tell)
+    texts = passages or serve_setups.random_texts(model.spec.vocab, args.seed)
     scenes = [serve_bench.Scene(f"{args.prompts} together", args.prompts, args.tokens, streams=args.streams)]
     scenes += [serve_bench.Scene("1 alone", 1, args.alone, streams=args.streams)] if args.alone else []
-    arms = serve_bench.arms(args.groups, args.chunks)
-    ready = serve_setups.linked(model, records, arms, scenes, args.gbps)
+    gbps, arms = args.gbps or LINK_GBPS, serve_bench.arms(args.groups, args.chunks)
+    ready = serve_setups.linked(model, records, arms, scenes, gbps)
     samples = serve_bench.rounds(ready, texts, args.rounds or 6, serve_setups.smallest(arms), tell)
     about = {"model": args.model.name, "dtype": "float32", "slots": list(model.bank.slots), "mode": "host-driven", "text": args.text.name}
-    setting = serve_judge.Setting(len(model.bank.slots) * model.bank.experts, model.bank.record_bytes, args.gbps, True, about)
+    setting = serve_judge.Setting(len(model.bank.slots) * model.bank.experts, model.bank.record_bytes, gbps, True, about)
     made = serve_judge.records(ready, samples, setting, "serve_link")
     show_scenes(made, console)
     return made
@@ -124,33 +125,38 @@ def queue(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
     """A mixed queue."""
     from jaxmoe.report.serve_queue_bench import queue_records
 
-    made = queue_records(args.model, tell=tell)
+    made = queue_records(args.model, seed=args.seed, tell=tell)
     return {f"{r['name']}-{r['settings']['arm']}": r for r in made}
 
 
 def opened(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
     """Open-loop load, in this process or on a server."""
-    from jaxmoe.report import serve_open
+    from jaxmoe.report import serve_http, serve_open
 
+    wanted = serve_open.Load(args.requests, seed=args.seed)
     if args.url:
-        made = serve_open.url_records(args.url, args.api_key, args.requests, args.rates, args.seed, tell)
+        made = serve_open.url_records(serve_http.Server(args.url.rstrip("/"), args.api_key), wanted, args.rates, tell)
     else:
-        model, records, tokenizer = load(args, tell)
-        made = serve_open.open_records(model, records, tokenizer, args.gbps, args.requests, args.rates, args.seed, args.model.name, tell)
+        model, records, texts = load(args, tell)
+        about = {"model": args.model.name, "dtype": "float32", "slots_a_layer": list(model.bank.slots), "mode": "host-driven"}
+        made = serve_open.open_records(model, records, texts, args.gbps or OPEN_GBPS, wanted, args.rates, about, tell)
     console.print(serve_open.table(made))
+    for times in serve_open.TPOT_TIMES:
+        for arm, rate in serve_open.best(made, times).items():
+            text = f"{arm}: 9 of 10 within {serve_open.TTFT_TIMES:g} x TTFT and {times:g} x TPOT of a request alone up to {rate:.3g} requests a second"
+            console.print(f"{text}, of the rates tried", highlight=False, markup=False, soft_wrap=True)
     return {serve_open.stem(r): r for r in made}
 
 
 def device(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
     """Long prompts on the default device, experts fetched by compiled steps."""
-    from jaxmoe.report import serve_bench, serve_device, serve_judge
+    from jaxmoe.report import serve_bench, serve_device
 
     sizes = serve_device.TINY if args.tiny else dataclasses.replace(serve_device.FULL, layers=args.layers, prompts=args.prompts)
     groups = tuple(n for n in args.groups if n <= sizes.layers) or (sizes.layers,)
     arms = serve_bench.arms(groups, (sizes.chunk,) if args.tiny else args.chunks)
     made = serve_device.measure(sizes, arms, args.percent, args.rounds or sizes.rounds, tell)
     show_scenes(made, console)
-    assert serve_judge.claims(made)
     return {f"tiny-{stem}" if args.tiny else stem: r for stem, r in made.items()}
 
 
@@ -160,10 +166,11 @@ TIERS: dict[str, Callable[[Arguments, Console, Tell], dict[str, Any]]] = {
 
 
 def load(args: Arguments, tell: Tell) -> tuple[Any, Any, Any]:
-    """The model with slots for some of its experts, all experts' records, and the tokenizer, if it has one."""
+    """The model with slots for some of its experts, all experts' records, and passages of the text, if it has a tokenizer."""
     from checkpoints.load import load_hf_or_checkpoint, read_spec
     from jaxmoe.engine.model import Offload, load_model, read_store
     from jaxmoe.engine.text import Tokenizer
+    from jaxmoe.report.serve_setups import passages
     from pallas_kernels.dispatch import Kernels
 
     tell("loading")
@@ -174,8 +181,10 @@ def load(args: Arguments, tell: Tell) -> tuple[Any, Any, Any]:
     checkpoint = load_hf_or_checkpoint(args.model, args.cache)
     kernels = Kernels.default()
     model = load_model(checkpoint, "float32", kernels, False, offload=Offload(slots, store=False))
-    tokenizer = Tokenizer(args.model) if (args.model / "tokenizer.json").exists() else None
-    return model, read_store(checkpoint, model.spec, layout=kernels.expert_layout), tokenizer
+    texts = None
+    if (args.model / "tokenizer.json").exists():
+        texts = passages(Tokenizer(args.model), args.text.read_text(encoding="utf-8"))
+    return model, read_store(checkpoint, model.spec, layout=kernels.expert_layout), texts
 
 
 def show_scenes(made: Mapping[str, Mapping[str, Any]], console: Console) -> None:
@@ -184,13 +193,13 @@ def show_scenes(made: Mapping[str, Mapping[str, Any]], console: Console) -> None
 
     from jaxmoe.report import serve_judge
 
-    table = Table("scene", "arm", "prompt bytes / once", "TTFT mean s", "worst", "worst gap s", "bound s", "decode step s", "% overlapped bound")
+    table = Table("scene, arm", "x once", "TTFT s", "worst", "gap s", "bound", "step s", "rho", "% bound")
     for r in made.values():
         t, c = r["timings"], r["counters"]
         numbers = [t[name]["median"] for name in ("ttft_mean", "ttft_worst", "gap_worst")]
         table.add_row(
-            r["settings"]["scene"], r["settings"]["arm"], f"{c['once']:.2f}", *(f"{n:.3f}" for n in numbers), f"{c['gap_bound']:.3f}",
-            f"{t['t_dec']['median']:.3f}", f"{r['bound']['percent']:.0f}",
+            f"{r['settings']['scene']}: {r['settings']['arm']}", f"{c['once']:.2f}", *(f"{n:.3f}" for n in numbers), f"{c['gap_bound']:.3f}",
+            f"{t['t_dec']['median']:.3f}", f"{c['rho']:.2f}" if "rho" in c else "", f"{r['bound']['percent']:.0f}",
         )  # fmt: skip
     console.print(table)
     for text, holds in serve_judge.claims(made):
@@ -236,6 +245,8 @@ def check(args: Arguments) -> None:
         raise ValueError(f"--chunks {args.chunks}: give multiples of 32 tokens")
     if not args.rates or min(args.rates) <= 0:
         raise ValueError(f"--rates {args.rates}: give positive numbers")
+    if args.gbps < 0 or args.slots < 0 or args.rounds < 0 or args.alone < 0:
+        raise ValueError(f"--gbps {args.gbps:g}, --slots {args.slots}, --rounds {args.rounds}, --alone {args.alone}: none may be negative")
     if not 1 <= args.percent <= 100:
         raise ValueError(f"--percent {args.percent}: give 1 to 100")
 

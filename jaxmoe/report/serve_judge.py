@@ -55,18 +55,21 @@ def judge(ready: Ready, samples: Sequence[Sample], setting: Setting) -> dict[str
     """An arm beside the cost model.
 
     Returns:
-        `once`, bytes that prompts brought, over those of every expert once. `gap_bound`, a step that only decodes plus `MARGIN` times the link's time
-        for a step's part of the prompt (layered prefill, arXiv 2510.08055), and `gap_holds`, whether the median worst gap keeps it.
+        `once`, bytes that prompts brought, over those of every expert once. `gap_bound`, the longest gap of the streams before the prompts came plus
+        `MARGIN` times the link's time for a step's part of the prompts (layered prefill, arXiv 2510.08055), and `gap_holds`, whether the worst gap
+        after they came keeps it, each the median over rounds; `gap_bound_typical` has the streams' median gap in place of their longest.
         Where computing was timed: `compute`, seconds; `rho`, the link's time for every expert once over that; `gap_model_overlapped` and
         `gap_model_serial`, the cost model's gap with copies beside computing and after it; `gap_model_holds`, at most `MARGIN` times the latter.
     """
     a, scene, bandwidth = ready.arm, ready.scene, setting.gbps * 1e9
-    t_dec, gap = (float(np.median([getattr(s, name) for s in samples])) for name in ("t_dec", "gap"))
+    typical, gap = (float(np.median([getattr(s, name) for s in samples])) for name in ("t_dec", "gap"))
+    t_dec = float(np.median([max(s.calm) for s in samples]))
     stream = float(np.median([s.prompt_loads for s in samples])) * setting.record_bytes
     size, compute = setting.once, ready.compute
     # Steps that the prompts take: so many calls share what they brought.
     calls = a.groups if a.prefill == "layered" else scene.prompts if a.prefill == "whole" else -(-scene.prompts * scene.tokens // a.chunk)
-    out: dict[str, float | bool] = {"once": stream / size, "gap_bound": t_dec + MARGIN * stream / calls / bandwidth}
+    part = MARGIN * stream / calls / bandwidth
+    out: dict[str, float | bool] = {"once": stream / size, "t_dec_worst": t_dec, "gap_bound": t_dec + part, "gap_bound_typical": typical + part}
     out["gap_holds"] = gap <= out["gap_bound"]
     if compute is not None:
         for name, overlapped in (("overlapped", True), ("serial", False)):

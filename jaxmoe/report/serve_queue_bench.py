@@ -43,7 +43,7 @@ PAGE, BLOCK = 32, 128
 HELD = 0.3
 """What an expert that is on the device counts for, where arms look at that."""
 CONTROLS = ("arrival", "no regrouping, in turns", "no regrouping, together", "one at a time")
-RATIOS = ("tokens_per_second", "bytes_per_token", "decode_bytes_per_token", "distinct_per_token")
+RATIOS = ("tokens_per_second", "tokens_per_processor_second", "bytes_per_token", "decode_bytes_per_token", "distinct_per_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _counts(runner: Runner, engine: ServingEngine, ids: Sequence[Sequence[int]],
 
 def queue_records(
     folder: Path, text: Corpus | None = None, count: int = 256, share: float = 0.25, batch: int = 8, wait: int = 4, seed: int = 0,
-    train_steps: int = 300, tell: Callable[[str], None] = lambda what: None,
+    rounds: int = 1, train_steps: int = 300, tell: Callable[[str], None] = lambda what: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Measures a model on the default device: a mixed queue of held-out text, and as much of the text to train on, for sources that are fitted.
 
@@ -178,7 +178,7 @@ def queue_records(
         text: what `jaxmoe.train.corpus` made, with the model's tokenizer; if not given, text of those domains whose files are on this machine.
         count: requests.
         share: of every layer's experts that the device holds.
-        batch, wait: of `measure`.
+        batch, wait, rounds: of `measure`.
         seed: of the queue.
         train_steps: of the path predictor; 0 leaves it out.
         tell: is told what comes next.
@@ -197,12 +197,12 @@ def queue_records(
     def fit(trace: Trace) -> Any:
         return train([trace], "path", FitSettings(steps=train_steps), seed) if train_steps else None
 
-    return measure(model, queue, other, batch, wait, fit, tell)
+    return measure(model, queue, other, batch, wait, fit, rounds, tell)
 
 
 def measure(
     model: Model, queue: Queue, other: Queue | None = None, batch: int = 8, wait: int = 4, fit: Callable[[Trace], Any] | None = None,
-    tell: Callable[[str], None] = lambda what: None,
+    rounds: int = 1, tell: Callable[[str], None] = lambda what: None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Serves a queue in every way, and checks that all give the same tokens.
 
@@ -213,6 +213,7 @@ def measure(
         batch: sequences of a step.
         wait: batches' worth of sequences to choose from.
         fit: gives a path predictor of a trace of the other text.
+        rounds: how often every arm runs, in turn; every other round in reverse.
         tell: is told what comes next.
 
     Returns:
@@ -221,7 +222,7 @@ def measure(
 
     Raises:
         ValueError: all experts are on the device.
-        RuntimeError: an arm gave other tokens than the first, or a step failed.
+        RuntimeError: an arm gave other tokens or counted other bytes than before, or a step failed.
     """
     queues = [queue] if other is None else [queue, other]
     longest = max(len(r.prompt_ids) + r.max_new_tokens for q in queues for r in q.requests)
@@ -239,12 +240,16 @@ def measure(
     if fit is not None and trace is not None:
         tell("training the path predictor")
     found = sources(model, queue, truth, trace, fit(trace) if fit is not None and trace is not None else None)
-    ran: dict[Arm, Ran] = {}
-    for arm in arms(batch, wait, list(found)):
-        tell(arm.name)
-        ran[arm] = run_arm(runner, queue, arm, _paths(runner, arm, found))
-        if ran[arm].ids != expected:
-            raise RuntimeError(f"the tokens of {arm.name!r} differ from those of all decoding together: grouping must not change them")
+    chosen = arms(batch, wait, list(found))
+    ran: dict[Arm, list[Ran]] = {arm: [] for arm in chosen}
+    for turn in range(rounds):
+        for arm in chosen if turn % 2 == 0 else chosen[::-1]:
+            tell(arm.name)
+            ran[arm].append(run_arm(runner, queue, arm, _paths(runner, arm, found)))
+            if ran[arm][-1].ids != expected:
+                raise RuntimeError(f"the tokens of {arm.name!r} differ from those of all decoding together: grouping must not change them")
+            if ran[arm][-1].counts != ran[arm][0].counts:
+                raise RuntimeError(f"{arm.name!r} counted {ran[arm][-1].counts}, and before on the same requests {ran[arm][0].counts}")
     return _records(model, queue, ran, compile_seconds)
 
 
@@ -265,10 +270,15 @@ def _paths(runner: Runner, arm: Arm, found: Mapping[str, tuple[PathSource, int |
     return paths
 
 
-def _records(model: Model, queue: Queue, ran: Mapping[Arm, Ran], compile_seconds: float) -> list[dict[str, Any]]:
-    numbers = {arm.name: {**r.counts, "tokens_per_second": r.counts["tokens"] / r.seconds["wall"]} for arm, r in ran.items()}
+def _speeds(tokens: float, timings: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    return {f"tokens_per_{name}": tokens / timings[key]["median"] for name, key in (("second", "wall"), ("processor_second", "processor"))}
+
+
+def _records(model: Model, queue: Queue, ran: Mapping[Arm, Sequence[Ran]], compile_seconds: float) -> list[dict[str, Any]]:
+    timings = {arm.name: {name: record.timing([r.seconds[name] for r in all]) for name in all[0].seconds} for arm, all in ran.items()}
+    numbers = {arm.name: {**all[0].counts, **_speeds(all[0].counts["tokens"], timings[arm.name])} for arm, all in ran.items()}
     best, out = 1e9 / numbers["grouped by oracle"]["bytes_per_token"], []
-    for arm, r in ran.items():
+    for arm in ran:
         own = numbers[arm.name]
         beside = {f"{name} / {c}": own[name] / numbers[c][name] for c in CONTROLS if c != arm.name for name in RATIOS}
         settings = {
@@ -281,7 +291,7 @@ def _records(model: Model, queue: Queue, ran: Mapping[Arm, Ran], compile_seconds
         out.append(
             record.make_record(
                 name=NAME, spec_hash=model_hash(model.spec), settings=settings, seeds={"sampling": queue.requests[0].sampling.seed},
-                timings={name: record.timing([value]) for name, value in r.seconds.items()}, compile_seconds=compile_seconds,
+                timings=timings[arm.name], compile_seconds=compile_seconds,
                 bytes={name: int(value) for name, value in own.items() if name in ("decode_bytes", "prompt_bytes")},
                 counters={name: value for name, value in own.items() if name not in ("decode_bytes", "prompt_bytes")} | beside,
                 bound=record.make_bound("link", best, 1e9 / own["bytes_per_token"], "tok/GB"),

@@ -59,10 +59,11 @@ def test_text_is_of_the_domains_that_are_here(monkeypatch):
 @pytest.fixture(scope="module")
 def records(model, queues):
     told, traces = [], []
-    found = bench.measure(model, *queues, BATCH, WAIT, traces.append, told.append)  # trained to nothing, so that there is no path predictor
+    found = bench.measure(model, *queues, BATCH, WAIT, traces.append, 2, told.append)  # trained to nothing, so that there is no path predictor
     (trace,), other = traces, queues[1].requests
     assert len(trace.tokens) == sum(r.max_new_tokens - 1 for r in other) and (trace.ids >= 0).all() and len(set(trace.sequence.tolist())) == COUNT
-    assert told[:3] == ["compiling", "recording", "training the path predictor"] and told[3:] == [r["settings"]["arm"] for r in found]
+    names = [r["settings"]["arm"] for r in found]
+    assert told == ["compiling", "recording", "training the path predictor", *names, *names[::-1]]
     return {r["settings"]["arm"]: r for r in found}
 
 
@@ -85,7 +86,7 @@ def test_every_arm_is_recorded_beside_its_controls(model, records):
     for name, r in records.items():
         own, size = r["counters"], model.bank.record_bytes
         assert r["spec_hash"] == model_hash(model.spec) and r["settings"]["expert_slots"] == [2, 2] and r["settings"]["experts"] == 8
-        assert own["compiles"] == 0, name
+        assert own["compiles"] == 0 and {timing["n"] for timing in r["timings"].values()} == {2}, name
         assert own["tokens"] == own["decoded"] + COUNT == records["arrival"]["counters"]["tokens"]
         assert r["bytes"]["decode_bytes"] % size == 0 and r["bytes"]["prompt_bytes"] >= 2 * 2 * size
         assert own["bytes_per_token"] == pytest.approx(sum(r["bytes"].values()) / own["tokens"])

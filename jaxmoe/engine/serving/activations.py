@@ -21,7 +21,7 @@ from jaxmoe.engine import steps
 from jaxmoe.engine.serving import programs
 from jaxmoe.engine.serving.batches import page_tables, prompt_batch
 from jaxmoe.engine.serving.runner import Runner
-from jaxmoe.engine.serving.types import ServeSpec
+from jaxmoe.engine.serving.types import PrefillMode, ServeSpec
 from jaxmoe.spec import ModelSpec
 from jaxmoe.spec.types import AttentionSpec, DeltaSpec, LayerSpec
 from pallas_kernels.dispatch import ROW_SLACK, Kernels
@@ -32,13 +32,16 @@ LOGITS = 12
 """Arrays [R, V] of 32 bits while tokens are drawn: 11 were seen with adjustments, 10 without."""
 
 
-def activation_bytes(spec: ModelSpec, serve: ServeSpec, kernels: Kernels, streamed: bool, unrolled: bool = False, block: int = 0) -> int:
+def activation_bytes(
+    spec: ModelSpec, serve: ServeSpec, kernels: Kernels, prefill: PrefillMode, streamed: bool, unrolled: bool = False, block: int = 0
+) -> int:
     """Of the program of a `ServeSpec` that needs most.
 
     Args:
         spec: the model, in the precision that it runs in.
         serve: sizes.
         kernels: what runs.
+        prefill: how prompts are computed.
         streamed: experts are brought from the host.
         unrolled: layers are arrays of their own (`load_model`'s `unroll`).
         block: bytes of a block of pages, of which a copy needs another.
@@ -46,17 +49,16 @@ def activation_bytes(spec: ModelSpec, serve: ServeSpec, kernels: Kernels, stream
     Returns:
         Bytes.
     """
-    return max(*(program_bytes(spec, step, kernels, streamed, unrolled) for step in program_steps(serve)), block)
+    return max(*(program_bytes(spec, step, kernels, streamed, unrolled) for step in program_steps(serve, prefill)), block)
 
 
-def program_steps(serve: ServeSpec) -> tuple[Step, ...]:
-    """The largest of each kind of program: decoding, prompts through all layers, and a wave through some."""
-    singles = serve.batch if serve.mixed else 0
-    return (
-        Step(serve.batch, 1, serve.batch, serve.positions),
-        Step(serve.chunk + singles, serve.run, serve.slots + singles, serve.positions),
-        Step(serve.wave, serve.run, serve.slots, serve.positions),
-    )
+def program_steps(serve: ServeSpec, prefill: PrefillMode) -> tuple[Step, Step]:
+    """The largest program that decodes, and the largest for prompts."""
+    decode = Step(serve.batch, 1, serve.batch, serve.positions)
+    if prefill == "layered":
+        return decode, Step(serve.wave, serve.run, serve.slots, serve.positions)
+    singles, tokens = serve.batch if serve.mixed else 0, max(serve.chunk, serve.positions) if prefill == "whole" else serve.chunk
+    return decode, Step(tokens + singles, serve.run, serve.slots + singles, serve.positions)
 
 
 def program_bytes(spec: ModelSpec, step: Step, kernels: Kernels, streamed: bool, unrolled: bool) -> int:
@@ -125,13 +127,14 @@ def _feed_forward(layer: LayerSpec, spec: ModelSpec, step: Step, kernels: Kernel
 # --- What it really is
 
 
-def measured(runner: Runner, largest: bool = True) -> int:
+def measured(runner: Runner, prefill: PrefillMode, largest: bool = True) -> int:
     """Bytes that the runner's programs need beside their arguments, as XLA has compiled them; runs nothing.
 
     Programs that a warm-up has compiled are found again; others are compiled.
 
     Args:
         runner: of compiled steps.
+        prefill: how prompts are computed.
         largest: only the largest of each kind of program, which needs most; else all.
 
     Returns:
@@ -140,13 +143,7 @@ def measured(runner: Runner, largest: bool = True) -> int:
     Raises:
         ValueError: the host sends the experts, in programs of its own.
     """
-    return max(size for _, size in measured_programs(runner, largest))
-
-
-def measured_programs(runner: Runner, largest: bool = True) -> Iterator[tuple[str, int]]:
-    """`measured` of each program, by name."""
-    for name, step, args in _programs(runner, largest):
-        yield name, needed(step, args)
+    return max(needed(step, args) for _, step, args in compiled_steps(runner, prefill, largest))
 
 
 def needed(step: Any, args: tuple[Any, ...]) -> int:
@@ -155,8 +152,8 @@ def needed(step: Any, args: tuple[Any, ...]) -> int:
     return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
-def _programs(runner: Runner, largest: bool) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """The programs that a warm-up compiles, with arguments."""
+def compiled_steps(runner: Runner, prefill: PrefillMode, largest: bool) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """The programs that a warm-up compiles: a name, the jitted step, and arguments; `prefill` and `largest` as for `measured`."""
     spec, model, state = runner.spec, runner.model, runner.state
     own, kernels, tables = model.spec, model.kernels, page_tables(spec, {})
     if getattr(model.bank, "store", ()) is None:
@@ -178,10 +175,11 @@ def _programs(runner: Runner, largest: bool) -> Iterator[tuple[str, Any, tuple[A
             sampling, _, adjust = drawing(rows)
             args = (model.params, model.bank, state, row, row, row, row, tables, eos, sampling, adjust if adjusted else None)
             yield f"decode of {rows}{', adjusted' if adjusted else ''}", step, args
-    for tokens in some(runner.chunk_buckets):
+    whole, layered = prefill == "whole", prefill == "layered"
+    for tokens in () if layered else some(tuple(n for n in runner.chunk_buckets if whole or n <= spec.chunk)):
         batch = prompts(tokens, spec.batch if spec.mixed else 0)
         yield f"prompts of {tokens}", programs.prompts_step(own, kernels, runner.record), (model.params, model.bank, state, *batch)
-    for tokens in some(runner.wave_buckets):
+    for tokens in some(runner.wave_buckets) if layered else ():
         parked = programs.nothing_parked(own, tokens, formats.compute_dtype(own.precision.compute))
         args = (model.params, model.bank, state, parked, *prompts(tokens, 0)[:1], np.int32(0), np.int32(1), *drawing(spec.slots))
         yield f"waves of {tokens}", programs.group_step(own, kernels), args

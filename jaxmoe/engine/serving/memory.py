@@ -21,7 +21,7 @@ from jaxmoe.engine.serving.activations import activation_bytes
 from jaxmoe.engine.serving.host_store import IN_FLIGHT
 from jaxmoe.engine.serving.programs import nothing_parked
 from jaxmoe.engine.serving.routing import PENDING, DecodeCounts
-from jaxmoe.engine.serving.types import ServeSpec
+from jaxmoe.engine.serving.types import PrefillMode, ServeSpec
 from jaxmoe.engine.steps import ROW_BUCKETS
 from jaxmoe.experts.host_store import entry_shapes
 from jaxmoe.nn.transformer import layer_groups
@@ -51,6 +51,8 @@ class ServeMemory:
         expert_slots: slots of each layer, in the place of `experts`.
         slots, positions, page, batch, chunk, wave, groups, burst, run, move, sharing, mixed: as in `ServeSpec`; `positions` is rounded up to whole
             pages, and `batch` is `slots` if not given.
+        prefill: how prompts are computed, which says what programs there are; 'layered' where experts are streamed and 'chunked' where they are all
+            resident, if None.
         kv_dtype: 'float32', 'bfloat16' or 'int8'; the model's own if not given.
         host: host memory for pages that were put aside; None for none.
         staging, policy, knowledge: of streamed experts, as in `jaxmoe.engine.model.Offload`.
@@ -76,6 +78,7 @@ class ServeMemory:
     move: int = 16
     sharing: bool = True
     mixed: bool = True
+    prefill: PrefillMode | None = None
     kv_dtype: str | None = None
     host: str | None = None
     staging: int = 2
@@ -175,21 +178,21 @@ def weigh(model: ModelSpec, asked: ServeMemory, kernels: Kernels) -> Sizes:
     block = serve.move * page + nbytes(states) // serve.slots
     parked = jax.eval_shape(lambda: nothing_parked(model, serve.wave, formats.compute_dtype(model.precision.compute)))
     unrolled = kernels.backend == "cpu" if asked.unrolled is None else asked.unrolled
-    common = {
-        "parameters": _parameters(model, kernels),
-        "recurrent states": nbytes(states),
-        "parked wave": nbytes(parked),
-        "swap blocks in flight": (IN_FLIGHT + 1 if host else 1) * block,  # a warm-up moves one
-        "sampling adjustments": _adjustments(model.vocab, serve),
-    }
-    others = {
-        streamed: common | {
-            "activations": activation_bytes(model, serve, kernels, streamed, unrolled, block) if asked.activations is None else asked.activations,
+
+    def others(streamed: bool) -> dict[str, int]:
+        prefill = asked.prefill or ("layered" if streamed else "chunked")
+        bound = activation_bytes(model, serve, kernels, prefill, streamed, unrolled, block)
+        return {
+            "parameters": _parameters(model, kernels),
+            "recurrent states": nbytes(states),
+            "parked wave": nbytes(parked) if prefill == "layered" else 0,
+            "swap blocks in flight": (IN_FLIGHT + 1 if host else 1) * block,  # a warm-up moves one
+            "activations": bound if asked.activations is None else asked.activations,
+            "sampling adjustments": _adjustments(model.vocab, serve, prefill),
             "tables": _tables(model, serve, asked, kernels, streamed),
         }
-        for streamed in (False, True)
-    }  # fmt: skip
-    return Sizes(serve, _shapes(model, kernels), page, plain, others)
+
+    return Sizes(serve, _shapes(model, kernels), page, plain, {streamed: others(streamed) for streamed in (False, True)})
 
 
 def _serve_spec(model: ModelSpec, asked: ServeMemory) -> ServeSpec:
@@ -254,17 +257,18 @@ def _shapes(model: ModelSpec, kernels: Kernels) -> ExpertShapes:
     return dataclasses.replace(found, expert_bytes=tuple(max(one, n) for n in found.expert_bytes))
 
 
-def _adjustments(vocab: int, serve: ServeSpec) -> int:
-    """Those that change nothing, which stay, for every number of rows; and those of a decoding step and of a wave on their way."""
+def _adjustments(vocab: int, serve: ServeSpec, prefill: PrefillMode) -> int:
+    """Those that change nothing, which stay, for every number of rows; and those of a decoding step and of prompts on their way."""
     row = 4 * vocab + 2 * 4 * words(vocab) + 4
-    both = serve.slots + (serve.batch if serve.mixed else 0)
-    kept = {n for n in ROW_BUCKETS if n < serve.batch} | {serve.batch, both, serve.slots}
-    return row * (sum(kept) + both + serve.slots)
+    prompts = serve.slots + (serve.batch if serve.mixed and prefill != "layered" else 0)
+    kept = {n for n in ROW_BUCKETS if n < serve.batch} | {serve.batch, prompts}
+    return row * (sum(kept) + serve.batch + prompts)
 
 
 def _tables(model: ModelSpec, serve: ServeSpec, asked: ServeMemory, kernels: Kernels, streamed: bool) -> int:
     """Where experts are and what the policy counts, what it was told, counters to be read, and what two steps are told of their batch."""
-    batch = 4 * (serve.slots * serve.table + 16 * (serve.chunk + serve.batch + serve.wave + serve.slots + serve.move))
+    tokens = max(serve.chunk, serve.wave, serve.positions if asked.prefill == "whole" else 0)
+    batch = 4 * (serve.slots * serve.table + 16 * (tokens + serve.batch + serve.slots + serve.move))
     if not streamed:
         return 2 * batch
     router, _ = model.moe

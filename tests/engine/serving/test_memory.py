@@ -230,36 +230,39 @@ def test_what_is_counted_is_what_lies_on_the_device(family, slots, kv_dtype):
     assert table["KV pages"] + streamed <= added <= table["KV pages"] + table["recurrent states"] + streamed + table["tables"]
 
 
-COMPILED = [
-    ("qwen3_moe", None, "float32", "waves", {"wave": 256}),
-    ("mixtral", 2, "bfloat16", "decode", {"slots": 32}),
-]
+COMPILED = [("qwen3_moe", None, "float32", "waves", {"wave": 256, "prefill": "layered"}), ("mixtral", 2, "bfloat16", "decode", {"slots": 32})]
 
 
 @pytest.mark.parametrize("family, slots, dtype, kind, more", COMPILED)
 def test_programs_need_no_more_than_the_formula_and_not_much_less(family, slots, dtype, kind, more):
     found, runner, _ = fitted_runner(family, slots, dtype, **more)
-    name, step, args = next(one for one in activations._programs(runner, True) if one[0].startswith(kind))
+    name, step, args = next(one for one in activations.compiled_steps(runner, "layered", True) if one[0].startswith(kind))
     needed = activations.needed(step, args)
-    place = {"decode": 0, "prompts": 1, "waves": 2}[kind]
-    bound = activations.program_bytes(runner.model.spec, activations.program_steps(found.spec)[place], CPU, slots is not None, False)
+    shape = activations.program_steps(found.spec, "layered")[kind == "waves"]
+    bound = activations.program_bytes(runner.model.spec, shape, CPU, slots is not None, False)
     assert needed <= bound <= 4 * needed, f"{name}: {needed:,} bytes, the formula has {bound:,}"
     assert bound <= found.table["activations"]
 
 
+ALL = [("qwen3_moe", 3, "bfloat16", "layered"), ("olmoe", 4, "float32", "chunked"), ("mixtral", None, "bfloat16", "whole")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family, slots, dtype", [("qwen3_moe", 3, "bfloat16"), ("olmoe", 4, "float32"), ("mixtral", None, "bfloat16")])
-def test_all_programs_together_need_no_more_than_the_table_has(family, slots, dtype):
-    found, runner, _ = fitted_runner(family, slots, dtype, host="100kB")
-    needed = activations.measured(runner)
-    assert needed <= found.table["activations"] <= 4 * needed
+@pytest.mark.parametrize("family, slots, dtype, prefill", ALL)
+def test_all_programs_together_need_no_more_than_the_table_has(family, slots, dtype, prefill):
+    found, runner, _ = fitted_runner(family, slots, dtype, host="100kB", prefill=prefill)
+    sizes = {name: activations.needed(step, args) for name, step, args in activations.compiled_steps(runner, prefill, False)}
+    assert len(sizes) == len(runner.programs(("decode", {"layered": "group", "whole": "whole"}.get(prefill, "chunk"), "pages"))) + 1
+    needed = max(sizes.values())
+    assert needed == activations.measured(runner, prefill)
+    assert needed <= found.table["activations"] <= 4 * needed, sizes
     tight = fit(runner.model.spec, dataclasses.replace(found.asked, activations=needed), CPU)
     assert tight.table["activations"] == needed and tight.table.total < found.table.total
 
 
 @pytest.mark.slow
 def test_an_engine_that_is_short_of_pages_stays_within_its_table():
-    found, runner, begun = fitted_runner("olmoe", 4, host="200kB", kv="160kB")
+    found, runner, begun = fitted_runner("olmoe", 4, host="200kB", kv="160kB", prefill=Policy().prefill)
     there = on_device() - begun
     engine, rng = ServingEngine(runner, None, (5,), Policy()), np.random.default_rng(0)
     for i in range(12):
@@ -273,11 +276,17 @@ def test_an_engine_that_is_short_of_pages_stays_within_its_table():
     assert events == 12 and engine.errors == 0 and runner.host.bytes_out > 0
 
 
-def test_the_largest_program_is_looked_for_in_each_kind():
-    spec = ServeSpec(slots=8, page=16, pages=4, positions=64, batch=4, chunk=64, wave=256, groups=1, run=16, mixed=False)
-    assert [(step.tokens, step.logits) for step in activations.program_steps(spec)] == [(4, 4), (64, 8), (256, 8)]
-    mixed = dataclasses.replace(spec, mixed=True)
-    assert [(step.tokens, step.logits) for step in activations.program_steps(mixed)] == [(4, 4), (68, 12), (256, 8)]
+def test_programs_and_what_goes_with_them_follow_from_how_prompts_are_computed():
+    spec = ServeSpec(slots=8, page=16, pages=4, positions=128, batch=4, chunk=64, wave=256, groups=1, run=16, mixed=False)
+    mixed, decode = dataclasses.replace(spec, mixed=True), (4, 4)
+    expected = {"chunked": (64, 8), "splitfuse": (64, 8), "whole": (128, 8), "layered": (256, 8)}
+    for prefill, prompts in expected.items():
+        assert [(step.tokens, step.logits) for step in activations.program_steps(spec, prefill)] == [decode, prompts]
+    assert [(step.tokens, step.logits) for step in activations.program_steps(mixed, "whole")] == [decode, (132, 12)]
+    streamed, resident = fit(SPECS["olmoe"], asked(expert_slots=4), CPU), fit(SPECS["olmoe"], asked(), CPU)
+    assert streamed.table["parked wave"] == 128 * 64 * 4 and resident.table["parked wave"] == 0
+    for one, prefill in ((streamed, "layered"), (resident, "chunked")):
+        assert fit(SPECS["olmoe"], dataclasses.replace(one.asked, prefill=prefill), CPU).table == one.table
 
 
 def test_models_whose_experts_the_host_sends_are_not_measured():
@@ -285,4 +294,4 @@ def test_models_whose_experts_the_host_sends_are_not_measured():
     model = dataclasses.replace(model, bank=dataclasses.replace(model.bank, store=None))
     runner = Runner(model, ServeSpec(2, 16, 8, 64, 2, 32, 32, 1, run=16), run=object())
     with pytest.raises(ValueError, match="the host sends"):
-        activations.measured(runner)
+        activations.measured(runner, "layered")

@@ -1,0 +1,109 @@
+"""Keys and values in pages give the bits of contiguous rows: in pieces beside decoding sequences, by groups of layers, in whatever pages."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmoe import formats
+from jaxmoe.cache.layers import init_paged_layers
+from jaxmoe.cache.paged import init_paged, quantized
+from jaxmoe.engine.serving.batches import page_tables, places_of, prompt_batch
+from jaxmoe.engine.serving.types import Piece, Row, ServeSpec
+from jaxmoe.nn.transformer import forward, forward_group, head, layer_groups
+from jaxmoe.routing.route import initial_state
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.paged_attention.types import plain
+from tests.families import goldens
+
+CPU = Kernels("cpu")
+CASES = ("deepseek_v2_greedy", "gpt_oss_plain", "llama4_text_chunked", "qwen3_next_named")
+"""Latents without values, sinks and windows, attention in chunks, a delta rule."""
+
+SPEC = ServeSpec(slots=2, page=16, pages=40, positions=256, batch=2, chunk=128, wave=128, groups=2, run=16)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    goldens.forget_programs()
+    run = goldens.make_run(request.param, Path(tmp_path_factory.mktemp(request.param)))
+    model = run.load("float32", CPU, False)
+    order = np.random.default_rng(0).permutation(SPEC.pages)
+    tables = page_tables(SPEC, {0: order[:16].tolist(), 1: order[16:32].tolist()})
+    return model, run.requests, goldens.together(model, run.ids), tables
+
+
+def every_token(batch):
+    """The batch with logits of all its tokens asked for."""
+    return dataclasses.replace(batch, logit_rows=np.arange(len(batch.tokens), dtype=np.int32))
+
+
+def take(out, batch, logits) -> None:
+    for row, segment, position in zip(np.asarray(logits), batch.segments, batch.positions, strict=True):
+        if segment >= 0:
+            out[segment][position] = row
+
+
+def test_pieces_beside_a_sequence_that_decodes(case):
+    model, requests, expected, tables = case
+    state = init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, CPU)
+    step = jax.jit(lambda state, batch: forward(model.spec, model.params, model.bank, state, batch, CPU)[::2], compiler_options=CPU.compiler_options())
+    got, ids, lengths = [np.full_like(e, np.nan) for e in expected], dict(enumerate(requests)), [len(r) for r in requests]
+    at, first = [0, min(16, lengths[1])], Piece(1, 1, 0, min(16, lengths[1]), True)
+    pieces, rows = [first], []
+    while pieces or rows:
+        batch = every_token(prompt_batch(SPEC, rows, pieces, places_of(SPEC, pieces)[0], SPEC.chunk, SPEC.batch, ids, tables))
+        logits, state = step(state, batch)
+        take(got, batch, logits)
+        if first not in pieces:
+            at = [at[0] + 32, at[1] + 1]
+        rows = [Row(1, 1, at[1], 1)] if at[1] < lengths[1] else []
+        pieces = [Piece(0, 0, at[0], min(32, lengths[0] - at[0]), False)] if at[0] < lengths[0] else []
+    assert goldens.same_bits(got, expected)
+
+
+def test_groups_of_layers(case):
+    model, requests, expected, tables = case
+    pieces = [Piece(i, i, 0, len(ids), True) for i, ids in enumerate(requests)]
+    batch = every_token(prompt_batch(SPEC, (), pieces, places_of(SPEC, pieces)[0], SPEC.chunk, 0, dict(enumerate(requests)), tables))
+
+    def group(state, batch, x, router, first, last):
+        x, _, state, router = forward_group(model.spec, model.params, model.bank, state, x, router, batch, CPU, first, last)
+        return state, x, router, head(model.spec, model.params, x, batch, CPU)
+
+    step, edges = jax.jit(group, compiler_options=CPU.compiler_options()), layer_groups(model.spec, 2)
+    x = jnp.full((SPEC.chunk, model.spec.width), jnp.nan, formats.compute_dtype(model.spec.precision.compute))
+    state, router = init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, CPU), initial_state(model.spec, x)
+    for first, last in zip(edges, edges[1:], strict=False):
+        state, x, router, logits = step(state, batch, x, router, np.int32(first), np.int32(last))
+    got = [np.full_like(e, np.nan) for e in expected]
+    take(got, batch, logits)
+    assert goldens.same_bits(got, expected)
+
+
+def test_a_batch_without_tables_and_a_run_that_no_page_holds_are_refused(case):
+    model, requests, _, tables = case
+    state = init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, CPU)
+    batch = prompt_batch(SPEC, (), [Piece(0, 0, 0, 16, True)], (0,), 64, 0, dict(enumerate(requests)), tables)
+    for wrong, says in ((dataclasses.replace(batch, tables=None), "page tables"), (dataclasses.replace(batch, run=32), "runs of 32.*pages of 16")):
+        with pytest.raises(ValueError, match=says):
+            forward(model.spec, model.params, model.bank, state, wrong, CPU)
+
+
+def test_pages_of_sizes_and_dtypes_that_there_are_not():
+    with pytest.raises(ValueError, match="48"):
+        init_paged((2, 8, 8), 1, 4, 48, "float32", CPU)
+    with pytest.raises(ValueError, match="int4"):
+        init_paged((2, 8, 8), 1, 4, 16, "int4", CPU)
+
+
+def test_int8_keys_are_within_half_a_step_of_what_they_were():
+    x = np.random.default_rng(0).standard_normal((5, 3, 64)).astype(np.float32) * np.array([1e-3, 1.0, 1e4])[:, None].astype(np.float32)
+    x[2, 1] = 0
+    held, scales = quantized(jnp.asarray(x))
+    assert held.dtype == jnp.int8 and scales.shape == (5, 3)
+    back = np.asarray(plain(held, scales))
+    assert (np.abs(back - x) <= 0.501 * np.asarray(scales)[..., None]).all() and (back[2, 1] == 0).all()
