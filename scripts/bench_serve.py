@@ -31,8 +31,8 @@ from rich.console import Console
 from jaxmoe.report.command import run_command
 
 LINK_GBPS, OPEN_GBPS = 0.02, 0.1
-"""Of the first, bringing all experts takes longer than computing a prompt does on two cores, as on a GPU whose host holds them; of the second, runs with
-many requests end within minutes."""
+"""Over the first, all experts take longer to come than a prompt takes to be computed on two cores, as on a GPU whose host holds them; over the
+second, runs with many requests end within minutes."""
 TRACES = (ROOT / "tests/offload/data/qwen3_30b_a3b.npz",)
 
 
@@ -91,19 +91,20 @@ class Arguments:
 
 
 Tell = Callable[[str], None]
+Save = Callable[[Mapping[str, Any]], None]
 
 
-def virtual(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+def virtual(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
     """Every comparison in virtual time."""
     from jaxmoe.offload.trace import load_or_import
     from jaxmoe.report.serve_virtual import virtual_records
 
     traces = {path.stem: load_or_import(path) for path in args.traces}
     made = virtual_records(traces, args.seed, verify=args.verify, tell=tell)
-    return {"-".join((r["name"], r["settings"]["routing"], r["settings"]["what"], r["settings"]["arm"])): r for r in made}
+    save({"-".join((r["name"], r["settings"]["routing"], r["settings"]["what"], r["settings"]["arm"])): r for r in made})
 
 
-def link(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+def link(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
     """Long prompts over an emulated link."""
     from jaxmoe.report import serve_bench, serve_judge, serve_setups
 
@@ -114,22 +115,22 @@ def link(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
     gbps, arms = args.gbps or LINK_GBPS, serve_bench.arms(args.groups, args.chunks)
     ready = serve_setups.linked(model, records, arms, scenes, gbps)
     samples = serve_bench.rounds(ready, texts, args.rounds or 6, serve_setups.smallest(arms), tell)
-    about = {"model": args.model.name, "dtype": "float32", "slots": list(model.bank.slots), "mode": "host-driven", "text": args.text.name}
+    about = {"model": args.model.name, "dtype": "float32", "slots_a_layer": list(model.bank.slots), "mode": "host-driven", "text": args.text.name}
     setting = serve_judge.Setting(len(model.bank.slots) * model.bank.experts, model.bank.record_bytes, gbps, True, about)
     made = serve_judge.records(ready, samples, setting, "serve_link")
+    save(made)
     show_scenes(made, console)
-    return made
 
 
-def queue(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+def queue(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
     """A mixed queue."""
     from jaxmoe.report.serve_queue_bench import queue_records
 
     made = queue_records(args.model, seed=args.seed, tell=tell)
-    return {f"{r['name']}-{r['settings']['arm']}": r for r in made}
+    save({f"{r['name']}-{r['settings']['arm']}": r for r in made})
 
 
-def opened(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+def opened(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
     """Open-loop load, in this process or on a server."""
     from jaxmoe.report import serve_http, serve_open
 
@@ -139,28 +140,33 @@ def opened(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
     else:
         model, records, texts = load(args, tell)
         about = {"model": args.model.name, "dtype": "float32", "slots_a_layer": list(model.bank.slots), "mode": "host-driven"}
-        made = serve_open.open_records(model, records, texts, args.gbps or OPEN_GBPS, wanted, args.rates, about, tell)
+        spec = serve_open.spec_of(wanted)
+        prepared = serve_open.prepare(model, records, texts, args.gbps or OPEN_GBPS, wanted, spec, tell)
+        made = serve_open.open_records(prepared, texts, wanted, args.rates, about, tell)
+    save({serve_open.stem(r): r for r in made})
     console.print(serve_open.table(made))
     for times in serve_open.TPOT_TIMES:
         for arm, rate in serve_open.best(made, times).items():
-            text = f"{arm}: 9 of 10 within {serve_open.TTFT_TIMES:g} x TTFT and {times:g} x TPOT of a request alone up to {rate:.3g} requests a second"
-            console.print(f"{text}, of the rates tried", highlight=False, markup=False, soft_wrap=True)
-    return {serve_open.stem(r): r for r in made}
+            within = f"{serve_open.TTFT_TIMES:g} x TTFT and {times:g} x TPOT of a request alone"
+            console.print(f"{arm}: 9 of 10 within {within}, of the rates tried up to {rate:.3g}", highlight=False, markup=False, soft_wrap=True)
 
 
-def device(args: Arguments, console: Console, tell: Tell) -> dict[str, Any]:
+def device(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
     """Long prompts on the default device, experts fetched by compiled steps."""
     from jaxmoe.report import serve_bench, serve_device
 
-    sizes = serve_device.TINY if args.tiny else dataclasses.replace(serve_device.FULL, layers=args.layers, prompts=args.prompts)
+    sizes = serve_device.TINY
+    if not args.tiny:
+        full = serve_device.FULL
+        sizes = dataclasses.replace(full, layers=args.layers, prompts=args.prompts, alone=full.alone if args.alone else 0)
     groups = tuple(n for n in args.groups if n <= sizes.layers) or (sizes.layers,)
     arms = serve_bench.arms(groups, (sizes.chunk,) if args.tiny else args.chunks)
-    made = serve_device.measure(sizes, arms, args.percent, args.rounds or sizes.rounds, tell)
-    show_scenes(made, console)
-    return {f"tiny-{stem}" if args.tiny else stem: r for stem, r in made.items()}
+    for made in serve_device.measure(sizes, arms, args.percent, args.rounds or sizes.rounds, tell):
+        save({f"tiny-{stem}" if args.tiny else stem: r for stem, r in made.items()})
+        show_scenes(made, console)
 
 
-TIERS: dict[str, Callable[[Arguments, Console, Tell], dict[str, Any]]] = {
+TIERS: dict[str, Callable[[Arguments, Console, Tell, Save], None]] = {
     "virtual": virtual, "link": link, "queue": queue, "open": opened, "device": device,
 }  # fmt: skip
 
@@ -189,11 +195,13 @@ def load(args: Arguments, tell: Tell) -> tuple[Any, Any, Any]:
 
 def show_scenes(made: Mapping[str, Mapping[str, Any]], console: Console) -> None:
     """A table of scenes and arms, and whether they show what they should."""
-    from rich.table import Table
+    from rich.box import SIMPLE
+    from rich.table import Column, Table
 
     from jaxmoe.report import serve_judge
 
-    table = Table("scene, arm", "x once", "TTFT s", "worst", "gap s", "bound", "step s", "rho", "% bound")
+    names = ("scene, arm", "x once", "TTFT s", "worst", "gap s", "bound", "step s", "rho", "% bound")
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=SIMPLE, padding=(0, 1, 0, 0))
     for r in made.values():
         t, c = r["timings"], r["counters"]
         numbers = [t[name]["median"] for name in ("ttft_mean", "ttft_worst", "gap_worst")]
@@ -216,11 +224,18 @@ def run(args: Arguments) -> None:
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the host-driven mode has many small programs
     screen, console = Console(stderr=True), Console()
+    written = 0
+
+    def save(made: Mapping[str, Any]) -> None:
+        nonlocal written
+        for stem, one in made.items() if args.out is not None else ():
+            write_record(args.out / f"{file_stem(stem)}.json", one)  # type: ignore[operator]
+            written += 1
+
     with screen.status(args.tier) as status:
-        made = TIERS[args.tier](args, console, lambda what: status.update(f"{args.tier}: {what}"))
-    for stem, one in made.items() if args.out is not None else ():
-        write_record(args.out / f"{file_stem(stem)}.json", one)  # type: ignore[operator]
-    console.print(f"{len(made)} records" + (f" in {args.out}" if args.out is not None else ""), highlight=False, markup=False, soft_wrap=True)
+        TIERS[args.tier](args, console, lambda what: status.update(f"{args.tier}: {what}"), save)
+    if args.out is not None:
+        console.print(f"{written} records in {args.out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def file_stem(stem: str) -> str:

@@ -71,6 +71,8 @@ class PagedKV:
         if self.width % batch.run:
             raise ValueError(f"runs of {batch.run} tokens don't fit into pages of {self.width}: choose a run that divides a page")
         if kernels.backend == "cpu":
+            if batch.tables.shape[1] * self.width % KEY_BLOCK:
+                raise ValueError(f"tables of {batch.tables.shape[1]} pages of {self.width} tokens: give whole blocks of {KEY_BLOCK} keys")
             return _attend_runs(self, spec, layer, q, k, v, batch, kernels.row_invariant, sinks)
         if spec.chunk is not None:
             raise NotImplementedError(f"attention in chunks of {spec.chunk} positions over pages is for the CPU alone")

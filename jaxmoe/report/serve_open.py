@@ -54,10 +54,12 @@ class Load:
 
 
 def spec_of(load: Load, slots: int = 8, page: int = 32, chunk: int = 256, wave: int = 512, groups: int = 4) -> ServeSpec:
-    """Sizes of both arms: pages for half of what the running sequences may come to, so that some are put aside."""
+    """Sizes of both arms: pages for half of what the running sequences may come to, so that some are put aside. No prefix is found again, since the
+    same requests come at every rate."""
     positions = -(-(load.inputs.most + load.outputs.most) // page) * page
     pages = slots * positions // page
-    return ServeSpec(slots, page, max(pages // 2, positions // page), positions, slots, chunk, wave, groups, burst=1, run=page, host_pages=pages)
+    few = max(pages // 2, positions // page)
+    return ServeSpec(slots, page, few, positions, slots, chunk, wave, groups, burst=1, run=page, host_pages=pages, sharing=False)
 
 
 # --- In this process
@@ -78,22 +80,55 @@ def alone(engine: ServingEngine, sent: Sequence[Sent]) -> list[Served]:
     return [drive(engine, [dataclasses.replace(one, at=0.0)]).served[0] for one in sent]
 
 
-def open_records(
-    model: Model, records: Any, texts: Texts | None, gbps: float, load: Load, rates: Sequence[float], about: Mapping[str, Any],
-    tell: Tell = lambda what: None, spec: ServeSpec | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Both arms at every rate, in turn.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """An arm that can run. Attributes: `engine`; `link` of its own; `seconds` that its programs took to compile."""
+
+    engine: ServingEngine
+    link: Link
+    seconds: float = 0.0
+
+
+def prepare(
+    model: Model, records: Any, texts: Texts | None, gbps: float, load: Load, spec: ServeSpec, tell: Tell = lambda what: None
+) -> dict[str, Prepared]:
+    """Both arms, warmed up: everything compiled, and run once with nothing to wait for.
 
     Args:
         model: with slots for some of its experts.
         records: all experts'.
         texts: what prompts say; random ids without it.
-        gbps: of the emulated link.
+        gbps: of the emulated link of each.
         load: see there.
+        spec: sizes.
+        tell: is told what comes next.
+    """
+    out, flood = {}, sent_of(load.jobs(math.inf, model.spec.vocab), texts)
+    for name, policy in POLICIES.items():
+        link = Link(gbps)
+        engine = host_engine(model, records, spec, policy, link)
+        seconds = engine.warm_up(lambda what, name=name: tell(f"{name}: compiling {what}"))  # type: ignore[misc]
+        tell(f"{name}: rehearsal")
+        link.gbps = None
+        drive(engine, flood)
+        alone(engine, flood[:ALONE])
+        link.gbps = gbps
+        out[name] = Prepared(engine, link, seconds)
+    return out
+
+
+def open_records(
+    prepared: Mapping[str, Prepared], texts: Texts | None, load: Load, rates: Sequence[float], about: Mapping[str, Any],
+    tell: Tell = lambda what: None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Both arms at every rate, in turn.
+
+    Args:
+        prepared: of `prepare`.
+        texts, load: as there.
         rates: parts of what the control bears when all requests are there at once.
         about: settings for the records.
         tell: is told what comes next.
-        spec: sizes, `spec_of` if not given.
 
     Returns:
         A record an arm and rate.
@@ -101,41 +136,33 @@ def open_records(
     Raises:
         RuntimeError: a program was compiled while something was measured, or arms gave different tokens on a CPU.
     """
-    spec, vocab, links, engines = spec or spec_of(load), model.spec.vocab, {name: Link(gbps) for name in POLICIES}, {}
-    flood, seconds = sent_of(load.jobs(math.inf, vocab), texts), {}
-    for name, policy in POLICIES.items():
-        engine = engines[name] = host_engine(model, records, spec, policy, links[name])
-        seconds[name] = engine.warm_up(lambda what, name=name: tell(f"{name}: compiling {what}"))  # type: ignore[misc]
-        tell(f"{name}: rehearsal")
-        links[name].gbps = None
-        drive(engine, flood)
-        alone(engine, flood[:ALONE])
-        links[name].gbps = gbps
+    control, spec = prepared[CONTROL].engine, prepared[CONTROL].engine.spec
+    model = control.runner.model
+    flood = sent_of(load.jobs(math.inf, model.spec.vocab), texts)
     tell(f"{CONTROL}: one at a time, then all at once")
-    single = alone(engines[CONTROL], flood[:ALONE])
+    single = alone(control, flood[:ALONE])
     within = [serve_stats.limits_of(single, TTFT_TIMES, times) for times in TPOT_TIMES]
-    full = check_drive(drive(engines[CONTROL], flood), "all at once")
-    capacity = load.requests / full.seconds
+    capacity = load.requests / check_drive(drive(control, flood), "all at once").seconds
     out = []
     for turn, part in enumerate(rates):
         rate = part * capacity
-        sent = sent_of(load.jobs(rate, vocab), texts)
+        sent = sent_of(load.jobs(rate, model.spec.vocab), texts)
         runs, moved = {}, {}
-        for name in list(engines)[:: 1 if turn % 2 == 0 else -1]:
+        for name in list(prepared)[:: 1 if turn % 2 == 0 else -1]:
             tell(f"{name}: {rate:.3g} requests a second")
-            before = loads(engines[name])["all"]
-            runs[name] = check_drive(drive(engines[name], sent), f"{name}, {rate:.3g} requests a second")
-            moved[name] = (loads(engines[name])["all"] - before) * model.bank.record_bytes
+            engine = prepared[name].engine
+            before = loads(engine)["all"]
+            runs[name] = check_drive(drive(engine, sent), f"{name}, {rate:.3g} requests a second")
+            moved[name] = (loads(engine)["all"] - before) * model.bank.record_bytes
         if model.kernels.backend == "cpu" and runs[OWN].tokens != runs[CONTROL].tokens:
             raise RuntimeError(f"{rate:.3g} requests a second: the arms gave different tokens")
-        for name in POLICIES:
-            settings = dict(about) | {"arm": name, "control": CONTROL, "link_gbps": gbps, "link_emulated": True, "part_of_capacity": part}
+        for name, one in prepared.items():
+            settings = dict(about) | {"arm": name, "control": CONTROL, "link_gbps": one.link.gbps, "link_emulated": True, "part_of_capacity": part}
             settings |= {"capacity": capacity, "slots": spec.slots, "pages": spec.pages, "host_pages": spec.host_pages}
             found = summaries(runs[name].served, within, rate) | {"compiles": runs[name].compiles}
             if name != CONTROL:
                 found |= ratios(runs[name].served, runs[CONTROL].served, within)
-            own = {"link": moved[name]}
-            out.append(_record(runs[name].served, rate, settings, found, load, model.spec.hash(), seconds[name], own))
+            out.append(_record(runs[name].served, rate, settings, found, load, model.spec.hash(), one.seconds, {"link": moved[name]}))
     return out
 
 
@@ -164,9 +191,10 @@ def url_records(
     if not any(s.done for s in single):
         raise ValueError(f"{server.url} answered none of {len(single)} requests in full: {'; '.join(wrong)[:300]}")
     within, out = [serve_stats.limits_of([s for s in single if s.done], TTFT_TIMES, times) for times in TPOT_TIMES], []
-    for rate in rates:
+    for turn, rate in enumerate(rates):
         tell(f"{rate:.3g} requests a second")
-        served, wrong = serve_http.send_all(server, load.jobs(rate, vocabulary), tell=lambda n, r=rate: tell(f"{r:.3g} a second: {n} sent"))  # type: ignore[misc]
+        others = dataclasses.replace(load, seed=load.seed + turn + 1)  # the server may keep prefixes
+        served, wrong = serve_http.send_all(server, others.jobs(rate, vocabulary), tell=lambda n, r=rate: tell(f"{r:.3g} a second: {n} sent"))  # type: ignore[misc]
         settings = {"arm": "server", "control": "one at a time", "model": server.model, "over": "http", "problems": [w[:200] for w in wrong[:8]]}
         found = summaries(served, within, rate) | ratios(served, single, within)
         out.append(_record(served, rate, settings, found, load, "", 0.0, {}))
@@ -199,8 +227,9 @@ def _record(
     served: Sequence[Served], rate: float, settings: Mapping[str, Any], found: Mapping[str, Any], load: Load, spec_hash: str, seconds: float,
     bytes: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
-    values = {"ttft": [s.ttft for s in served], "tpot": [s.tpot for s in served], "itl": [gap for s in served for gap in s.gaps]}
-    timings = {name: record.timing(there) for name, all in values.items() if (there := [value for value in all if value is not None])}
+    values: dict[str, list[float | None]] = {"ttft": [s.ttft for s in served], "tpot": [s.tpot for s in served]}
+    values["itl"] = [gap for s in served for gap in s.gaps]
+    timings = {name: record.timing(there) for name, each in values.items() if (there := [value for value in each if value is not None])}
     sizes = {"requests": load.requests, "inputs": dataclasses.asdict(load.inputs), "outputs": dataclasses.asdict(load.outputs), "rate": rate}
     return record.make_record(
         name=NAME, spec_hash=spec_hash, settings=dict(settings) | sizes, seeds={"load": load.seed}, timings=timings, compile_seconds=seconds,

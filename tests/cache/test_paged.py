@@ -50,7 +50,8 @@ def take(out, batch, logits) -> None:
 def test_pieces_beside_a_sequence_that_decodes(case):
     model, requests, expected, tables = case
     state = init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, CPU)
-    step = jax.jit(lambda state, batch: forward(model.spec, model.params, model.bank, state, batch, CPU)[::2], compiler_options=CPU.compiler_options())
+    whole = (model.spec, model.params, model.bank)
+    step = jax.jit(lambda state, batch: forward(*whole, state, batch, CPU)[::2], compiler_options=CPU.compiler_options())
     got, ids, lengths = [np.full_like(e, np.nan) for e in expected], dict(enumerate(requests)), [len(r) for r in requests]
     at, first = [0, min(16, lengths[1])], Piece(1, 1, 0, min(16, lengths[1]), True)
     pieces, rows = [first], []
@@ -88,7 +89,9 @@ def test_a_batch_without_tables_and_a_run_that_no_page_holds_are_refused(case):
     model, requests, _, tables = case
     state = init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, CPU)
     batch = prompt_batch(SPEC, (), [Piece(0, 0, 0, 16, True)], (0,), 64, 0, dict(enumerate(requests)), tables)
-    for wrong, says in ((dataclasses.replace(batch, tables=None), "page tables"), (dataclasses.replace(batch, run=32), "runs of 32.*pages of 16")):
+    narrow = dataclasses.replace(batch, tables=tables[:, :9])
+    bare, long = dataclasses.replace(batch, tables=None), dataclasses.replace(batch, run=32)
+    for wrong, says in ((bare, "page tables"), (narrow, "9 pages of 16.*128"), (long, "runs of 32.*pages of 16")):
         with pytest.raises(ValueError, match=says):
             forward(model.spec, model.params, model.bank, state, wrong, CPU)
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxmoe.cache.batch import Batch
+from jaxmoe.cache.contiguous import KEY_BLOCK
 from jaxmoe.engine.serving.types import Piece, Row, ServeSpec
 
 
@@ -22,8 +23,9 @@ def sizes(most: int, least: int) -> tuple[int, ...]:
 
 
 def page_tables(spec: ServeSpec, tables: Mapping[int, Sequence[int]]) -> Int[np.ndarray, "S X"]:
-    """Every slot's pages, and the trash page where there is none."""
-    out = np.full((spec.slots, spec.table), spec.trash, np.int32)
+    """Every slot's pages, and the trash page where there is none; as wide as whole blocks of keys need, which is how attention reads it."""
+    wide = -(-spec.positions // KEY_BLOCK) * KEY_BLOCK // spec.page
+    out = np.full((spec.slots, wide), spec.trash, np.int32)
     for slot, pages in tables.items():
         out[slot, : len(pages)] = pages
     return out

@@ -8,7 +8,6 @@ prompt was cut, and how often it was put aside; on the CPU to the bit, elsewhere
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine.generate import RequestError, Row, check_ids
 from jaxmoe.engine.serving import scheduler
 from jaxmoe.engine.serving.compiles import CompileCount
+from jaxmoe.engine.serving.counting import Watch, computed
 from jaxmoe.engine.serving.prefix import page_keys
 from jaxmoe.engine.serving.recovery import lost
 from jaxmoe.engine.serving.requests import MOST_LOGPROBS, Event, QueueFull, ServeRequest
@@ -108,17 +108,13 @@ class ServingEngine:
         self.errors = 0
         self._closed = False
         self._compiles = CompileCount()
-        self._queued = Tally((0.001, 0.01, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0))
-        self._step_tokens = Tally((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096))
-        self._distinct = Tally((1, 2, 4, 8, 16, 32, 64, 128, 256))
-        self._asked = self._requests()
-        self._groups = 0
+        self._watch = Watch()
         self._modes = ("decode", {"layered": "group", "whole": "whole"}.get(policy.prefill, "chunk"), "pages")
 
     def warm_up(self, progress: Callable[[str], None] = lambda name: None) -> float:
         """Compiles all that steps can need; returns the seconds it took. `counters` counts what is compiled after it."""
         seconds = self.runner.warm_up(progress, self._modes)
-        self._compiles, self._asked = CompileCount(), self._requests()
+        self._compiles = CompileCount()
         return seconds
 
     @property
@@ -228,7 +224,7 @@ class ServingEngine:
             given = self.runner.run(plan, self._live)
         except Exception as error:  # whatever a device or a disk may do: those whose step it was are told, the others are computed again
             return events + self._lost(plan, error)
-        self._observe(plan, given, now)
+        self._watch.see(plan, sum(len(new.ids) for new in given.values()), self._began(plan, now))
         if self._paths is not None:
             self._paths.learn(plan, given, self._live, self.runner)
         now = self._clock()
@@ -238,6 +234,13 @@ class ServingEngine:
             self._live.pop(id, None)
             self.runner.host.forget(id)
         return events + new
+
+    def _began(self, plan: StepPlan, now: float) -> list[float]:
+        """Seconds that the sequences had waited which this step was the first for."""
+        first = [id for id in computed(plan) if not self._live[id].began]
+        for id in first:
+            self._live[id].began = True
+        return [now - self.state.seqs[id].arrived for id in first]
 
     def _push(self, given: Mapping[int, Given]) -> tuple[list[Event], Results]:
         events, tokens, ended, keys = [], {}, set(), {}
@@ -271,7 +274,7 @@ class ServingEngine:
     def _lost(self, plan: StepPlan, error: Exception) -> list[Event]:
         """After a step that failed: its requests end with an error, the device's state is made anew, and the others are computed again."""
         self.errors += 1
-        ids = _computed(plan) | {move.id for move in (*plan.out, *plan.into)}
+        ids = computed(plan) | {move.id for move in (*plan.out, *plan.into)}
         ids = {id for id in ids if id in self._live} or set(self._live)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         events = [Event(id, finish_reason="error", error=reason) for id in sorted(ids)]
@@ -283,45 +286,9 @@ class ServingEngine:
         self.runner.rebuild()
         return events
 
-    # --- What is counted
-
-    def _requests(self) -> np.ndarray | None:
-        """Experts asked for so far, by layer."""
-        return self.runner.counters().get("requests")
-
-    def _observe(self, plan: StepPlan, given: Mapping[int, Given], now: float) -> None:
-        self._groups += plan.group is not None
-        tokens = sum(len(new.ids) for new in given.values()) + sum(piece.count for piece in plan.chunk)
-        self._step_tokens.add(tokens + (sum(p.count for p in plan.group.pieces) if plan.group is not None and plan.group.last else 0))
-        for id in _computed(plan):
-            if not self._live[id].began:
-                self._live[id].began = True
-                self._queued.add(now - self.state.seqs[id].arrived)
-        before, self._asked = self._asked, self._requests()
-        if before is not None and self._asked is not None and len(plan.decode) and all(row.count == 1 for row in plan.decode):
-            for n in (self._asked - before).tolist():
-                self._distinct.add(n)
-
     def counters(self) -> dict[str, Any]:
         """What happened so far and how things stand, by the names that `jaxmoe.server.metrics` tells of."""
-        state, counts, runner = self.state, self.state.counters, self.runner
-        out: dict[str, Any] = {
-            "running": len(state.running), "waiting": state.waiting, "swapped": len(state.swapped), "steps": counts.steps,
-            "pages": {name: getattr(state.pool, name) for name in ("free", "cached", "held")},
-            "host_pages": {name: getattr(state.host, name) for name in ("free", "cached", "held")},
-            "preemptions": {"swap": counts.swaps, "recompute": counts.preemptions - counts.swaps},
-            "prefix_queries": counts.prompt + counts.cached, "prefix_hits": counts.cached,
-            "computed_tokens": {"prompt": counts.prompt, "decode": counts.decode}, "padded_tokens": runner.padded,
-            "swap_bytes": {"out": runner.host.bytes_out, "in": runner.host.bytes_in}, "layer_group_iterations": self._groups,
-            "xla_compiles_after_warmup": self._compiles.since, "queue_seconds": self._queued.shown(), "step_tokens": self._step_tokens.shown(),
-        }  # fmt: skip
-        found = runner.counters()
-        if found:
-            asked, hits, loads = (int(found[name].sum()) for name in ("requests", "hits", "loads"))
-            bank = runner.model.bank
-            out |= {"expert_hits": hits, "expert_misses": asked - hits, "expert_loads": loads, "expert_bytes_h2d": loads * bank.record_bytes}
-            out |= {"expert_stall_seconds": runner.stalled, "expert_slots": sum(bank.slots), "distinct_experts": self._distinct.shown()}
-        return out
+        return self._watch.shown(self.state, self.runner) | {"xla_compiles_after_warmup": self._compiles.since}
 
     def _over(self, event: Event) -> None:
         if event.finish_reason is not None:
@@ -330,28 +297,6 @@ class ServingEngine:
     def close(self) -> None:
         """Takes no more requests; those that are there go on."""
         self._closed = True
-
-
-def _computed(plan: StepPlan) -> set[int]:
-    """Sequences that a plan computes tokens of."""
-    pieces = (*plan.chunk, *(plan.group.pieces if plan.group is not None else ()))
-    return {row.id for row in plan.decode} | {piece.id for piece in pieces}
-
-
-class Tally:
-    """A histogram in the making: how many values are at most each bound, and their sum."""
-
-    def __init__(self, bounds: Sequence[float]):
-        self._bounds, self._counts, self._sum = list(bounds), [0] * (len(bounds) + 1), 0.0
-
-    def add(self, value: float) -> None:
-        """Counts a value."""
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def shown(self) -> dict[str, Any]:
-        """As `jaxmoe.server.metrics` takes it."""
-        return {"bounds": list(self._bounds), "counts": list(self._counts), "sum": self._sum}
 
 
 def _edits(request: ServeRequest, vocab: int, eos: Sequence[int]) -> RowEdits | None:

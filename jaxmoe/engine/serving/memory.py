@@ -16,9 +16,10 @@ from jaxmoe import formats
 from jaxmoe.cache.layers import init_paged_layers
 from jaxmoe.cache.paged import PagedKV
 from jaxmoe.decode.adjust import words
+from jaxmoe.engine.host_driven import IN_FLIGHT
 from jaxmoe.engine.model import Offload, slot_bank
 from jaxmoe.engine.serving.activations import activation_bytes
-from jaxmoe.engine.serving.host_store import IN_FLIGHT
+from jaxmoe.engine.serving.host_store import IN_FLIGHT as BLOCKS_IN_FLIGHT
 from jaxmoe.engine.serving.programs import nothing_parked
 from jaxmoe.engine.serving.routing import PENDING, DecodeCounts
 from jaxmoe.engine.serving.types import PrefillMode, ServeSpec
@@ -56,6 +57,7 @@ class ServeMemory:
         kv_dtype: 'float32', 'bfloat16' or 'int8'; the model's own if not given.
         host: host memory for pages that were put aside; None for none.
         staging, policy, knowledge: of streamed experts, as in `jaxmoe.engine.model.Offload`.
+        host_driven: the host sends experts, so that some are on their way beside those in staging.
         expected: tokens of a sequence, prompt and answer, on average; half of `positions` if not given.
         link_gbps, memory_gbps: of the link from the host and of the device's memory, 10^9 bytes a second, where they are known.
         activations: bytes, where they were measured, in the place of the formula.
@@ -84,6 +86,7 @@ class ServeMemory:
     staging: int = 2
     policy: str = DEFAULT
     knowledge: Knowledge = dataclasses.field(default_factory=Knowledge, compare=False)
+    host_driven: bool = False
     expected: int | None = None
     link_gbps: float | None = None
     memory_gbps: float | None = None
@@ -145,18 +148,19 @@ class TooSmall(BudgetError):
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     """What a request weighs whatever is shared out. Attributes: `spec` without pages; `page` bytes; `host_page` bytes of one in the host's memory;
-    `others` items beside experts and pages, by whether experts are streamed."""
+    `sent` experts on their way while they are streamed; `others` items beside experts and pages, by whether they are."""
 
     spec: ServeSpec
     shapes: ExpertShapes
     page: int
     host_page: int
+    sent: int
     others: dict[bool, dict[str, int]]
 
     def table(self, plan: BudgetPlan, pages: int, budget: int | None) -> MemoryTable:
-        staging = plan.staging * max(plan.expert_bytes)
+        staging, sent = (n * max(plan.expert_bytes) for n in (plan.staging, 0 if plan.all_resident else self.sent))
         items = self.others[not plan.all_resident] | {
-            "experts": plan.device_bytes - staging, "expert staging": staging, "KV pages": (pages + 1) * self.page,
+            "experts": plan.device_bytes - staging, "expert staging": staging + sent, "KV pages": (pages + 1) * self.page,
         }  # fmt: skip
         return MemoryTable(tuple((name, items[name]) for name in NAMES), budget)
 
@@ -186,13 +190,13 @@ def weigh(model: ModelSpec, asked: ServeMemory, kernels: Kernels) -> Sizes:
             "parameters": _parameters(model, kernels),
             "recurrent states": nbytes(states),
             "parked wave": nbytes(parked) if prefill == "layered" else 0,
-            "swap blocks in flight": (IN_FLIGHT + 1 if host else 1) * block,  # a warm-up moves one
+            "swap blocks in flight": (BLOCKS_IN_FLIGHT + 1 if host else 1) * block,  # a warm-up moves one
             "activations": bound if asked.activations is None else asked.activations,
             "sampling adjustments": _adjustments(model.vocab, serve, prefill),
             "tables": _tables(model, serve, asked, kernels, streamed),
         }
 
-    return Sizes(serve, _shapes(model, kernels), page, plain, {streamed: others(streamed) for streamed in (False, True)})
+    return Sizes(serve, _shapes(model, kernels), page, plain, IN_FLIGHT + 1 if asked.host_driven else 0, {streamed: others(streamed) for streamed in (False, True)})
 
 
 def _serve_spec(model: ModelSpec, asked: ServeMemory) -> ServeSpec:

@@ -75,11 +75,15 @@ def _counted(requests: jax.Array, hits: jax.Array, loads: jax.Array) -> jax.Arra
 
 
 class DecodeCounts:
-    """What decode calls asked of a slot bank, by MoE layer; calls that also hold prompts are not among them. Attributes: `steps` of the model."""
+    """What decode calls asked of a slot bank, by MoE layer; calls that also hold prompts are not among them.
+
+    Attributes: `steps` of the model; `each`, distinct experts of each layer in each call of one step that was read, for whoever empties the list.
+    """
 
     def __init__(self) -> None:
         self.steps = 0
-        self._pending: list[tuple[jax.Array, jax.Array]] = []
+        self.each: list[int] = []
+        self._pending: list[tuple[jax.Array, jax.Array, int]] = []
         self._sums: np.ndarray | int = 0
 
     def look(self, bank: Any) -> jax.Array | None:
@@ -91,12 +95,13 @@ class DecodeCounts:
         self.steps += steps
         after = self.look(bank)
         if before is not None and after is not None:
-            self._pending.append((before, after))
+            self._pending.append((before, after, steps))
         if len(self._pending) >= PENDING:
             self._settle()
 
     def _settle(self) -> None:
-        for before, after in jax.device_get(self._pending):
+        for before, after, steps in jax.device_get(self._pending):
+            self.each += (after - before)[0].tolist() if steps == 1 else []
             self._sums = self._sums + (after - before).astype(np.int64)  # int32 counters may have gone round between: their difference has not
         self._pending = []
 

@@ -18,7 +18,7 @@ from jaxmoe.experts.source import ExpertSource
 from jaxmoe.offload.link import Link
 from tests.models import random_model, slot_model
 
-SPEC = ServeSpec(slots=4, page=16, pages=16, positions=256, batch=4, chunk=64, wave=128, groups=2, burst=4, run=16, host_pages=40, move=4)
+SPEC = ServeSpec(slots=4, page=16, pages=16, positions=240, batch=4, chunk=64, wave=128, groups=2, burst=4, run=16, host_pages=40, move=4)
 EOS = (5,)
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxmoe.engine.host_driven import IN_FLIGHT
 from jaxmoe.engine.serving import activations
 from jaxmoe.engine.serving.core import ServingEngine
 from jaxmoe.engine.serving.fitting import Fitted, Search, check_host, describe, fit, predicted
@@ -27,7 +28,7 @@ from pallas_kernels.dispatch import Kernels
 from tests.models import CONFIGS, random_model, slot_model
 
 CPU = Kernels("cpu")
-SMALL = ServeMemory(slots=4, positions=128, page=16, chunk=64, wave=128, groups=2, run=16, move=4, unrolled=False)
+SMALL = ServeMemory(slots=4, positions=128, page=16, chunk=64, wave=128, groups=2, run=16, move=4, prefill="chunked", unrolled=False)
 SPECS = {family: ModelSpec.from_hf(CONFIGS[family]) for family in ("qwen3_moe", "olmoe", "mixtral")}
 
 
@@ -57,7 +58,7 @@ def seconds(fitted: Fitted, curves=None) -> float:
 def test_a_budget_is_kept_or_refused_with_both_numbers(family, more):
     spec = SPECS[family]
     least, most = smallest(spec, **more), everything(spec, **more)
-    for total in [*range(least, most + 50_000, max(1, (most - least) // 12)), least + 1, most - 1]:
+    for total in [least, least + 1, *(least + (most + 50_000 - least) * i // 12 for i in range(13))]:
         found = fit(spec, asked(total, **more), CPU)
         assert found.table.total <= total and found.table.left == total - found.table.total
         assert found.spec.pages >= found.spec.table
@@ -175,6 +176,13 @@ def test_layers_with_a_state_count_it_and_share_no_pages():
     assert found.table["recurrent states"] == layers * 8 * state and not found.spec.sharing
 
 
+def test_experts_that_the_host_sends_are_counted_on_their_way():
+    plain, driven = (fit(SPECS["olmoe"], asked(expert_slots=4, host_driven=sends), CPU) for sends in (False, True))
+    assert driven.table["expert staging"] == plain.table["expert staging"] + (IN_FLIGHT + 1) * host_store.record_bytes(SPECS["olmoe"])
+    assert driven.table.total - plain.table.total == (IN_FLIGHT + 1) * host_store.record_bytes(SPECS["olmoe"])
+    assert fit(SPECS["olmoe"], asked(host_driven=True), CPU).table["expert staging"] == 0  # all are there
+
+
 def test_a_trace_says_what_to_expect():
     curves = curves_of("trace")
     found = fit(SPECS["olmoe"], asked(expert_slots=4, link_gbps=1.0), CPU, curves_LC=curves)
@@ -283,7 +291,7 @@ def test_programs_and_what_goes_with_them_follow_from_how_prompts_are_computed()
     for prefill, prompts in expected.items():
         assert [(step.tokens, step.logits) for step in activations.program_steps(spec, prefill)] == [decode, prompts]
     assert [(step.tokens, step.logits) for step in activations.program_steps(mixed, "whole")] == [decode, (132, 12)]
-    streamed, resident = fit(SPECS["olmoe"], asked(expert_slots=4), CPU), fit(SPECS["olmoe"], asked(), CPU)
+    streamed, resident = (fit(SPECS["olmoe"], asked(expert_slots=slots, prefill=None), CPU) for slots in (4, 8))
     assert streamed.table["parked wave"] == 128 * 64 * 4 and resident.table["parked wave"] == 0
     for one, prefill in ((streamed, "layered"), (resident, "chunked")):
         assert fit(SPECS["olmoe"], dataclasses.replace(one.asked, prefill=prefill), CPU).table == one.table

@@ -1,0 +1,132 @@
+"""`python scripts/serve.py` as a user would run it: a server in a process of its own, its clients in this one; and what it refuses."""
+
+import asyncio
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import openai
+import pytest
+
+from jaxmoe.report.serve_storm import Target, storm
+from tests.scripts.commands import call, load
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "a-key"
+SCHEMA = {
+    "type": "object", "additionalProperties": False, "required": ["name", "age", "tags"],
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
+                   "tags": {"type": "array", "maxItems": 3, "items": {"enum": ["a", "b", "c"]}}},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server with a quarter of the experts on the device; (its URL, its process)."""
+    log = tmp_path_factory.mktemp("serve") / "log"
+    command = [sys.executable, ROOT / "scripts" / "serve.py", "--expert-memory", "26%", "--max-num-seqs", 4, "--max-model-len", 256,
+               "--wave-tokens", 128, "--layer-groups", 4, "--port", 0, "--api-key", KEY, "--cache", log.parent, "--log-interval", 0,
+               "--drain-seconds", 20]  # fmt: skip
+    with log.open("w") as out:
+        process = subprocess.Popen([str(part) for part in command], stderr=out, stdout=out, cwd=ROOT)
+    url = None
+    try:
+        for _ in range(3000):
+            found = [line.split()[-1] for line in log.read_text().splitlines() if line.startswith("default at http")]
+            if found:
+                url = found[0]
+                break
+            assert process.poll() is None, log.read_text()
+            try:
+                process.wait(0.1)
+            except subprocess.TimeoutExpired:
+                pass
+        assert url is not None, log.read_text()
+        yield url, process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def metrics(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = [line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, value in lines}
+
+
+def test_the_official_client_and_curl_stream_the_same_text(server):
+    url, _ = server
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
+    asked = {"model": "default", "prompt": "And it came to pass, that", "max_tokens": 12, "temperature": 0.7, "seed": 3}
+    whole = client.completions.create(**asked)
+    assert whole.usage.completion_tokens == 12 and whole.choices[0].finish_reason == "length" and whole.choices[0].text
+    streamed = "".join(part.choices[0].text for part in client.completions.create(**asked, stream=True))
+    body = json.dumps(asked | {"stream": True})
+    curl = shutil.which("curl")
+    assert curl is not None, "this test needs curl"
+    lines = subprocess.run(
+        [curl, "-sN", f"{url}/v1/completions", "-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json", "-d", body],
+        capture_output=True, check=True, text=True,
+    ).stdout.splitlines()  # fmt: skip
+    data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+    assert data[-1] == "[DONE]"
+    assert streamed == whole.choices[0].text == "".join(json.loads(part)["choices"][0]["text"] for part in data[:-1])
+
+
+def test_constrained_answers_all_parse(server):
+    url, _ = server
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    for seed in range(0, 48, 16):
+        answer = client.completions.create(model="default", prompt="A person: ", max_tokens=100, temperature=1.0, seed=seed, n=16,
+                                           extra_body={"response_format": schema})  # fmt: skip
+        for choice in answer.choices:
+            found = json.loads(choice.text)
+            assert choice.finish_reason == "stop" and sorted(found) == ["age", "name", "tags"] and 0 <= found["age"] <= 150
+            assert len(found["name"]) <= 12 and set(found["tags"]) <= {"a", "b", "c"}
+
+
+def test_a_storm_leaves_nothing_behind(server):
+    url, process = server
+    report = asyncio.run(storm(Target(url, "default", 256, KEY), clients=32, requests=300, seed=1, most_tokens=12))
+    assert report.problems == []
+    found = metrics(url)
+    assert found['jaxmoe:kv_pages{state="held"}'] == 0 and found["jaxmoe:num_requests_running"] == 0
+    assert found["jaxmoe:xla_compiles_after_warmup_total"] == 0 and found["jaxmoe:engine_errors_total"] == 0
+    assert found["jaxmoe:expert_loads_total"] > 0 and process.poll() is None
+
+
+def test_it_drains_and_ends_well(server):
+    """The last of the file: an answer that has begun is finished after SIGTERM, and the process ends with 0."""
+    url, process = server
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY)
+    stream = client.completions.create(model="default", prompt="And", max_tokens=60, stream=True, extra_body={"ignore_eos": True})
+    first = next(iter(stream))
+    process.send_signal(signal.SIGTERM)
+    text = first.choices[0].text + "".join(part.choices[0].text for part in stream)
+    assert len(text) > 60 and process.wait(30) == 0
+
+
+@pytest.mark.parametrize("wrong,says", [
+    (("--memory", "20MB"), "20,000,000 bytes .*smallest that works"), (("--memory", "much"), "much"), (("--page-size", 48), "48"),
+    (("--layer-groups", 99), "99"), (("--max-num-seqs", 0), "0"), (("--wave-tokens", 5), "5"), (("--kv-memory", "1kB"), "1"),
+    (("--host", "0.0.0.0"), "0.0.0.0.*key"), (("--link-gbps", -1), "-1"), (("--link-gbps", 1), "host-driven"), (("--expert-policy", "best"), "best"),
+    (("--expert-slots", 8, "--expert-memory", "25%"), "8.*25%"), (("--max-num-batched-tokens", 8), "8"), (("--port", 70000), "70000"),
+    (("--expert-mode", "host-driven"), "host-driven"), (("--dtype", "float8"), "float8"), (("--max-model-len", 0), "0"),
+])  # fmt: skip
+def test_a_users_error_is_one_line(wrong, says):
+    import re
+
+    done = call(load("serve"), "--dry-run-memory", *wrong)
+    last = done.err.strip().splitlines()[-1]
+    assert done.code == 2 and last.startswith("error: ") and re.search(says, last), done.err
+
+
+def test_what_memory_comes_to_is_printed_and_adds_up(tmp_path):
+    done = call(load("serve"), "--dry-run-memory", "--memory", "80MB", "--max-model-len", 512, "--cache", tmp_path)
+    assert done.code == 0 and "KV pages" in done.err and "expert staging" in done.err and "tokens at a time" in done.err
+    assert not list(tmp_path.iterdir()), "nothing was converted"
