@@ -20,6 +20,7 @@ from jaxmoe.engine.serving.memory import ServeMemory
 from jaxmoe.engine.serving.objective import Policy, check_policy
 from jaxmoe.engine.serving.prefix import fingerprint
 from jaxmoe.engine.serving.runner import Runner
+from jaxmoe.engine.serving.types import PrefillMode
 from jaxmoe.engine.text import Tokenizer
 from jaxmoe.experts.source import ExpertSource
 from jaxmoe.nn.transformer import layer_groups
@@ -52,7 +53,7 @@ class Serving:
 
     memory: ServeMemory
     policy: Policy = Policy()
-    prefill: str | None = None
+    prefill: PrefillMode | None = None
     mode: Mode = "fused"
     link_gbps: float | None = None
     trace: Path | None = None
@@ -90,6 +91,7 @@ def make_serving_plan(asked: Serving, spec: ModelSpec, kernels: Kernels, free: i
     memory = dataclasses.replace(
         memory, unrolled=False, sharing=memory.sharing and not any(isinstance(kind, DeltaSpec) for kind in spec.state_kinds),
         groups=memory.groups or min(STREAMED_GROUPS, pieces), positions=min(memory.positions, spec.max_positions), link_gbps=asked.link_gbps,
+        prefill=asked.prefill, host_driven=asked.mode == "host-driven",
     )  # fmt: skip
     layer_groups(spec, memory.groups)
     if asked.trace is not None:
@@ -100,7 +102,7 @@ def make_serving_plan(asked: Serving, spec: ModelSpec, kernels: Kernels, free: i
         memory = dataclasses.replace(memory, knowledge=knowledge(trace, find_policy(memory.policy)))
     fitted = fit(spec, memory, kernels, _free_bytes() if free is None else free, curves)
     check_host(fitted, available_host_memory(), jax.devices()[0].platform == "cpu")
-    prefill: Any = asked.prefill or ("chunked" if fitted.resident else "layered")
+    prefill: PrefillMode = asked.prefill or ("chunked" if fitted.resident else "layered")
     policy = dataclasses.replace(asked.policy, prefill=prefill)
     check_policy(fitted.spec, policy)
     if asked.mode == "host-driven" and fitted.resident:

@@ -196,7 +196,8 @@ def weigh(model: ModelSpec, asked: ServeMemory, kernels: Kernels) -> Sizes:
             "tables": _tables(model, serve, asked, kernels, streamed),
         }
 
-    return Sizes(serve, _shapes(model, kernels), page, plain, IN_FLIGHT + 1 if asked.host_driven else 0, {streamed: others(streamed) for streamed in (False, True)})
+    sent, either = IN_FLIGHT + 1 if asked.host_driven else 0, {streamed: others(streamed) for streamed in (False, True)}
+    return Sizes(serve, _shapes(model, kernels), page, plain, sent, either)
 
 
 def _serve_spec(model: ModelSpec, asked: ServeMemory) -> ServeSpec:

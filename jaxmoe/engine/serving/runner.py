@@ -22,7 +22,7 @@ from jaxmoe.engine.generate import Sampling
 from jaxmoe.engine.model import Model
 from jaxmoe.engine.serving import programs
 from jaxmoe.engine.serving.batches import page_tables, places_of, prompt_batch, sizes
-from jaxmoe.engine.serving.host_store import HostStore
+from jaxmoe.engine.serving.host_store import IN_FLIGHT, HostStore
 from jaxmoe.engine.serving.requests import TokenLogprob
 from jaxmoe.engine.serving.routing import DecodeCounts, Routed, decoded, prompted
 from jaxmoe.engine.serving.types import Move, Piece, Row, ServeSpec, StepPlan
@@ -115,7 +115,7 @@ class Runner:
         self.model = model = model.for_positions(spec.positions)
         self._run = run or FusedPrograms(model, spec, record)
         self._eos, self._none = steps.pad_to(eos, steps.EOS_SLOTS, -2), steps.pad_to((), steps.EOS_SLOTS, -2)
-        self.state = self._fresh()
+        self.state: Any = self._fresh()
         self._copy, self._read, self._write = (make(model.kernels) for make in (programs.copy_pages, programs.read_pages, programs.write_pages))
         self.host = HostStore(spec.host_pages)
         self._rows = int(any(isinstance(kind, DeltaSpec) for kind in model.spec.state_kinds))  # whether slots hold what no page does
@@ -131,7 +131,8 @@ class Runner:
 
     def rebuild(self) -> None:
         """Makes the device's state anew, after a step that failed may have left none. Pages in host memory stay."""
-        self.state, self._parked = self._fresh(), None
+        self.state = self._parked = None  # before new ones take their memory
+        self.state = self._fresh()
 
     def _empty(self):
         return init_paged_layers(self.model.spec, self.spec.slots, self.spec.pages, self.spec.page, self.model.kernels, self.kv)
@@ -180,9 +181,11 @@ class Runner:
         for move in plan.out:
             for device, host in self._parts(move):
                 self.host.put(self._read(self.state, self._padded(device), np.int32(move.slot)), host, move.id)
-        for move in plan.into:
-            for device, host in self._parts(move):
-                self.state = self._write(self.state, self._padded(device), np.int32(move.slot), self.host.get(host, move.id, most))
+        parts = [(move, *part) for move in plan.into for part in self._parts(move)]
+        for turn, (move, device, host) in enumerate(parts, 1):
+            self.state = self._write(self.state, self._padded(device), np.int32(move.slot), self.host.get(host, move.id, most))
+            if turn % IN_FLIGHT == 0:  # blocks that are sent before their turn take memory
+                jax.block_until_ready(self.state.layers)
 
     def _parts(self, move: Move):
         most = self.spec.move

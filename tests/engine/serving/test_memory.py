@@ -1,5 +1,5 @@
 """A budget is kept to the byte: what is counted is what lies on the device, and what programs need is below the formula. About 20 seconds, most of
-them for compiling three programs."""
+them for compiling two programs; with the slow ones, which compile all and run an engine short of pages, two minutes more."""
 
 import dataclasses
 import gc
@@ -252,7 +252,8 @@ def test_programs_need_no_more_than_the_formula_and_not_much_less(family, slots,
     assert bound <= found.table["activations"]
 
 
-ALL = [("qwen3_moe", 3, "bfloat16", "layered"), ("olmoe", 4, "float32", "chunked"), ("mixtral", None, "bfloat16", "whole")]
+ALL = [("olmoe", 4, "float32", "layered")]
+"""Other families, precisions and modes compile for half a minute each."""
 
 
 @pytest.mark.slow
