@@ -113,6 +113,9 @@ def link(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
     scenes = [serve_bench.Scene(f"{args.prompts} together", args.prompts, args.tokens, streams=args.streams)]
     scenes += [serve_bench.Scene("1 alone", 1, args.alone, streams=args.streams)] if args.alone else []
     gbps, arms = args.gbps or LINK_GBPS, serve_bench.arms(args.groups, args.chunks)
+    for scene in scenes:
+        if (needed := scene.positions(serve_setups.smallest(arms))) > model.spec.max_positions:
+            raise ValueError(f"{scene.name}: {needed} positions are needed, and the model has {model.spec.max_positions}: fewer or shorter prompts")
     ready = serve_setups.linked(model, records, arms, scenes, gbps)
     samples = serve_bench.rounds(ready, texts, args.rounds or 6, serve_setups.smallest(arms), tell)
     about = {"model": args.model.name, "dtype": "float32", "slots_a_layer": list(model.bank.slots), "mode": "host-driven", "text": args.text.name}

@@ -1,7 +1,8 @@
 """Writes the tables of the README and of the pages in docs/ from the records in benchmarks/, and that of model families from their data; nothing
 there is typed.
 
-    python scripts/update_readme.py [--readme README.md] [--offloading docs/offloading.md] [--planning docs/planning.md] [--benchmarks benchmarks]
+    python scripts/update_readme.py [--readme README.md] [--offloading docs/offloading.md] [--planning docs/planning.md]
+        [--serving docs/serving.md] [--benchmarks benchmarks]
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if importlib.util.find_spec("scripts") is None:
     sys.path.insert(0, str(ROOT))
 
-from jaxmoe.report import families, offload_tables, plan_page, policy_tables, record
+from jaxmoe.report import families, offload_tables, plan_page, policy_tables, record, serve_tables
 from jaxmoe.report.command import run_command
 from scripts import golden_cases
 
@@ -32,6 +33,8 @@ class Arguments:
     """The page on offloading; passed over where it does not exist."""
     planning: Path = ROOT / "docs" / "planning.md"
     """The page on meshes; passed over where it does not exist."""
+    serving: Path = ROOT / "docs" / "serving.md"
+    """The page on serving; passed over where it does not exist."""
     benchmarks: Path = ROOT / "benchmarks"
     """Folder of records."""
 
@@ -173,6 +176,8 @@ def run(args: Arguments) -> None:
         write(args.offloading, policy_tables.tables(records) | offload_tables.tables(records))
     if args.planning.exists():
         write(args.planning, plan_page.tables(records))
+    if args.serving.exists():
+        write(args.serving, serve_tables.tables(records))
 
 
 def write(page: Path, tables: dict[str, str]) -> None:

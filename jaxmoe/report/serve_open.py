@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.box import SIMPLE
+from rich.table import Column, Table
 
 from jaxmoe.engine.generate import Sampling
 from jaxmoe.engine.model import Model
@@ -29,8 +30,8 @@ from jaxmoe.report.serve_stats import Limits, Served
 NAME = "serve_open"
 CONTROL, OWN = "chunked, recompute", "layered, swap"
 POLICIES = {CONTROL: Policy(prefill="chunked", preemption="recompute", keep=False), OWN: Policy()}
-INPUTS, OUTPUTS = Sizes(96, 0.8, 8, 384), Sizes(24, 0.7, 4, 96)
-"""`serve_load.CHAT_IN` and `CHAT_OUT`, scaled down to a small model on a CPU."""
+INPUTS, OUTPUTS = dataclasses.replace(serve_load.CHAT_IN, most=1024), Sizes(24, 0.9, 2, 96)
+"""Prompts as of conversations, clipped where a small model's positions end; answers a seventh as long, so that a run on a CPU takes minutes."""
 TTFT_TIMES, TPOT_TIMES = 5.0, (2.0, 4.0)
 """Limits, as multiples of what a request gets that is alone (DistServe's way, OSDI 2024)."""
 ALONE = 8
@@ -53,7 +54,7 @@ class Load:
         return list(serve_load.chat(self.requests, rate, self.seed, 1.0, self.inputs, self.outputs, vocabulary).jobs)
 
 
-def spec_of(load: Load, slots: int = 8, page: int = 32, chunk: int = 256, wave: int = 512, groups: int = 4) -> ServeSpec:
+def spec_of(load: Load, slots: int = 8, page: int = 32, chunk: int = 256, wave: int = 1024, groups: int = 4) -> ServeSpec:
     """Sizes of both arms: pages for half of what the running sequences may come to, so that some are put aside. No prefix is found again, since the
     same requests come at every rate."""
     positions = -(-(load.inputs.most + load.outputs.most) // page) * page
@@ -244,8 +245,9 @@ def stem(made: Mapping[str, Any]) -> str:
 
 
 def table(made: Sequence[Mapping[str, Any]]) -> Table:
-    """Records as a table: seconds, and shares of requests within limits."""
-    out = Table("arm", "requests/s", "done", "TTFT p50", "p99", "TPOT p50", "p99", "ITL p99", *(f"within, TPOT x{t:g}" for t in TPOT_TIMES))
+    """Records as a table: seconds, and shares of requests within limits, by the multiple of TPOT."""
+    names = ("arm", "req/s", "done", "TTFT p50", "p99", "TPOT p50", "p99", "ITL p99", *(f"in x{t:g}" for t in TPOT_TIMES))
+    out = Table(*(Column(name, no_wrap=True) for name in names), box=SIMPLE, padding=(0, 1, 0, 0))
     for r in made:
         c = r["counters"]
         shown = (("ttft", "p50"), ("ttft", "p99"), ("tpot", "p50"), ("tpot", "p99"), ("itl", "p99"))

@@ -49,8 +49,9 @@ def grouping(records: Records) -> str:
         beside = {name: _times(r, f"{key} / arrival") for name, key in (("few", "distinct"), ("less", "bytes_per_token"), ("time", "per_token"))}
         rows.append(_shown(r, **each, **beside, alone=_times(r, "per_token / one at a time")))
     columns = [
-        *ROUTING, ("decode together", "settings.arm"), ("distinct experts a layer and token", "shown.distinct", ".2f"), ("x arrival", "shown.few", ">"),
-        ("MB a token", "shown.mb", ",.0f"), ("x arrival", "shown.less", ">"), ("ms a token", "shown.ms", ".1f"), ("x arrival", "shown.time", ">"),
+        *ROUTING, ("decode together", "settings.arm"), ("distinct experts a layer and token", "shown.distinct", ".2f"),
+        ("x arrival", "shown.few", ">"), ("MB a token", "shown.mb", ",.0f"), ("x arrival", "shown.less", ">"), ("ms a token", "shown.ms", ".1f"),
+        ("x arrival", "shown.time", ">"),
         ("x one at a time", "shown.alone", ">"), ("passed over, steps", "counters.waited", "d"),
     ]  # fmt: skip
     return _table(rows, columns)
@@ -88,22 +89,23 @@ def offline(records: Records) -> str:
 
 def goodput(records: Records) -> str:
     """The load that is borne within limits, in virtual time: a row for each routing and pair of limits."""
-    pairs: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    pairs: dict[tuple[str, float], dict[bool, Mapping[str, Any]]] = {}
     for r in _virtual(records, "goodput", "goodput, tpot x 4"):
-        pairs.setdefault((r["settings"]["routing"], r["settings"]["tpot_times"]), []).append(r)
+        pairs.setdefault((r["settings"]["routing"], r["settings"]["tpot_times"]), {})[r["settings"]["arm"] == GOODPUT_CONTROL] = r
     rows = []
     for (_, times), both in pairs.items():
-        own = [r for r in both if _times(r, "goodput_rate / chunked, recompute, fcfs")]
-        control = [r for r in both if r["settings"]["arm"] == "chunked, recompute, fcfs"]
-        if not own or not control:
-            continue
-        shown = {"limits": f"{own[0]['settings']['ttft_times']:g}, {times:g}", "control": control[0]["counters"]["goodput_rate"]}
-        rows.append(_shown(own[0], **shown, times=own[0]["counters"]["goodput_rate / chunked, recompute, fcfs"]))
+        if len(both) == 2:
+            shown = {"limits": f"{both[False]['settings']['ttft_times']:g}, {times:g}", "control": both[True]["counters"]["goodput_rate"]}
+            rows.append(_shown(both[False], **shown, times=_times(both[False], f"goodput_rate / {GOODPUT_CONTROL}")))
     columns = [
-        *ROUTING, ("limits, times alone: first token, further ones", "shown.limits", ">"), ("chunked, recompute, fcfs", "shown.control", ".2f"),
-        ("layered, swap, expert-aware", "counters.goodput_rate", ".2f"), ("times", "shown.times", ".2f"),
+        *ROUTING, ("limits, times alone: first token, further ones", "shown.limits", ">"), (GOODPUT_CONTROL, "shown.control", ".2f"),
+        ("layered, swap, expert-aware", "counters.goodput_rate", ".2f"), ("times", "shown.times", ">"),
     ]  # fmt: skip
     return _table(rows, columns)
+
+
+GOODPUT_CONTROL = "chunked, recompute, fcfs"
+"""What the other arm's load is set beside."""
 
 
 def link(records: Records) -> str:
@@ -122,7 +124,8 @@ def _scenes(records: Records) -> str:
     for r in _ordered(records, "model", "scene"):
         s, c = r["settings"], r["counters"]
         controls = sorted({key.partition(" / ")[2] for key in c if " / " in key}, key=_rank)
-        beside = {what: ", ".join(f"{_interval(c[f'{what} / {o}'])} {o}" for o in controls if f"{what} / {o}" in c) for what in ("ttft_mean", "gap_worst")}
+        ratios = {what: [(c.get(f"{what} / {control}"), control) for control in controls] for what in ("ttft_mean", "gap_worst")}
+        beside = {what: ", ".join(f"{_interval(ratio)} {control}" for ratio, control in each if ratio) for what, each in ratios.items()}
         rows.append(_shown(r, model=s.get("model", ""), prompts=f"{s['prompts']} of {s['tokens']:,}", once=c["once"], **beside))
     columns = [
         ("model", "shown.model"), ("prompts", "shown.prompts"), ("computed", "settings.arm"), ("experts, times all once", "shown.once", ".2f"),
@@ -143,8 +146,9 @@ def queue(records: Records) -> str:
         fast = {f"fast{i}": _times(r, f"tokens_per_second / {control}") for i, control in enumerate(QUEUE_CONTROLS)}
         rows.append(_shown(r, **shown, **less, **fast))
     columns = [
-        ("way", "settings.arm"), ("decode of those that run", "shown.at"), ("distinct experts a layer and token", "counters.distinct_per_token", ".2f"),
-        ("hits %", "shown.hits", ".0f"), ("MB a token", "shown.mb", ".2f"), *((f"x {c}", f"shown.less{i}", ">") for i, c in enumerate(QUEUE_CONTROLS)),
+        ("way", "settings.arm"), ("decode of those that run", "shown.at"),
+        ("distinct experts a layer and token", "counters.distinct_per_token", ".2f"), ("hits %", "shown.hits", ".0f"),
+        ("MB a token", "shown.mb", ".2f"), *((f"x {c}", f"shown.less{i}", ">") for i, c in enumerate(QUEUE_CONTROLS)),
         ("tokens/s", "counters.tokens_per_second", ".0f"), *((f"x {c}", f"shown.fast{i}", ">") for i, c in enumerate(QUEUE_CONTROLS)),
         ("passed over, steps", "counters.waited", "d"),
     ]  # fmt: skip
@@ -166,8 +170,9 @@ def opened(records: Records) -> str:
         part = _or_blank(r["settings"].get("part_of_capacity"), ".2f")
         rows.append(_shown(r, **numbers, **within, part=part, done=f"{c['done']} of {c['requests']}"))
     columns = [
-        ("model", "settings.model"), ("way", "settings.arm"), ("requests/s", "counters.rate", ".3g"), ("of what the control bears at once", "shown.part", ">"),
-        ("done", "shown.done", ">"), *((f"{what.upper()} {which} s", f"shown.{what}_{which}", ">") for what, which in OPEN),
+        ("model", "settings.model"), ("way", "settings.arm"), ("requests/s", "counters.rate", ".3g"),
+        ("of what the control bears at once", "shown.part", ">"), ("done", "shown.done", ">"),
+        *((f"{what.upper()} {which} s", f"shown.{what}_{which}", ">") for what, which in OPEN),
         ("within limits %, TPOT x 2", "shown.x2", ".0f"), ("TPOT x 4", "shown.x4", ".0f"),
     ]  # fmt: skip
     return _table(rows, columns)
@@ -193,9 +198,12 @@ def tables(records: Records) -> dict[str, str]:
 def _virtual(records: Records, *what: str) -> list[Mapping[str, Any]]:
     """Of comparisons in virtual time; recorded routing before drawn, then by reuse and arm."""
     found = [r for r in records if r["name"] == "serve_virtual" and r["settings"]["what"] in what]
-    return sorted(
-        found, key=lambda r: (r["settings"]["source"].startswith("drawn"), r["settings"]["reuse"], r["settings"]["routing"], _rank(r["settings"]["arm"]))
-    )
+
+    def place(r: Mapping[str, Any]) -> tuple:
+        s = r["settings"]
+        return s["source"].startswith("drawn"), s["reuse"], s["routing"], _rank(s["arm"])
+
+    return sorted(found, key=place)
 
 
 def _ordered(found: Iterable[Mapping[str, Any]], *names: str) -> list[Mapping[str, Any]]:
