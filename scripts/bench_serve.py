@@ -226,7 +226,7 @@ def run(args: Arguments) -> None:
     check(args)
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # the host-driven mode has many small programs
-    screen, console = Console(stderr=True), Console()
+    screen, console = Console(stderr=True), Console(width=None if sys.stdout.isatty() else 120)
     written = 0
 
     def save(made: Mapping[str, Any]) -> None:

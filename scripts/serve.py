@@ -135,7 +135,12 @@ def settings(args: Arguments):
 
     keys = args.api_key
     if args.api_key_file is not None:
-        keys += tuple(line.strip() for line in args.api_key_file.read_text(encoding="utf-8").splitlines() if line.strip())
+        more = tuple(line.strip() for line in args.api_key_file.read_text(encoding="utf-8").splitlines() if line.strip())
+        if not more:
+            raise ValueError(f"--api-key-file {args.api_key_file} has no key in it: one a line, or leave it out")
+        keys += more
+    if args.max_waiting < 1:
+        raise ValueError(f"--max-waiting {args.max_waiting}: a request waits at least for a moment: give 1 or more")
     found = ServerSettings(
         args.served_model_name or args.model.resolve().name, args.host, args.port, keys, args.allow_public, args.allow_auto_truncate,
         max_concurrent=args.max_concurrent, max_connections=2 * args.max_concurrent, request_seconds=args.request_seconds,
@@ -183,6 +188,7 @@ def run(args: Arguments, console: Console) -> None:
     show(plan, console)
     if args.dry_run_memory:
         return
+    compiler = None if args.grammar_backend == "none" else grammar_compiler(spec, tokenizer)
     began = time.perf_counter()
     checkpoint = open_model(args.model, args.cache, console)
     with Progress(TextColumn("reading experts"), BarColumn(), MofNCompleteColumn(), console=console, transient=True,
@@ -200,7 +206,6 @@ def run(args: Arguments, console: Console) -> None:
         engine.warm_up(lambda name: progress.update(task, advance=1, description=name))
     console.print(f"{engine.programs} programs: {plan.policy.prefill} prefill, {args.schedule_policy}; load {loaded - began:.1f} s, "
                   f"compile {time.perf_counter() - loaded:.1f} s")  # fmt: skip
-    compiler = None if args.grammar_backend == "none" else grammar_compiler(engine, args.model)
     run_server(engine, limits, console, None if compiler is None else compile_with(compiler))
 
 

@@ -95,7 +95,7 @@ def init_paged(shape: tuple[int, int, int | None], layers: int, pages: int, page
         shape: heads, channels of a key, and of a value (None: values are the keys' first channels), as `AttentionSpec.cached` has them.
         layers: how many layers share it.
         pages: of each layer; the trash page comes on top.
-        page: W, tokens of a page; on the CPU it divides, or is divided by, a block of keys.
+        page: W, tokens of a page, a divisor of a block of keys.
         dtype: one of `KV_DTYPES`; int8 has a float32 scale for each token and head.
         kernels: what will attend: on TPUs pages are held packed.
 
@@ -160,7 +160,8 @@ def _attend_runs(state: PagedKV, spec: AttentionSpec, layer, q, k, v, batch: Bat
     def one_run(r, carry):
         held, out = carry
         at, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
-        target = first_page + tables[seg, pos // page]
+        # A run without a token has a place and nothing to say: its sequence may be gone, and what it would write is somebody's.
+        target = first_page + jnp.where(batch.run_lengths[r] > 0, tables[seg, pos // page], state.stride - 1)
         for name, values in new:
             part = jax.lax.dynamic_slice_in_dim(values, at, run).swapaxes(0, 1)[None]
             held = held | {name: jax.lax.dynamic_update_slice(held[name], part, (target, 0, pos % page) + (0,) * (part.ndim - 3))}

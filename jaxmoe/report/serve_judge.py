@@ -144,8 +144,9 @@ def claims(made: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, bool]]:
         chunks = [r for r in own if r["settings"]["prefill"] == "chunked" and r["settings"]["chunk"] == 256]
         for r in (r for r in own if r["settings"]["prefill"] == "layered"):
             c, who = r["counters"], f"{scene}: {r['settings']['arm']}"
-            prompts = r["settings"]["prompts"]
-            out.append((f"{who} brings {c['once']:.2f} x every expert once for {prompts} prompts; at most 1.05", c["once"] <= 1.05))
+            together = r["settings"]["prompts"]
+            what = "a prompt" if together == 1 else f"{together} prompts"
+            out.append((f"{who} brings {c['once']:.2f} x every expert once for {what}; at most 1.05", c["once"] <= 1.05))
             for other in chunks:
                 times = other["bytes"]["prompt_bytes"] / max(1, r["bytes"]["prompt_bytes"])
                 out.append((f"{who}: chunks of 256 bring {times:.2f} x that; at least 6", times >= 6))
@@ -154,8 +155,8 @@ def claims(made: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, bool]]:
             if "gap_model_holds" in c:
                 limit = MARGIN * c["gap_model_serial"]
                 out.append((f"{who}: worst gap {gap:.3f} s, with computing at most {limit:.3f} s", bool(c["gap_model_holds"])))
-            for what, found in c.items():
-                if isinstance(found, Mapping) and what.split(" / ")[0] in ("ttft_mean", "ttft_worst", "gap_worst"):
-                    text = f"{who}: {what} {found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f}); below 1 throughout"
+            for name, found in c.items():
+                if isinstance(found, Mapping) and name.split(" / ")[0] in ("ttft_mean", "ttft_worst", "gap_worst"):
+                    text = f"{who}: {name} {found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f}); below 1 throughout"
                     out.append((text, found["high"] < 1))
     return out

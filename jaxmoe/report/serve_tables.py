@@ -141,7 +141,8 @@ def queue(records: Records) -> str:
     rows = []
     for r in _ordered((r for r in records if r["name"] == "serve_queue"), "spec"):
         s, c = r["settings"], r["counters"]
-        shown = {"at": f"{s['batch']} of {s['slots']}", "mb": c["bytes_per_token"] / 1e6, "hits": 100 * c["decode_hit_rate"]}
+        shown: Row = {"at": f"{s['batch']} of {s['slots']}", "mb": c["bytes_per_token"] / 1e6, "hits": 100 * c["decode_hit_rate"]}
+        shown["work"] = 1000 * r["timings"]["processor"]["median"] / c["tokens"]
         less = {f"less{i}": _times(r, f"bytes_per_token / {control}") for i, control in enumerate(QUEUE_CONTROLS)}
         fast = {f"fast{i}": _times(r, f"tokens_per_second / {control}") for i, control in enumerate(QUEUE_CONTROLS)}
         rows.append(_shown(r, **shown, **less, **fast))
@@ -150,7 +151,7 @@ def queue(records: Records) -> str:
         ("distinct experts a layer and token", "counters.distinct_per_token", ".2f"), ("hits %", "shown.hits", ".0f"),
         ("MB a token", "shown.mb", ".2f"), *((f"x {c}", f"shown.less{i}", ">") for i, c in enumerate(QUEUE_CONTROLS)),
         ("tokens/s", "counters.tokens_per_second", ".0f"), *((f"x {c}", f"shown.fast{i}", ">") for i, c in enumerate(QUEUE_CONTROLS)),
-        ("passed over, steps", "counters.waited", "d"),
+        ("processor ms a token", "shown.work", ".2f"), ("passed over, steps", "counters.waited", "d"),
     ]  # fmt: skip
     return _table(rows, columns)
 

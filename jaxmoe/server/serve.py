@@ -80,7 +80,7 @@ class HttpServer(uvicorn.Server):
         metrics = Metrics()
         self._worker = Worker(engine, metrics)
         served = Served(
-            model=settings.model or engine.model_name, tokenizer=engine.tokenizer, positions=engine.spec.positions,
+            model=settings.model or engine.model_name, tokenizer=engine.tokenizer, positions=engine.longest,
             default_tokens=settings.default_tokens, allow_truncation=settings.allow_truncation, max_choices=settings.max_choices,
             max_prompts=settings.max_prompts, max_sequences=settings.max_sequences, compile_grammar=compile_grammar,
         )  # fmt: skip

@@ -85,13 +85,15 @@ def test_a_gpus_scenes_are_a_gpus():
 
 def test_a_queue_beside_its_controls():
     def way(arm: str, batch: int, slots: int, **beside) -> dict:
-        counters = {"bytes_per_token": 2_500_000.0, "decode_hit_rate": 0.25, "distinct_per_token": 2.0, "tokens_per_second": 100.0, "waited": 3}
-        return {"name": "serve_queue", "settings": {"arm": arm, "batch": batch, "slots": slots}, "counters": counters | beside}
+        counters = {"bytes_per_token": 2_500_000.0, "decode_hit_rate": 0.25, "distinct_per_token": 2.0, "tokens_per_second": 100.0}
+        counters |= {"waited": 3, "tokens": 2000}
+        settings, timings = {"arm": arm, "batch": batch, "slots": slots}, {"processor": {"median": 5.0}}
+        return {"name": "serve_queue", "settings": settings, "timings": timings, "counters": counters | beside}
 
     made = [way("grouped by token", 8, 32, **{"bytes_per_token / arrival": 0.5, "tokens_per_second / one at a time": 3.0}), way("arrival", 8, 8)]
     rows = cells(serve_tables.queue(made))[1:]
-    assert rows[0] == ["arrival", "8 of 8", "2.00", "25", "2.50", "", "", "", "100", "", "", "", "3"]
-    assert rows[1] == ["grouped by token", "8 of 32", "2.00", "25", "2.50", "0.50", "", "", "100", "", "", "3.00", "3"]
+    assert rows[0] == ["arrival", "8 of 8", "2.00", "25", "2.50", "", "", "", "100", "", "", "", "2.50", "3"]
+    assert rows[1] == ["grouped by token", "8 of 32", "2.00", "25", "2.50", "0.50", "", "", "100", "", "", "3.00", "2.50", "3"]
 
 
 def test_loads_by_rate_with_blanks_for_what_was_not_seen():

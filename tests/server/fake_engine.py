@@ -41,7 +41,7 @@ class FakeEngine:
 
     def __init__(self, positions: int = 256, running: int = 8, waiting: int = 64, step_seconds: float = 0.0, folder: Path = MODEL_FOLDER):
         self.tokenizer = Tokenizer(folder)
-        self.spec, self.model_name = SimpleNamespace(positions=positions), "fake"
+        self.spec, self.model_name, self.longest = SimpleNamespace(positions=positions), "fake", positions
         self.pool = sorted(set(self.tokenizer.encode(WORDS)))
         self.step_seconds, self.running, self.waiting = step_seconds, running, waiting
         self.live: dict[int, Live] = {}

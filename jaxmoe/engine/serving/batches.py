@@ -14,11 +14,11 @@ from jaxmoe.cache.contiguous import KEY_BLOCK
 from jaxmoe.engine.serving.types import Piece, Row, ServeSpec
 
 
-def sizes(most: int, least: int) -> tuple[int, ...]:
-    """Buckets of tokens: the largest, and a quarter and a sixteenth of it where those are worth a program of their own."""
-    found = [most]
+def sizes(most: int, least: int, run: int = 1) -> tuple[int, ...]:
+    """Buckets of tokens, whole runs each: the largest, and a quarter and a sixteenth of it where those are worth a program of their own."""
+    found = [-(-most // run) * run]
     while len(found) < 3 and found[-1] // 4 >= least:
-        found.append(found[-1] // 4)
+        found.append(-(-found[-1] // 4 // run) * run)
     return tuple(reversed(found))
 
 

@@ -140,14 +140,22 @@ def load_serving(
     eos = () if tokenizer is None else tokenizer.eos_ids
     runner = Runner(model, fitted.spec, eos, memory.kv_dtype, run)
     salt = fingerprint(model.spec.hash(), memory.kv_dtype or model.spec.precision.kv, fitted.spec.page)
-    return ServingEngine(runner, tokenizer, eos, plan.policy, name, max_waiting=plan.asked.max_waiting, salt=salt)
+    return ServingEngine(runner, tokenizer, eos, plan.policy, name, max_waiting=plan.asked.max_waiting, salt=salt,
+                         longest=min(plan.asked.memory.positions, checkpoint.spec.max_positions))  # fmt: skip
 
 
-def grammar_compiler(engine: ServingEngine, folder: Path) -> GrammarCompiler | None:
-    """What turns schemas and grammars into masks for this model; None where its texts have no end or llguidance is not installed."""
-    if engine.tokenizer is None or not engine.eos:
+def grammar_compiler(spec: ModelSpec, tokenizer: Tokenizer) -> GrammarCompiler | None:
+    """What turns schemas and grammars into masks for a model; None where its texts have no end.
+
+    Raises:
+        ValueError: llguidance is not installed, or can't read the tokenizer.
+    """
+    if not tokenizer.eos_ids:
         return None
-    return GrammarCompiler(folder / "tokenizer.json", engine.model_spec.vocab, engine.eos)
+    try:
+        return GrammarCompiler(Path(tokenizer.folder) / "tokenizer.json", spec.vocab, tokenizer.eos_ids)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{error}; --grammar-backend none serves without structured output") from error
 
 
 def _free_bytes() -> int | None:

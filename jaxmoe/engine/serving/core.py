@@ -63,13 +63,23 @@ class Answer:
         if self.row.result.finish_reason is None:
             if self.edits is not None:
                 self.edits.push(token)
-            if self.matcher is not None:
-                self.matcher.consume(token)
-            self._look()
+            self._follow(token)
         return text
 
+    def _follow(self, token: int) -> None:
+        """The grammar goes on by a token; it may give up on what it has become: that is this sequence's end, and no other's."""
+        if self.matcher is None:
+            return
+        try:
+            if not self.matcher.consume(token):
+                self.failed = f"the grammar does not allow the token {token} that was drawn"
+        except GrammarError as error:
+            self.failed = str(error)
+        if self.failed is None:
+            self._look()
+
     def _look(self) -> None:
-        """Asks the grammar, which may give up on what it has become: that is this sequence's end, and no other's."""
+        """Asks the grammar what may come next."""
         if self.matcher is not None:
             try:
                 self._mask = self.matcher.mask()
@@ -83,6 +93,7 @@ class ServingEngine:
     def __init__(
         self, runner: Runner, tokenizer: Tokenizer | None, eos: Sequence[int], policy: Policy, model_name: str = "jaxmoe",
         clock: Callable[[], float] = time.perf_counter, max_waiting: int | None = None, salt: bytes = b"", paths: Any = None,
+        longest: int | None = None,
     ):  # fmt: skip
         """
         Args:
@@ -94,10 +105,12 @@ class ServingEngine:
             clock: seconds.
             max_waiting: requests that may wait before others are turned away; None for any number.
             salt: what makes this model's pages differ from another's (`prefix.fingerprint`).
+            longest: positions of the longest sequence, where that is less than the spec's, which are whole pages.
             paths: a `Paths`, what foretells the experts of sequences, for policies that go by it.
         """
         self.runner, self.tokenizer, self.eos, self.policy, self.model_name = runner, tokenizer, tuple(eos), policy, model_name
         self.spec: ServeSpec = runner.spec
+        self.longest = min(self.spec.positions, longest or self.spec.positions)
         self.model_spec: ModelSpec = runner.model.spec
         self._clock, self._max_waiting, self._salt, self._paths = clock, max_waiting, salt, paths
         self.state = scheduler.fresh(self.spec, self.spec.move)
@@ -138,10 +151,10 @@ class ServingEngine:
         if request.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens = {request.max_new_tokens} must be at least 1")
         total = len(request.prompt_ids) + request.max_new_tokens
-        if total > spec.positions:
+        if total > self.longest:
             raise RequestError(
                 f"the prompt has {len(request.prompt_ids)} tokens and max_new_tokens is {request.max_new_tokens}: {total} positions, but the engine "
-                f"has {spec.positions}"
+                f"has {self.longest}"
             )
         if (needed := spec.pages_for(total)) > spec.pages:
             raise RequestError(f"{total} positions need {needed} pages of {spec.page} tokens, and the engine has {spec.pages}: it can never run")
@@ -179,15 +192,23 @@ class ServingEngine:
         waiting = self.state.waiting
         if self._max_waiting is not None and waiting + n > self._max_waiting:
             raise QueueFull(f"{waiting} requests wait already, and {n} more would be above {self._max_waiting}: try again later")
-        return [self._take(request, k, self._next - k) for k in range(n)]
+        answers = [self._answer(request, k) for k in range(n)]  # all of them first: one that can't be leaves none behind
+        return [self._take(live, k, self._next - k) for k, live in enumerate(answers)]
 
-    def _take(self, request: ServeRequest, turn: int, first: int) -> int:
+    def _answer(self, request: ServeRequest, turn: int) -> Answer:
         seed = (request.sampling.seed + turn) % 2**32
         own = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed))
-        id, self._next = self._next, self._next + 1
-        live = Answer(own, self.tokenizer, self.eos, self.model_spec.vocab)
+        try:
+            live = Answer(own, self.tokenizer, self.eos, self.model_spec.vocab)
+        except GrammarError as error:
+            raise RequestError(str(error)) from error
         if live.failed is not None:
             raise RequestError(live.failed)
+        return live
+
+    def _take(self, live: Answer, turn: int, first: int) -> int:
+        request = live.request
+        id, self._next = self._next, self._next + 1
         if self.spec.sharing:
             live.keys = list(page_keys(live.ids, self.spec.page, self._salt))
         self._live[id] = live
@@ -222,14 +243,16 @@ class ServingEngine:
         plan, self.state = scheduler.plan(self.state, self.policy, now, paths, held)
         try:
             given = self.runner.run(plan, self._live)
+            self._watch.see(plan, sum(len(new.ids) for new in given.values()), self._began(plan, now))
+            if self._paths is not None:
+                self._paths.learn(plan, given, self._live, self.runner)
+            now = self._clock()
+            new, results = self._push(given)
+            self.state = scheduler.commit(self.state, plan, results, now)
         except Exception as error:  # whatever a device or a disk may do: those whose step it was are told, the others are computed again
             return events + self._lost(plan, error)
-        self._watch.see(plan, sum(len(new.ids) for new in given.values()), self._began(plan, now))
-        if self._paths is not None:
-            self._paths.learn(plan, given, self._live, self.runner)
-        now = self._clock()
-        new, results = self._push(given)
-        self.state = scheduler.commit(self.state, plan, results, now)
+        for event in new:
+            self._over(event)
         for id in results.ended:
             self._live.pop(id, None)
             self.runner.host.forget(id)
@@ -259,7 +282,6 @@ class ServingEngine:
             event = Event(id, new.ids[:count], text, new.logprobs[:count], reason, live.row.matched, live.failed, cached)
             if reason is not None:
                 ended.add(id)
-                self._over(event)
             events.append(event)
         return events, Results(tokens, frozenset(ended), keys)
 
@@ -275,7 +297,7 @@ class ServingEngine:
         """After a step that failed: its requests end with an error, the device's state is made anew, and the others are computed again."""
         self.errors += 1
         ids = computed(plan) | {move.id for move in (*plan.out, *plan.into)}
-        ids = {id for id in ids if id in self._live} or set(self._live)
+        ids = {id for id in ids if id in self._live}
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         events = [Event(id, finish_reason="error", error=reason) for id in sorted(ids)]
         for event in events:

@@ -17,20 +17,15 @@ IN_FLIGHT = 4
 
 
 class HostStore:
-    """Attributes: `bytes_out`, `bytes_in` moved so far; `waiting` blocks under way."""
+    """Attributes: `bytes_out`, `bytes_in` moved so far."""
 
     def __init__(self, pages: int):
         """Room for so many pages, taken from the host when the first block shows what a page is."""
         self._pages = pages
         self._held: Any = None
         self._rows: dict[int, Any] = {}
-        self._coming: deque[tuple[Any, tuple[int, ...], int]] = deque()
+        self._coming: deque[tuple[Any, tuple[int, ...], int | None]] = deque()
         self.bytes_out = self.bytes_in = 0
-
-    @property
-    def waiting(self) -> int:
-        """Blocks under way."""
-        return len(self._coming)
 
     def shape(self, block: Any) -> None:
         """Learns from a block (`programs.read_pages`) what a page is."""
@@ -65,8 +60,14 @@ class HostStore:
         return jax.tree.map(gather, self._held), self._rows.get(owner, [])
 
     def forget(self, owner: int) -> None:
-        """Drops the states of a sequence that is gone."""
+        """Drops the states of a sequence that is gone, those under way too."""
         self._rows.pop(owner, None)
+        self._coming = deque((block, pages, None if by == owner else by) for block, pages, by in self._coming)
+
+    def clear(self) -> None:
+        """Drops everything; what is under way is not waited for."""
+        self._coming.clear()
+        self._rows.clear()
 
     def _land(self) -> None:
         block, pages, owner = self._coming.popleft()
@@ -79,5 +80,5 @@ class HostStore:
             self.bytes_out += held[0].nbytes * len(pages)
 
         jax.tree.map(store, self._held, pools)
-        if rows:
+        if rows and owner is not None:
             self._rows[owner] = rows

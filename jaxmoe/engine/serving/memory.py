@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxmoe import formats
+from jaxmoe.cache.contiguous import KEY_BLOCK
 from jaxmoe.cache.layers import init_paged_layers
 from jaxmoe.cache.paged import PagedKV
 from jaxmoe.decode.adjust import words
@@ -273,7 +274,8 @@ def _adjustments(vocab: int, serve: ServeSpec, prefill: PrefillMode) -> int:
 def _tables(model: ModelSpec, serve: ServeSpec, asked: ServeMemory, kernels: Kernels, streamed: bool) -> int:
     """Where experts are and what the policy counts, what it was told, counters to be read, and what two steps are told of their batch."""
     tokens = max(serve.chunk, serve.wave, serve.positions if asked.prefill == "whole" else 0)
-    batch = 4 * (serve.slots * serve.table + 16 * (tokens + serve.batch + serve.slots + serve.move))
+    wide = -(-serve.positions // KEY_BLOCK) * KEY_BLOCK // serve.page  # as `batches.page_tables` has them
+    batch = 4 * (serve.slots * wide + 16 * (tokens + serve.batch + serve.slots + serve.move))
     if not streamed:
         return 2 * batch
     router, _ = model.moe

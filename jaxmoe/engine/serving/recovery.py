@@ -1,24 +1,24 @@
-"""After a step that failed: nothing on the device is to be believed, and everything else goes on."""
+"""After a step that failed: nothing that it touched is to be believed, on the device or in host memory, and requests go on."""
 
 from __future__ import annotations
 
-from jaxmoe.engine.serving.pages import PagePool
+from jaxmoe.engine.serving.pages import HostPages, PagePool
 from jaxmoe.engine.serving.state import Draft, SchedulerState, changed
 from jaxmoe.engine.serving.types import Phase
 
 
 def lost(state: SchedulerState) -> SchedulerState:
-    """The state after the device's pages are gone: running sequences wait, to be computed again; those in host memory stay as they are.
+    """The state after all pages are gone: every sequence waits, to be computed again.
 
-    Sequences that the failed step was about have to be cancelled first: what it moved to or from host memory may not be there.
+    Host memory too: a plan registers pages there before they have arrived, and a copy under way may be what failed.
     """
     draft = Draft(state)
     for id in list(draft.running):
-        seq = draft.seqs[id]
-        draft.take_off(seq)
-        if seq.host:
-            draft.host.drop(seq.host)
-        draft.set(changed(seq, phase=Phase.WAITING, slot=-1, pages=(), computed=0, host=(), host_tokens=0, waited=0))
+        draft.take_off(draft.seqs[id])
+    for seq in list(draft.seqs.values()):
+        if seq.phase is not Phase.WAITING or seq.host:
+            draft.set(changed(seq, phase=Phase.WAITING, slot=-1, pages=(), computed=0, host=(), host_tokens=0, waited=0))
+    draft.swapped.clear()
     draft.wave = None
-    draft.pool = PagePool(state.spec.pages, state.spec.move)
+    draft.pool, draft.host = PagePool(state.spec.pages, state.spec.move), HostPages(state.spec.host_pages)
     return draft.state()

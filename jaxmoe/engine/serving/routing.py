@@ -6,6 +6,7 @@ Nothing here waits for the device before it is read.
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ class DecodeCounts:
 
     def __init__(self) -> None:
         self.steps = 0
-        self.each: list[int] = []
+        self.each: deque[int] = deque(maxlen=2**16)
         self._pending: list[tuple[jax.Array, jax.Array, int]] = []
         self._sums: np.ndarray | int = 0
 

@@ -123,15 +123,16 @@ class Runner:
         self._neutral: dict[int, Any] = {}
         self.padded = self.real = 0
         self.row_buckets = tuple(b for b in steps.ROW_BUCKETS if b < spec.batch) + (spec.batch,)
-        self.chunk_buckets, self.wave_buckets = sizes(spec.chunk, 64), sizes(spec.wave, 64)
+        self.chunk_buckets, self.wave_buckets = sizes(spec.chunk, 64, spec.run), sizes(spec.wave, 64, spec.run)
         self.chunk_buckets += (spec.positions,) if spec.positions > spec.chunk else ()  # for prompts in one piece
 
     def _fresh(self) -> EngineState:
         return steps.committed(EngineState(self._empty(), self.model.bank.init_state()))
 
     def rebuild(self) -> None:
-        """Makes the device's state anew, after a step that failed may have left none. Pages in host memory stay."""
+        """Makes the device's state anew, after a step that failed may have left none; what was in host memory is forgotten too."""
         self.state = self._parked = None  # before new ones take their memory
+        self.host.clear()
         self.state = self._fresh()
 
     def _empty(self):
@@ -317,6 +318,7 @@ class Runner:
         zeros, ones, tables = np.zeros(n, np.int32), np.ones(n, np.int32), page_tables(self.spec, {})
         adjust = self._nothing(n) if adjusted else None
         sampling = sampling_params(n, temperature=0.0)
+        self.decoded.look(self.state.bank)
         _, self.state, _, _ = self._run.decode(self.state, zeros, zeros, zeros, ones, tables, self._none, sampling, adjust)
 
     def _try_prompts(self, tokens: int) -> None:
@@ -337,9 +339,10 @@ class Runner:
         self.host.shape(block)
 
     def _padding(self, tokens: int, singles: int) -> tuple:
-        """A batch with nothing but padding, and what goes with it."""
+        """A batch of next to nothing, and what goes with it."""
         tables = page_tables(self.spec, {})
-        return prompt_batch(self.spec, (), (), (), tokens, singles, {}, tables), *self._drawing((), (), {}, singles)
+        one = Piece(-1, 0, 0, 1, False)  # a real token, its keys in the trash page: what brings experts runs only where somebody asks for them
+        return prompt_batch(self.spec, (), (one,), (0,), tokens, singles, {-1: [0]}, tables), *self._drawing((), (), {}, singles)
 
     def counters(self) -> dict[str, np.ndarray]:
         """The bank's, by layer."""

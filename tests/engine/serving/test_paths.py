@@ -21,6 +21,7 @@ from jaxmoe.offload import request_paths
 from jaxmoe.offload.predictors import PREDICTORS, Sizes
 from jaxmoe.offload.predictors.interface import one_hot
 from tests.models import random_model, slot_model
+from tests.quick import QuickKernels
 
 SPEC = ServeSpec(slots=6, page=32, pages=12, positions=128, batch=2, chunk=64, wave=64, groups=2, burst=4, host_pages=24, move=4)
 EOS = (31,)
@@ -32,7 +33,7 @@ PRIOR = np.full((LAYERS, EXPERTS), ACTIVE / EXPERTS, np.float32)
 @pytest.fixture(scope="module")
 def whole():
     """Tokens below 48 are of one topic, the others of another: each has a direction of its own, which embedding and output matrix share."""
-    model = random_model("qwen3_moe", unroll=False)
+    model = random_model("qwen3_moe", kernels=QuickKernels("cpu"), unroll=False)
     table = np.array(model.params["embed"]["table"])
     for half in (slice(0, 48), slice(48, 96)):
         table[half] += 0.6 * np.random.default_rng(half.start).standard_normal(table.shape[1])
