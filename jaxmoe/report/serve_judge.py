@@ -136,7 +136,7 @@ def _median(rows: Sequence[Mapping[str, float]], what: str) -> float:
 
 
 def claims(made: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, bool]]:
-    """What issue 9 asks for, and whether these records show it, one line each."""
+    """What layers by groups are to show, and whether these records show it, one line each."""
     rows = list(made.values())
     out: list[tuple[str, bool]] = []
     for scene in dict.fromkeys(r["settings"]["scene"] for r in rows):
