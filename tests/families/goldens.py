@@ -176,7 +176,7 @@ def test_a_prompt_with_streamed_experts_gives_the_resident_bits(run, prompted):
     assert same_bits(together(slot_model(model, model.spec.moe[0].active, staging=1), run.ids), expected)
 
 
-def test_experts_sent_by_the_host_give_the_resident_bits(run, halved):
+def test_experts_sent_by_the_host_give_the_resident_bits(run, decoded):
     """The step cut in two at every MoE layer, for the families whose layers end in a way of their own."""
     model, expected = run.on_cpu
     streamed = slot_model(model, model.spec.moe[0].active, staging=1)

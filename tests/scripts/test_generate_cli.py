@@ -21,6 +21,7 @@ from jaxmoe.engine import steps
 from jaxmoe.engine.generate import Engine
 from jaxmoe.engine.text import REPLACEMENT, Tokenizer
 from jaxmoe.report import record
+from jaxmoe.report.opening import find_kernels
 from pallas_kernels.dispatch import Kernels
 from tests.checkpoints import hf_folders
 from tests.quick import OPTIONS
@@ -220,7 +221,7 @@ def test_ids_without_a_token_are_seen_in_the_text(model, cache, tmp_path):
 @pytest.mark.parametrize(("asked", "layout"), [("pallas", "2fd"), ("xla", "d2f")])
 def test_kernels_can_be_left_out(asked, layout, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cuda")
-    kernels = generate.find_kernels(generate.Arguments(prompt="x", kernels=asked))
+    kernels = find_kernels(False, asked == "pallas")
     assert kernels.pallas == (asked == "pallas") and kernels.backend == "gpu" and kernels.expert_layout == layout
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from jaxmoe.engine import processes, steps
-from jaxmoe.report import record
+from jaxmoe.report import opening, record
 from sharding.placement import contiguous
 from tests.checkpoints import hf_folders
 from tests.quick import QuickKernels
@@ -30,7 +30,7 @@ def model(tmp_path_factory):
 def test_a_run_on_four_devices(model, tmp_path, monkeypatch):
     monkeypatch.setattr(record, "measure_memory_bandwidth", lambda seconds, bytes: 12.5)
     monkeypatch.setattr(steps, "TOKEN_BUCKETS", steps.TOKEN_BUCKETS[:1])
-    monkeypatch.setattr(generate, "find_kernels", lambda args: QuickKernels("cpu"))
+    monkeypatch.setattr(opening, "find_kernels", lambda fast, pallas: QuickKernels("cpu"))
     (tmp_path / "prompts").write_text("the quick\nfox\njumps\n")
     files = ("--prompt-file", tmp_path / "prompts", "--json", tmp_path / "out.json", "--cache", tmp_path / "cache")
     done = commands.call(generate, model, *files, "--max-new-tokens", 6, "--split", "data=2,expert=2")
