@@ -47,11 +47,8 @@ class LayerStates:
     ) -> tuple[Float[Array, "T H C"], LayerStates]:
         """See `KVState.attend`."""
         at = self.kinds.index(spec.cached)
-        state, outs = self.states[at], []
-        for mine, part in batch.parts():
-            out, state = state.attend(spec, layer, q[mine], k[mine], None if v is None else v[mine], part, kernels, sinks)
-            outs.append(out)
-        return outs[0] if len(outs) == 1 else jnp.concatenate(outs), self._with(at, state)
+        out, state = self.states[at].attend(spec, layer, q, k, v, batch, kernels, sinks)
+        return out, self._with(at, state)
 
     def delta(
         self, spec: DeltaSpec, layer: Int[Array, ""], q, k, v, log_decay, beta, conv_kernels, batch: Batch, kernels: Kernels

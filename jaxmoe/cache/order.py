@@ -10,8 +10,8 @@ LANES = 128
 
 
 def as_it_lies(cache: jax.Array, tpu: bool) -> jax.Array:
-    """A cache or a piece of one [L, B, K, .., ..], laid out as caches are given: the layout that a new piece is made or used in would else become the
-    whole cache's, by a copy of it.
+    """A cache or a piece of one, rows [L, B, K, .., ..] or pages [N, K, ..], laid out as caches are given: the layout that a new piece is made or
+    used in would else become the whole cache's, by a copy of it.
 
     On TPUs, values [.., S, C] have their positions last where their channels would have to be filled up, as XLA gives them by default.
     """

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.contiguous import KEY_BLOCK, attend_run
+from jaxmoe.cache.order import as_it_lies
 from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.paged_attention.api import paged_attention
@@ -70,22 +71,30 @@ class PagedKV:
             raise ValueError("this cache lies in pages, and the batch has no page tables: give Batch.tables")
         if self.width % batch.run:
             raise ValueError(f"runs of {batch.run} tokens don't fit into pages of {self.width}: choose a run that divides a page")
+        state, outs, parts = self, [], batch.parts()
         if kernels.backend == "cpu":
             if batch.tables.shape[1] * self.width % KEY_BLOCK:
                 raise ValueError(f"tables of {batch.tables.shape[1]} pages of {self.width} tokens: give whole blocks of {KEY_BLOCK} keys")
-            return _attend_runs(self, spec, layer, q, k, v, batch, kernels.row_invariant, sinks)
+            for mine, part in parts:
+                values = None if v is None else v[mine]
+                out, state = _attend_runs(state, spec, layer, q[mine], k[mine], values, part, kernels.row_invariant, sinks)
+                outs.append(out)
+            return _joined(outs), state
         if spec.chunk is not None:
             raise NotImplementedError(f"attention in chunks of {spec.chunk} positions over pages is for the CPU alone")
-        state = _with_tokens(self, layer, k, v, batch, kernels.backend == "tpu")
-        starts = jnp.asarray(batch.run_positions)
-        lengths = jnp.where(jnp.arange(starts.shape[0]) < batch.n_runs, batch.run_lengths, 0)
-        queries = Queries(
-            layer * self.stride + jnp.asarray(batch.tables)[jnp.asarray(batch.run_segments)], jnp.arange(starts.shape[0]) * batch.run, lengths,
-            starts + lengths, starts, most=batch.run,
-        )  # fmt: skip
+        # All tokens are written before any attends: pages that were read between two writes would be copied for the second.
+        for mine, part in parts if kernels.backend == "tpu" else [(slice(None), batch)]:
+            state = _with_tokens(state, layer, k[mine], None if v is None else v[mine], part, kernels.backend == "tpu")
         pages = state.pages if v is not None else dataclasses.replace(state.pages, value_width=_value_width(self, spec))
-        o = paged_attention(q, pages, queries, spec.softmax_scale, kernels, spec.window, sinks_H=sinks)
-        return o, state
+        for mine, part in parts:
+            starts = jnp.asarray(part.run_positions)
+            lengths = jnp.where(jnp.arange(starts.shape[0]) < part.n_runs, part.run_lengths, 0)
+            queries = Queries(
+                layer * self.stride + jnp.asarray(batch.tables)[jnp.asarray(part.run_segments)], jnp.arange(starts.shape[0]) * part.run, lengths,
+                starts + lengths, starts, most=part.run,
+            )  # fmt: skip
+            outs.append(paged_attention(q[mine], pages, queries, spec.softmax_scale, kernels, spec.window, sinks_H=sinks))
+        return _joined(outs), state
 
 
 def init_paged(shape: tuple[int, int, int | None], layers: int, pages: int, page: int, dtype: str, kernels: Kernels) -> PagedKV:
@@ -131,6 +140,10 @@ def _as_held(x: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array | None
     if like.dtype == jnp.int8:
         return quantized(x)
     return formats.store(x, "bfloat16" if like.dtype == jnp.uint16 else "float32"), None
+
+
+def _joined(parts: list[jax.Array]) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _value_width(state: PagedKV, spec: AttentionSpec) -> int:
@@ -217,7 +230,7 @@ def _with_tokens(state: PagedKV, layer, k, v, batch: Batch, tpu: bool) -> PagedK
                 place += [at // packs, 0]
             else:
                 place += [at // packs, at % packs * part.shape[-1]]
-            held = held | {name: jax.lax.dynamic_update_slice(held[name], part, tuple(place))}
+            held = held | {name: as_it_lies(jax.lax.dynamic_update_slice(held[name], part, tuple(place)), True)}
         return held
 
     held = jax.lax.fori_loop(0, runs, one_run, {name: getattr(state.pages, name) for name, _ in leaves})

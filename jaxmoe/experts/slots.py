@@ -296,6 +296,7 @@ class SlotBank:
             with jax.named_scope("compute"):
                 slots, starts, own = jax.tree.map(part, (ranked.slots, ranked.starts, ranked.biases))
                 y = grouped_swiglu(ranked.x, pools[0], pools[1], slots, sizes, glu, kernels, starts, y, self.layout, e, own)
+            y, pools = _after(y, pools, kernels)
             return y, pools, loads + n
 
         count = jnp.max(jnp.where(need, place.wave, -1)) + 1
@@ -314,6 +315,7 @@ class SlotBank:
         records = moe_layer * self.experts + jnp.roll(ranked.experts, -ranked.hits)
         slots = jnp.roll(ranked.slots, -ranked.hits)
         y, some = ranked.compute_hits(pools, ranked.empty(), *how), jnp.minimum(ranked.misses, 1)
+        y, pools = _after(y, pools, kernels)
         pools, loads = fill(pools, store, records, slots, 0, some, kernels, self.fill)
 
         def one_miss(i, carry):
@@ -321,6 +323,7 @@ class SlotBank:
             record = read_record(store, records[i + 1])
             with jax.named_scope("compute"):
                 y = ranked.compute_miss(pools, i, y, *how)
+            y, pools = _after(y, pools, kernels)
             return y, land(pools, record, slots[i + 1]), loads + 1
 
         y, pools, loads = jax.lax.fori_loop(0, ranked.misses - 1, one_miss, (y, pools, loads))
@@ -349,6 +352,12 @@ class SlotBank:
     def record_bytes(self) -> int:
         """Bytes of one expert."""
         return sum(map(math.prod, self.entries)) * formats.leaf_dtype(self.dtype).itemsize
+
+
+def _after(y, pools: Pools, kernels: Kernels) -> tuple[Any, Pools]:
+    """Pools that are changed only when y is there, which was computed from them. Without it XLA for TPUs may copy them, so as to be free to change
+    them earlier: it does where memory is short, in every turn of a loop."""
+    return jax.lax.optimization_barrier((y, pools)) if kernels.backend == "tpu" else (y, pools)
 
 
 def uses(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int, ordered: bool) -> Bool[Array, "S E"]:
