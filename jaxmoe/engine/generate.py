@@ -147,6 +147,11 @@ def check_requests(spec: ModelSpec, requests: Sequence[Request]) -> None:
 
 
 def check_ids(spec: ModelSpec, ids: Sequence[int], what: str) -> None:
+    """Refuses no ids, and ids outside the vocabulary.
+
+    Raises:
+        RequestError: names `what` and the id.
+    """
     if not ids:
         raise RequestError(f"{what} is empty: give at least one token")
     for id in ids:

@@ -123,30 +123,6 @@ def chat(
     return Workload("chat", tuple(jobs), about)
 
 
-def long_in(
-    streams: int = 8, attackers: int = 6, period: float = 10.0, low: int = 4096, high: int = 16384, new: int = 64, stream_prompt: int = 32,
-    stream_new: int = 1024, seed: int = 0, vocabulary: int | None = None,
-) -> Workload:  # fmt: skip
-    """Streams that decode from the beginning, user "stream", and a long prompt every period, user "attacker".
-
-    Args:
-        streams: sequences that decode.
-        attackers: long prompts.
-        period: seconds from one to the next; the first comes after one.
-        low, high: tokens of the long prompts, drawn evenly.
-        new: tokens that each of them asks for.
-        stream_prompt, stream_new: tokens of the streams.
-        seed: of the draws.
-        vocabulary: as for `chat`.
-    """
-    rng = np.random.default_rng([seed, 3])
-    jobs = [Job(0.0, _ids(stream_prompt, vocabulary, rng), stream_new, i, user="stream") for i in range(streams)]
-    for i in range(attackers):
-        tokens = int(rng.integers(low, high + 1))
-        jobs.append(Job((i + 1) * period, _ids(tokens, vocabulary, rng), new, streams + i, user="attacker"))
-    return Workload("long-in", tuple(jobs), {"streams": streams, "attackers": attackers, "period": period, "low": low, "high": high, "seed": seed})
-
-
 def batch(n: int, seed: int = 0, prompt: int = 512, shared: int = 384, group: int = 8, new: int = 128, vocabulary: int = 32000) -> Workload:
     """An offline batch, all there at 0 in shuffled order: groups of prompts that begin alike.
 

@@ -6,12 +6,11 @@ import math
 import numpy as np
 import pytest
 
-from jaxmoe.report.serve_load import CHAT_IN, CHAT_OUT, Job, Sizes, Workload, arrivals, batch, chat, load, long_in, mixed, save, single
+from jaxmoe.report.serve_load import CHAT_IN, CHAT_OUT, Job, Sizes, Workload, arrivals, batch, chat, load, mixed, save, single
 
 DOMAINS = {"code": [(1, 2), (3, 4, 5)], "law": [(6,)], "math": [(7, 8)] * 3}
 MAKERS = {
     "chat": lambda seed: chat(50, 2.0, seed, vocabulary=100),
-    "long-in": lambda seed: long_in(seed=seed),
     "batch": lambda seed: batch(32, seed),
     "single": lambda seed: single(seed=seed, vocabulary=100),
     "mixed": lambda seed: mixed(DOMAINS, 20, 5.0, Sizes(20, 0.5), seed),
@@ -56,13 +55,6 @@ def test_conversations_are_log_normal_and_clipped():
         assert np.mean(lengths) == pytest.approx(sizes.mean, rel=0.03)
         assert np.log(lengths).std() == pytest.approx(sizes.spread, rel=0.03)
     assert Sizes(64, 0).draw(3, np.random.default_rng(0)).tolist() == [64] * 3
-
-
-def test_an_attacker_a_period():
-    jobs = long_in(streams=8, attackers=3, period=10.0).jobs
-    assert [job.arrival for job in jobs] == [0.0] * 8 + [10.0, 20.0, 30.0]
-    assert all(4096 <= job.tokens <= 16384 and job.user == "attacker" for job in jobs[8:])
-    assert {(job.tokens, job.new, job.user) for job in jobs[:8]} == {(32, 1024, "stream")}
 
 
 def test_a_batch_shares_heads_within_groups_only():

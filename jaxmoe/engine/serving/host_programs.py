@@ -27,7 +27,7 @@ class HostPrograms:
         """
         Args:
             model: with a slot bank, whose store is not used.
-            spec: sizes; a decode call gives one token, whatever its burst.
+            spec: sizes; each of a burst's tokens is a step of its own, driven from here.
             source: where records come from (`jaxmoe.experts.source`).
             link: what they cross; a real one if not given.
         """

@@ -18,7 +18,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.cache.batch import Batch
@@ -42,16 +41,6 @@ class Parked:
 
     x: Float[Array, "T D"]
     router: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """How rows' tokens are drawn. Attributes: `sampling` and `positions` of each row; `adjust` what is changed before, or None of rows that need
-    nothing but a token."""
-
-    sampling: SamplingParams
-    positions: Int[np.ndarray, "R"]
-    adjust: Adjust | None = None
 
 
 def drawn(logits: Float[Array, "R V"], sampling: SamplingParams, positions, adjust: Adjust | None, kernels: Kernels) -> tuple[jax.Array, tuple]:
