@@ -5,6 +5,7 @@
     python scripts/bench_serve.py --tier queue [--model DIR] [--out benchmarks]              a mixed queue, grouped by experts and not
     python scripts/bench_serve.py --tier open [--model DIR] [--rates 0.25 0.5 0.75 1]        requests that come when they come
     python scripts/bench_serve.py --tier open --url http://127.0.0.1:8000 [--api-key KEY]    the same against a server that runs
+    python scripts/bench_serve.py --tier storm --url http://127.0.0.1:8000 [--clients 64]    good and bad clients, and whether all is well after
     python scripts/bench_serve.py --tier device [--tiny] [--out benchmarks]                  long prompts on a GPU, in under ten minutes
 
 Records go to the folder --out. Links of the tiers link and open are EMULATED: every expert byte is paced against real time.
@@ -40,7 +41,7 @@ TRACES = (ROOT / "tests/offload/data/qwen3_30b_a3b.npz",)
 class Arguments:
     """Benchmark serving."""
 
-    tier: Literal["virtual", "link", "queue", "open", "device"] = "virtual"
+    tier: Literal["virtual", "link", "queue", "open", "device", "storm"] = "virtual"
     """What is measured."""
     out: Path | None = None
     """Folder for records; none are written if not given."""
@@ -72,12 +73,14 @@ class Arguments:
     """Of a prompt that arrives alone, for link; 0 for none."""
     streams: int = 2
     """Sequences that decode when prompts arrive, for link."""
-    requests: int = 48
-    """Requests of a run, for open."""
+    requests: int = 0
+    """Requests of a run; if 0, 48 for open and 2,000 for storm."""
+    clients: int = 64
+    """At a time, for storm."""
     rates: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     """For open: parts of the rate that the control bears when all requests are there at once; requests per second with --url."""
     url: str = ""
-    """A server that runs, without /v1, for open."""
+    """A server that runs, without /v1, for open and storm."""
     api_key: str = ""
     """Of that server."""
     layers: int = 12
@@ -137,7 +140,7 @@ def opened(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
     """Open-loop load, in this process or on a server."""
     from jaxmoe.report import serve_http, serve_open
 
-    wanted = serve_open.Load(args.requests, seed=args.seed)
+    wanted = serve_open.Load(args.requests or 48, seed=args.seed)
     if args.url:
         made = serve_open.url_records(serve_http.Server(args.url.rstrip("/"), args.api_key), wanted, args.rates, tell)
     else:
@@ -169,8 +172,26 @@ def device(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
         show_scenes(made, console)
 
 
+def stormed(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
+    """Good and bad clients against a server that runs; what it should not have done ends the command with an error."""
+    import asyncio
+
+    from jaxmoe.report import serve_http, serve_storm
+
+    found = serve_http.find_model(serve_http.Server(args.url.rstrip("/"), args.api_key))
+    if not found.positions:
+        raise ValueError(f"{args.url}/v1/models does not say how long a sequence may be (max_model_len), which the storm goes beyond")
+    target = serve_storm.Target(found.url, found.model, found.positions, found.key, chat=False)
+    tell(f"{args.clients} clients")
+    report = asyncio.run(serve_storm.storm(target, args.clients, args.requests or 2000, args.seed))
+    for line in serve_storm.storm_lines(report):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if report.problems:
+        raise ValueError(f"{len(report.problems)} things went wrong, the first: {report.problems[0]}")
+
+
 TIERS: dict[str, Callable[[Arguments, Console, Tell, Save], None]] = {
-    "virtual": virtual, "link": link, "queue": queue, "open": opened, "device": device,
+    "virtual": virtual, "link": link, "queue": queue, "open": opened, "device": device, "storm": stormed,
 }  # fmt: skip
 
 
@@ -254,7 +275,7 @@ def check(args: Arguments) -> None:
     """
     if args.out is not None and not args.out.is_dir():
         raise ValueError(f"{args.out}: there is no such folder for records")
-    for name in ("prompts", "tokens", "streams", "requests", "layers"):
+    for name in ("prompts", "tokens", "streams", "clients", "layers"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give at least 1")
     if not args.groups or min(args.groups) < 1 or min(args.chunks, default=32) < 32:
@@ -263,8 +284,11 @@ def check(args: Arguments) -> None:
         raise ValueError(f"--chunks {args.chunks}: give multiples of 32 tokens")
     if not args.rates or min(args.rates) <= 0:
         raise ValueError(f"--rates {args.rates}: give positive numbers")
-    if args.gbps < 0 or args.slots < 0 or args.rounds < 0 or args.alone < 0:
-        raise ValueError(f"--gbps {args.gbps:g}, --slots {args.slots}, --rounds {args.rounds}, --alone {args.alone}: none may be negative")
+    for name in ("gbps", "slots", "rounds", "alone", "requests"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name} {getattr(args, name):g}: give 0 or more")
+    if args.tier == "storm" and not args.url:
+        raise ValueError("--tier storm needs a server that runs: --url http://127.0.0.1:8000")
     if not 1 <= args.percent <= 100:
         raise ValueError(f"--percent {args.percent}: give 1 to 100")
 

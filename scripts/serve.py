@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -62,6 +64,8 @@ class Arguments:
     """How experts are brought: in the compiled steps, or sent by the host."""
     expert_trace: Path | None = None
     """A routing trace of the model (scripts/trace.py record): shares slots out over the layers."""
+    expert_regret: bool = False
+    """Count in /metrics what the best policy would have loaded, too."""
     link_gbps: float | None = None
     """Emulate a link of this many 10^9 bytes per second between host and device."""
     host_kv_memory: str | None = "512MB"
@@ -89,7 +93,13 @@ class Arguments:
     wave_tokens: int = 1024
     """Prompt tokens that go through the layers together, at most."""
     schedule_policy: Literal["fcfs", "priority", "fair", "throughput", "expert-aware", "shortest"] = "fcfs"
-    """In which order requests are taken."""
+    """In which order requests are taken. expert-aware learns which experts tokens ask for, and needs streamed experts."""
+    preempt_margin: float | None = None
+    """Points (docs/serving.md) by which one that waits has to be ahead of one that runs to take its place; never if not given."""
+    max_decode_seqs: int | None = None
+    """Of the sequences on the device, those that decode in a step; all if not given."""
+    decode_group: Literal["arrival", "random", "pairs", "greedy", "by_expert"] | None = None
+    """Which of them decode together where there are more; they take turns if not given. pairs, greedy and by_expert save experts."""
     preemption: Literal["swap", "recompute"] = "swap"
     """What becomes of a sequence when pages run out."""
     max_waiting: int = 1024
@@ -120,13 +130,28 @@ def asked(args: Arguments):
 
     if args.expert_slots is not None and args.expert_memory is not None:
         raise ValueError(f"--expert-slots {args.expert_slots} and --expert-memory {args.expert_memory} say the same: give one of them")
+    run = min(args.page_size, 32)
+    if args.page_size < 1 or args.page_size % run:
+        raise ValueError(f"--page-size {args.page_size}: give a multiple of 32 tokens, or fewer than 32")
+    for option, tokens in (("--max-num-batched-tokens", args.max_num_batched_tokens), ("--wave-tokens", args.wave_tokens)):
+        if tokens < run or tokens % run:
+            raise ValueError(f"{option} {tokens}: with pages of {args.page_size} tokens, give a multiple of {run}")
     memory = ServeMemory(
         args.memory, args.kv_memory, args.expert_memory, args.expert_slots, args.max_num_seqs, args.max_model_len, args.page_size,
-        chunk=args.max_num_batched_tokens, wave=args.wave_tokens, groups=args.layer_groups, run=min(args.page_size, 32), kv_dtype=args.kv_dtype,
-        host=args.host_kv_memory, policy=args.expert_policy,
+        chunk=args.max_num_batched_tokens, wave=args.wave_tokens, groups=args.layer_groups, run=run, kv_dtype=args.kv_dtype,
+        host=None if no_bytes(args.host_kv_memory) else args.host_kv_memory, policy=args.expert_policy, batch=args.max_decode_seqs,
     )  # fmt: skip
-    policy = Policy(objective=args.schedule_policy, preemption=args.preemption)
-    return Serving(memory, policy, args.prefill_mode, args.expert_mode, args.link_gbps, args.expert_trace, args.max_waiting)
+    if args.decode_group is not None and (args.max_decode_seqs is None or args.max_decode_seqs >= args.max_num_seqs):
+        raise ValueError(f"--decode-group {args.decode_group} chooses among more sequences than decode in a step: give fewer in --max-decode-seqs")
+    margin = math.inf if args.preempt_margin is None else args.preempt_margin
+    policy = Policy(objective=args.schedule_policy, preemption=args.preemption, group=args.decode_group, margin=margin)
+    mode, gbps, trace = args.expert_mode, args.link_gbps, args.expert_trace
+    return Serving(memory, policy, args.prefill_mode, mode, gbps, trace, args.max_waiting, args.expert_regret)
+
+
+def no_bytes(amount: str | None) -> bool:
+    """Whether an amount is none: not given, or 0 of any unit."""
+    return amount is None or re.fullmatch(r"0+(\.0*)?\s*[a-zA-Z]*", amount.strip()) is not None
 
 
 def settings(args: Arguments):
@@ -150,16 +175,12 @@ def settings(args: Arguments):
     return found
 
 
-def show(plan, console: Console) -> None:
-    """What the memory comes to."""
-    from jaxmoe.engine.serving.fitting import describe
-
+def show(found, console: Console) -> None:
+    """What the memory comes to: a `MemoryTable`, on standard output; everything else that is said goes to standard error."""
     table = Table("device memory", "bytes", "", title=None, box=None)
-    for line in plan.fitted.table.lines():
+    for line in found.lines():
         table.add_row(*line)
     console.print(table)
-    for text in describe(plan.fitted):
-        console.print(text, soft_wrap=True)
 
 
 def run(args: Arguments, console: Console) -> None:
@@ -173,6 +194,8 @@ def run(args: Arguments, console: Console) -> None:
     from checkpoints.load import read_spec
     from jaxmoe import formats
     from jaxmoe.engine.serving.build import grammar_compiler, load_serving, make_serving_plan
+    from jaxmoe.engine.serving.fitting import describe
+    from jaxmoe.engine.serving.memory import TooSmall
     from jaxmoe.engine.text import Tokenizer
     from jaxmoe.report.opening import find_kernels, open_model
     from jaxmoe.server.guides import compile_with
@@ -184,8 +207,15 @@ def run(args: Arguments, console: Console) -> None:
     spec = read_spec(args.model)
     tokenizer = Tokenizer(args.model)
     spec = spec.with_precision(args.dtype or ("float32" if kernels.backend == "cpu" else spec.precision.params))
-    plan = make_serving_plan(asked(args), spec, kernels)
-    show(plan, console)
+    try:
+        plan = make_serving_plan(asked(args), spec, kernels)
+    except TooSmall as error:
+        show(error.table, Console())
+        raise
+    out = Console()
+    show(plan.fitted.table, out)
+    for text in describe(plan.fitted):
+        out.print(text, soft_wrap=True)
     if args.dry_run_memory:
         return
     compiler = None if args.grammar_backend == "none" else grammar_compiler(spec, tokenizer)
@@ -204,7 +234,8 @@ def run(args: Arguments, console: Console) -> None:
                   disable=not console.is_terminal) as progress:  # fmt: skip
         task = progress.add_task("", total=engine.programs)
         engine.warm_up(lambda name: progress.update(task, advance=1, description=name))
-    console.print(f"{engine.programs} programs: {plan.policy.prefill} prefill, {args.schedule_policy}; load {loaded - began:.1f} s, "
+    kinds = "programs" if args.expert_mode == "fused" else "kinds of steps"
+    console.print(f"{engine.programs} {kinds}: {plan.policy.prefill} prefill, {args.schedule_policy}; load {loaded - began:.1f} s, "
                   f"compile {time.perf_counter() - loaded:.1f} s")  # fmt: skip
     run_server(engine, limits, console, None if compiler is None else compile_with(compiler))
 

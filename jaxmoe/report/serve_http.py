@@ -20,11 +20,13 @@ from jaxmoe.report.serve_stats import Served
 
 @dataclasses.dataclass(frozen=True)
 class Server:
-    """Attributes: `url` without /v1; `key`, or ""; `model`, the name that requests give; `timeout` seconds, of silence."""
+    """Attributes: `url` without /v1; `key`, or ""; `model`, the name that requests give; `positions` of its longest sequence, 0 where nobody knows;
+    `timeout` seconds, of silence."""
 
     url: str
     key: str = ""
     model: str = ""
+    positions: int = 0
     timeout: float = 600.0
 
     def connect(self) -> http.client.HTTPConnection:
@@ -55,7 +57,7 @@ class Got:
 
 
 def find_model(server: Server) -> Server:
-    """The server with the name of its first model.
+    """The server with the name and positions of its first model.
 
     Raises:
         ValueError: it does not say.
@@ -68,7 +70,8 @@ def find_model(server: Server) -> Server:
         body = reply.read()
         if reply.status != 200:
             raise ValueError(f"{server.url}/v1/models answers {reply.status}: {body[:200].decode(errors='replace')}")
-        return dataclasses.replace(server, model=json.loads(body)["data"][0]["id"])
+        model = json.loads(body)["data"][0]
+        return dataclasses.replace(server, model=model["id"], positions=int(model.get("max_model_len", 0)))
     except http.client.HTTPException as error:
         raise ValueError(f"{server.url} speaks no HTTP: {error!r}") from error
     except (KeyError, IndexError, TypeError) as error:

@@ -20,7 +20,8 @@ Totals since the start (numbers, or where a label stands, a dict from its values
     expert_bytes_h2d                   expert_bytes_h2d_total
     expert_stall_seconds               expert_stall_seconds_total
     expert_prefetch         outcome    expert_prefetch_total              useful, wasted
-    expert_regret                      expert_regret_total                loads beyond the best policy's, where that is known
+    expert_regret                      expert_regret_total                loads of decoding beyond the best policy's, if that is counted
+    expert_best_loads                  expert_best_loads_total            loads that the best policy would have made of the same
     spec_drafts                        spec_decode_num_drafts_total
     spec_draft_tokens                  spec_decode_num_draft_tokens_total
     spec_accepted_tokens               spec_decode_num_accepted_tokens_total
@@ -69,7 +70,8 @@ TOTALS = {
     "expert_bytes_h2d": ("expert_bytes_h2d", None, "Bytes of experts copied to the device."),
     "expert_stall_seconds": ("expert_stall_seconds", None, "Seconds spent waiting for experts."),
     "expert_prefetch": ("expert_prefetch", "outcome", "Experts fetched ahead of need, by what came of it."),
-    "expert_regret": ("expert_regret", None, "Expert loads beyond those of the best policy."),
+    "expert_regret": ("expert_regret", None, "Expert loads of decoding beyond those of the best policy."),
+    "expert_best_loads": ("expert_best_loads", None, "Expert loads that the best policy would have made of the same decoding."),
     "spec_drafts": ("spec_decode_num_drafts", None, "Drafts verified."),
     "spec_draft_tokens": ("spec_decode_num_draft_tokens", None, "Tokens drafted."),
     "spec_accepted_tokens": ("spec_decode_num_accepted_tokens", None, "Drafted tokens accepted."),

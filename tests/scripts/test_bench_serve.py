@@ -1,10 +1,11 @@
 """The benchmark of serving from the command line: records and tables of each tier, and one line for what is wrong. About 8 seconds."""
 
+import dataclasses
 import json
 
 import pytest
 
-from jaxmoe.report import record, serve_bench, serve_device, serve_judge, serve_open, serve_setups, serve_virtual
+from jaxmoe.report import record, serve_bench, serve_device, serve_http, serve_judge, serve_open, serve_setups, serve_storm, serve_virtual
 from jaxmoe.report.serve_bench import Ready, Sample
 from tests.scripts import commands
 
@@ -83,6 +84,26 @@ def test_open_loops(tmp_path, monkeypatch):
     assert made["counters"]["tpot"]["mean"] == 1.0 and (tmp_path / "serve_open-m-server-2.json").exists()
 
 
+def test_a_storm_says_what_came_of_it(tmp_path, monkeypatch):
+    asked, problems = [], [""]
+
+    async def storm(target, clients, requests, seed):
+        asked.append((target, clients, requests, seed))
+        outcome = serve_storm.Outcome("whole", "wrong" if problems[0] else "answered", 200, 1.0, 0.5, 7, problems[0])
+        return serve_storm.StormReport((outcome,), 1.5, {}, {})
+
+    monkeypatch.setattr(serve_storm, "storm", storm)
+    monkeypatch.setattr(serve_http, "find_model", lambda server: dataclasses.replace(server, model="m", positions=64))
+    how = ("--tier", "storm", "--url", "http://127.0.0.1:8000/", "--api-key", "k", "--cache", tmp_path / "cache")
+    done = commands.call(bench, *how)
+    assert done.code == 0 and "1 answered with 7 tokens" in done.out, done.err
+    assert asked == [(serve_storm.Target("http://127.0.0.1:8000", "m", 64, "k", False), 64, 2000, 0)]
+    problems[0] = "it breaks off"
+    done = commands.call(bench, *how, "--clients", 3, "--requests", 5)
+    assert done.code == 2 and "WRONG whole: it breaks off" in done.out and "1 things went wrong, the first: whole: it breaks off" in done.err
+    assert asked[1][1:3] == (3, 5)
+
+
 def test_a_device(tmp_path, monkeypatch):
     asked = []
 
@@ -106,6 +127,7 @@ def test_a_device(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "given, said",
     [
+        (("--tier", "storm"), "--tier storm needs a server that runs"), (("--requests", -1), "--requests -1: give 0 or more"),
         (("--out", "no/such/folder"), "no/such/folder: there is no such folder for records"),
         (("--tier", "link", "--chunks", 100), "--chunks (100,): give multiples of 32 tokens"),
         (("--tier", "link", "--groups", 0), "--groups (0,), --chunks (256,): groups of at least 1"),
@@ -113,7 +135,7 @@ def test_a_device(tmp_path, monkeypatch):
         (("--tier", "link", "--tokens", 4000), "2048"),
         (("--tier", "link", "--groups", 9), "9 groups of layers: the model can be cut into 1 to 8"),
         (("--tier", "open", "--rates", -1), "--rates (-1.0,): give positive numbers"),
-        (("--tier", "open", "--gbps", -1), "--gbps -1, "),
+        (("--tier", "open", "--gbps", -1), "--gbps -1: "),
         (("--tier", "open", "--url", "127.0.0.1"), "'127.0.0.1' is no address of a server"),
         (("--tier", "open", "--url", "http://127.0.0.1:9"), "refused"),
         (("--tier", "device", "--percent", 0), "--percent 0: give 1 to 100"),

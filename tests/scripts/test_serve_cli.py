@@ -29,8 +29,8 @@ def server(tmp_path_factory):
     """A server with a quarter of the experts on the device; (its URL, its process)."""
     log = tmp_path_factory.mktemp("serve") / "log"
     command = [sys.executable, ROOT / "scripts" / "serve.py", "--expert-memory", "26%", "--max-num-seqs", 4, "--max-model-len", 256,
-               "--wave-tokens", 128, "--layer-groups", 4, "--port", 0, "--api-key", KEY, "--cache", log.parent, "--log-interval", 0,
-               "--drain-seconds", 20]  # fmt: skip
+               "--wave-tokens", 128, "--layer-groups", 4, "--schedule-policy", "expert-aware", "--expert-regret", "--port", 0, "--api-key", KEY,
+               "--cache", log.parent, "--log-interval", 0, "--drain-seconds", 20]  # fmt: skip
     with log.open("w") as out:
         process = subprocess.Popen([str(part) for part in command], stderr=out, stdout=out, cwd=ROOT)
     url = None
@@ -97,7 +97,7 @@ def test_a_storm_leaves_nothing_behind(server):
     found = metrics(url)
     assert found['jaxmoe:kv_pages{state="held"}'] == 0 and found["jaxmoe:num_requests_running"] == 0
     assert found["jaxmoe:xla_compiles_after_warmup_total"] == 0 and found["jaxmoe:engine_errors_total"] == 0
-    assert found["jaxmoe:expert_loads_total"] > 0 and process.poll() is None
+    assert found["jaxmoe:expert_loads_total"] > 0 and found["jaxmoe:expert_best_loads_total"] > 0 and process.poll() is None
 
 
 def test_it_drains_and_ends_well(server):
@@ -117,16 +117,21 @@ def test_it_drains_and_ends_well(server):
     (("--host", "0.0.0.0"), "0.0.0.0.*key"), (("--link-gbps", -1), "-1"), (("--link-gbps", 1), "host-driven"), (("--expert-policy", "best"), "best"),
     (("--expert-slots", 8, "--expert-memory", "25%"), "8.*25%"), (("--max-num-batched-tokens", 8), "8"), (("--port", 70000), "70000"),
     (("--expert-mode", "host-driven"), "host-driven"), (("--dtype", "float8"), "float8"), (("--max-model-len", 0), "0"),
+    (("--schedule-policy", "expert-aware"), "goes by experts.*all experts are on"), (("--expert-regret",), "regret.*all experts are on"),
+    (("--decode-group", "greedy"), "greedy.*max-decode-seqs"), (("--preempt-margin", -1), "margin of -1"),
+    (("--max-decode-seqs", 17), "17"),
 ])  # fmt: skip
 def test_a_users_error_is_one_line(wrong, says):
     import re
 
     done = call(load("serve"), "--dry-run-memory", *wrong)
-    last = done.err.strip().splitlines()[-1]
-    assert done.code == 2 and last.startswith("error: ") and re.search(says, last), done.err
+    assert done.code == 2 and done.err.startswith("error: ") and done.err.count("\n") == 1 and re.search(says, done.err), done.err
+    assert ("KV pages" in done.out) == ("20MB" in wrong), "where a budget is too small, what it would go to is shown"
 
 
 def test_what_memory_comes_to_is_printed_and_adds_up(tmp_path):
-    done = call(load("serve"), "--dry-run-memory", "--memory", "80MB", "--max-model-len", 512, "--cache", tmp_path)
-    assert done.code == 0 and "KV pages" in done.err and "expert staging" in done.err and "tokens at a time" in done.err
+    how = ("--memory", "80MB", "--max-model-len", 512, "--host-kv-memory", 0, "--cache", tmp_path)
+    done = call(load("serve"), "--dry-run-memory", *how)
+    assert done.code == 0 and "KV pages" in done.out and "expert staging" in done.out and "tokens at a time" in done.out
+    assert "put aside" not in done.out
     assert not list(tmp_path.iterdir()), "nothing was converted"

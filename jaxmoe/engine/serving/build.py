@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -18,6 +18,7 @@ from jaxmoe.engine.serving.fitting import Fitted, check_host, fit
 from jaxmoe.engine.serving.host_programs import HostPrograms
 from jaxmoe.engine.serving.memory import ServeMemory
 from jaxmoe.engine.serving.objective import Policy, check_policy
+from jaxmoe.engine.serving.paths import BLIND, RequestPaths, by_token_seen
 from jaxmoe.engine.serving.prefix import fingerprint
 from jaxmoe.engine.serving.runner import Runner
 from jaxmoe.engine.serving.types import PrefillMode
@@ -49,6 +50,7 @@ class Serving:
         link_gbps: emulate a link of this speed; needs the host-driven mode.
         trace: a routing trace of the model, by which slots are shared out over the layers.
         max_waiting: requests that may wait before others are turned away.
+        regret: count what the best policy would have loaded; takes some of the host's time.
     """
 
     memory: ServeMemory
@@ -58,16 +60,16 @@ class Serving:
     link_gbps: float | None = None
     trace: Path | None = None
     max_waiting: int | None = 1024
+    regret: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ServingPlan:
-    """A request that was checked. Attributes: `fitted` what the memory comes to, `policy` with its mode of prefill, `trace` what was read."""
+    """A request that was checked. Attributes: `fitted` what the memory comes to, `policy` with its mode of prefill."""
 
     asked: Serving
     fitted: Fitted
     policy: Policy
-    trace: Any = None
 
 
 def make_serving_plan(asked: Serving, spec: ModelSpec, kernels: Kernels, free: int | None = None) -> ServingPlan:
@@ -86,7 +88,7 @@ def make_serving_plan(asked: Serving, spec: ModelSpec, kernels: Kernels, free: i
     if asked.link_gbps is not None and asked.mode != "host-driven":
         raise ValueError(f"a link of {asked.link_gbps} GB/s is emulated where the host sends experts: choose the mode host-driven, not {asked.mode}")
     find_policy(asked.memory.policy)
-    memory, trace, curves = asked.memory, None, None
+    memory, curves = asked.memory, None
     pieces = sum(segment.repeats for segment in spec.segments)
     memory = dataclasses.replace(
         memory, unrolled=False, sharing=memory.sharing and not any(isinstance(kind, DeltaSpec) for kind in spec.state_kinds),
@@ -107,7 +109,11 @@ def make_serving_plan(asked: Serving, spec: ModelSpec, kernels: Kernels, free: i
     check_policy(fitted.spec, policy)
     if asked.mode == "host-driven" and fitted.resident:
         raise ValueError("the mode host-driven is for experts that don't all fit on the device, and here they do: give the experts less memory")
-    return ServingPlan(asked, fitted, policy, trace)
+    learned = (["the regret"] if asked.regret else []) + (["a policy that goes by experts"] if by_experts(policy) else [])
+    if learned and (fitted.resident or asked.mode == "host-driven"):
+        why = "all experts are on the device" if fitted.resident else "where the host sends experts it does not record their routing"
+        raise ValueError(f"{learned[0]} needs the routing of streamed experts, and {why}: leave it out")
+    return ServingPlan(asked, fitted, policy)
 
 
 def load_serving(
@@ -138,10 +144,20 @@ def load_serving(
         source = ExpertSource(model.spec, read_store(checkpoint, model.spec, progress, kernels.expert_layout))
         run = HostPrograms(model, fitted.spec, source, Link(plan.asked.link_gbps))
     eos = () if tokenizer is None else tokenizer.eos_ids
-    runner = Runner(model, fitted.spec, eos, memory.kv_dtype, run)
+    foretold = by_experts(plan.policy)
+    runner = Runner(model, fitted.spec, eos, memory.kv_dtype, run, foretold or plan.asked.regret, plan.asked.regret)
+    paths = None
+    if foretold:
+        router, _ = model.spec.moe
+        paths = RequestPaths(by_token_seen(len(model.spec.moe_layers), router.experts, router.active), runner, plan.policy)
     salt = fingerprint(model.spec.hash(), memory.kv_dtype or model.spec.precision.kv, fitted.spec.page)
-    return ServingEngine(runner, tokenizer, eos, plan.policy, name, max_waiting=plan.asked.max_waiting, salt=salt,
+    return ServingEngine(runner, tokenizer, eos, plan.policy, name, max_waiting=plan.asked.max_waiting, salt=salt, paths=paths,
                          longest=min(plan.asked.memory.positions, checkpoint.spec.max_positions))  # fmt: skip
+
+
+def by_experts(policy: Policy) -> bool:
+    """Whether a policy asks what experts sequences will ask for."""
+    return bool(policy.weights.experts) or policy.group not in BLIND
 
 
 def grammar_compiler(spec: ModelSpec, tokenizer: Tokenizer) -> GrammarCompiler | None:

@@ -3,12 +3,13 @@
     engine.submit(request); while not engine.idle: events = engine.step()
 
 One thread calls it. Every token of a request is a function of the request alone (its prompt, sampling and seed), whatever runs beside it, how its
-prompt was cut, and how often it was put aside; on the CPU to the bit, elsewhere as far as the kernels' rounding goes.
+prompt was cut, and how often it was put aside: on the CPU to the bit (unless kernels are `fast`), elsewhere as far as the kernels' rounding goes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.decode.grammar import GrammarError
-from jaxmoe.decode.penalties import RowEdits
+from jaxmoe.decode.penalties import RowEdits, check_edits
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine.generate import RequestError, Row, check_ids
 from jaxmoe.engine.serving import scheduler
@@ -39,22 +40,23 @@ class Answer:
         self.request, self.sampling, self.logprobs = request, request.sampling, request.logprobs
         self.ids = list(request.prompt_ids)
         self.row = Row(request, tokenizer, () if request.ignore_eos else eos)  # type: ignore[arg-type]
-        self.edits = _edits(request, vocab, eos)
+        self._vocab, self._settings = vocab, _edits(request, eos)
         self.matcher = None if request.grammar is None else request.grammar.matcher()
         self.keys: list[bytes] = []
         self.failed: str | None = None
         self.began = False
-        self._mask: np.ndarray | None = None
+        self.mask: np.ndarray | None = None
         self._look()
 
-    def mask(self) -> np.ndarray | None:
-        """What its grammar allows next."""
-        return self._mask
+    @functools.cached_property
+    def edits(self) -> RowEdits | None:
+        """What changes its logits: rows of the vocabulary, made when it is first computed and not while it waits."""
+        return None if self._settings is None else RowEdits(self._vocab, prompt_ids=self.request.prompt_ids, **self._settings)
 
     @property
     def stepwise(self) -> bool:
         """Whether the host has a say between any two of its tokens."""
-        return self.edits is not None or self.matcher is not None or self.logprobs is not None
+        return self._settings is not None or self.matcher is not None or self.logprobs is not None
 
     def push(self, token: int) -> str:
         """Takes a token; returns the text that has become final."""
@@ -82,7 +84,7 @@ class Answer:
         """Asks the grammar what may come next."""
         if self.matcher is not None:
             try:
-                self._mask = self.matcher.mask()
+                self.mask = self.matcher.mask()
             except GrammarError as error:
                 self.failed = str(error)
 
@@ -117,7 +119,6 @@ class ServingEngine:
         self._live: dict[int, Answer] = {}
         self._next = 0
         self._aborted: list[Event] = []
-        self.finished: dict[str, int] = {}
         self.errors = 0
         self._closed = False
         self._compiles = CompileCount()
@@ -132,7 +133,7 @@ class ServingEngine:
 
     @property
     def programs(self) -> int:
-        """How many programs its steps can need."""
+        """Runs of a warm-up. Each is a program; where the host sends experts each has several, a few for every kind of layer."""
         return len(self.runner.programs(self._modes)) + 2  # copies of pages are three
 
     @property
@@ -166,7 +167,7 @@ class ServingEngine:
             raise RequestError(f"stop strings {request.stop}, but without a tokenizer there is no text to find them in")
         try:
             sampling_params(1, **dataclasses.asdict(request.sampling))
-            _edits(request, vocab, self.eos)
+            check_edits(vocab, **(_edits(request, self.eos) or {}))
             Row(request, self.tokenizer, self.eos)  # type: ignore[arg-type]
         except ValueError as error:
             raise RequestError(str(error)) from error
@@ -234,8 +235,6 @@ class ServingEngine:
     def step(self) -> list[Event]:
         """One step; nothing if there is nothing to do."""
         events, self._aborted = self._aborted, []
-        for event in events:
-            self._over(event)
         if not self._live:
             return events
         now = self._clock()
@@ -251,8 +250,6 @@ class ServingEngine:
             self.state = scheduler.commit(self.state, plan, results, now)
         except Exception as error:  # whatever a device or a disk may do: those whose step it was are told, the others are computed again
             return events + self._lost(plan, error)
-        for event in new:
-            self._over(event)
         for id in results.ended:
             self._live.pop(id, None)
             self.runner.host.forget(id)
@@ -303,7 +300,6 @@ class ServingEngine:
         for event in events:
             del self._live[event.id]
             self.runner.host.forget(event.id)
-            self._over(event)
         self.state = lost(scheduler.cancel(self.state, ids))
         self.runner.rebuild()
         return events
@@ -312,21 +308,17 @@ class ServingEngine:
         """What happened so far and how things stand, by the names that `jaxmoe.server.metrics` tells of."""
         return self._watch.shown(self.state, self.runner) | {"xla_compiles_after_warmup": self._compiles.since}
 
-    def _over(self, event: Event) -> None:
-        if event.finish_reason is not None:
-            self.finished[event.finish_reason] = self.finished.get(event.finish_reason, 0) + 1
-
     def close(self) -> None:
         """Takes no more requests; those that are there go on."""
         self._closed = True
 
 
-def _edits(request: ServeRequest, vocab: int, eos: Sequence[int]) -> RowEdits | None:
-    """What changes a request's logits; None if nothing does."""
+def _edits(request: ServeRequest, eos: Sequence[int]) -> dict[str, Any] | None:
+    """What changes a request's logits, as `RowEdits` takes it; None if nothing does."""
     r = request
     if not (r.presence_penalty or r.frequency_penalty or r.repetition_penalty != 1 or r.logit_bias or r.min_new_tokens):
         return None
-    return RowEdits(
-        vocab, r.presence_penalty, r.frequency_penalty, r.repetition_penalty, r.logit_bias, r.min_new_tokens, () if r.ignore_eos else eos,
-        r.prompt_ids,
-    )  # fmt: skip
+    return {
+        "presence": r.presence_penalty, "frequency": r.frequency_penalty, "repetition": r.repetition_penalty, "logit_bias": r.logit_bias,
+        "min_new_tokens": r.min_new_tokens, "eos_ids": () if r.ignore_eos else eos,
+    }  # fmt: skip

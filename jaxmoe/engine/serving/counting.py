@@ -28,7 +28,7 @@ class Tally:
 
 
 class Watch:
-    """Sees every step. Asks the device for nothing: that would wait for what is still being computed."""
+    """Sees every step. `see` asks the device for nothing, which would wait for what is still being computed; `shown` reads the bank's counters."""
 
     def __init__(self) -> None:
         self._queued = Tally((0.001, 0.01, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0))
@@ -66,6 +66,8 @@ class Watch:
             for n in runner.decoded.each:
                 self._distinct.add(n)
             runner.decoded.each.clear()
+            if runner.regret is not None:
+                out |= {"expert_regret": runner.regret.loads - runner.regret.best_loads, "expert_best_loads": runner.regret.best_loads}
             out |= {"expert_stall_seconds": runner.stalled, "expert_slots": sum(bank.slots), "distinct_experts": self._distinct.shown()}
         return out
 

@@ -23,6 +23,7 @@ from jaxmoe.engine.model import Model
 from jaxmoe.engine.serving import programs
 from jaxmoe.engine.serving.batches import page_tables, places_of, prompt_batch, sizes
 from jaxmoe.engine.serving.host_store import IN_FLIGHT, HostStore
+from jaxmoe.engine.serving.regret import Regret
 from jaxmoe.engine.serving.requests import TokenLogprob
 from jaxmoe.engine.serving.routing import DecodeCounts, Routed, decoded, prompted
 from jaxmoe.engine.serving.types import Move, Piece, Row, ServeSpec, StepPlan
@@ -43,8 +44,7 @@ class Live(Protocol):
     sampling: Sampling
     edits: RowEdits | None
     logprobs: int | None
-
-    def mask(self) -> np.ndarray | None: ...
+    mask: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +87,13 @@ class FusedPrograms:
 
 
 class Runner:
-    """Attributes: `state` on the device; `host` pages in host memory; `compiled` seconds of warm-up; `padded` and `real` tokens so far; `record`,
-    whether `routed` has the last step's routing, waves excepted; `decoded` what decoding asked the bank for."""
+    """Attributes: `state` on the device; `host` pages in host memory; `padded` tokens so far; `record`, whether `routed` has the
+    last step's routing, waves excepted; `decoded` what decoding asked the bank for; `regret` beside the best policy, or None."""
 
-    def __init__(self, model: Model, spec: ServeSpec, eos: Sequence[int] = (), kv: str | None = None, run: Any = None, record: bool = False):
+    def __init__(
+        self, model: Model, spec: ServeSpec, eos: Sequence[int] = (), kv: str | None = None, run: Any = None, record: bool = False,
+        regret: bool = False,
+    ):  # fmt: skip
         """
         Args:
             model: on one device.
@@ -99,9 +102,11 @@ class Runner:
             kv: how keys and values are held, as for `init_paged_layers`.
             run: what runs the steps; the compiled ones if not given.
             record: keep each step's routing, for what learns from it. A wave's groups of layers do not give theirs.
+            regret: count what the best policy would have loaded, beside what is; needs `record` and streamed experts.
 
         Raises:
-            ValueError: a model on a mesh, more end-of-text ids than a step watches for, or steps of `run` that are to be recorded.
+            ValueError: a model on a mesh, more end-of-text ids than a step watches for, steps of `run` that are to be recorded, or a regret where
+                nothing is recorded or streamed.
         """
         if model.on.mesh is not None:
             raise ValueError(f"serving is for a model on one device: leave out the split {model.on.layout.split}")
@@ -109,7 +114,10 @@ class Runner:
             raise ValueError(f"{len(eos)} end-of-text ids are more than the {steps.EOS_SLOTS} that a step can watch for")
         if record and run is not None:
             raise ValueError("the compiled steps give their routing, those that are given do not: leave out record or run")
+        if regret and not (record and isinstance(model.bank, SlotBank)):
+            raise ValueError("regret is counted of experts that are streamed, by the recorded routing: it needs a slot bank, and record")
         self.spec, self.kv, self.record = spec, kv, record
+        self.regret = Regret(model.bank) if regret and isinstance(model.bank, SlotBank) else None
         self.routed: list[Routed] = []
         self.decoded = DecodeCounts()
         self.model = model = model.for_positions(spec.positions)
@@ -118,10 +126,10 @@ class Runner:
         self.state: Any = self._fresh()
         self._copy, self._read, self._write = (make(model.kernels) for make in (programs.copy_pages, programs.read_pages, programs.write_pages))
         self.host = HostStore(spec.host_pages)
-        self._rows = int(any(isinstance(kind, DeltaSpec) for kind in model.spec.state_kinds))  # whether slots hold what no page does
+        self._slotted = any(isinstance(kind, DeltaSpec) for kind in model.spec.state_kinds)  # slots hold what no page does
         self._parked: Any = None
         self._neutral: dict[int, Any] = {}
-        self.padded = self.real = 0
+        self.padded = 0
         self.row_buckets = tuple(b for b in steps.ROW_BUCKETS if b < spec.batch) + (spec.batch,)
         self.chunk_buckets, self.wave_buckets = sizes(spec.chunk, 64, spec.run), sizes(spec.wave, 64, spec.run)
         self.chunk_buckets += (spec.positions,) if spec.positions > spec.chunk else ()  # for prompts in one piece
@@ -133,14 +141,12 @@ class Runner:
         """Makes the device's state anew, after a step that failed may have left none; what was in host memory is forgotten too."""
         self.state = self._parked = None  # before new ones take their memory
         self.host.clear()
+        if self.regret is not None:
+            self.regret.drop()
         self.state = self._fresh()
 
     def _empty(self):
         return init_paged_layers(self.model.spec, self.spec.slots, self.spec.pages, self.spec.page, self.model.kernels, self.kv)
-
-    def kv_bytes(self) -> int:
-        """Bytes of the device's pages, trash included, and of what other layers carry."""
-        return _bytes(jax.eval_shape(self._empty))
 
     def page_bytes(self) -> int:
         """Bytes of one page, in all layers."""
@@ -189,8 +195,9 @@ class Runner:
                 jax.block_until_ready(self.state.layers)
 
     def _parts(self, move: Move):
-        most = self.spec.move
-        for at in range(0, max(self._rows, len(move.device)), most):
+        """A move in blocks; one of nothing but what its slot holds has a block too."""
+        most, blocks = self.spec.move, -(-len(move.device) // self.spec.move)
+        for at in range(0, most * max(blocks, int(self._slotted)), most):
             yield move.device[at : at + most], move.host[at : at + most]
 
     def _padded(self, pages: Sequence[int]) -> np.ndarray:
@@ -204,18 +211,22 @@ class Runner:
         sampling = self._sampling([live[row.id] for row in rows], n)
         slots = steps.pad_to([row.slot for row in rows], n)
         before = self.decoded.look(self.state.bank)
+        if self.regret is not None:
+            self.regret.before(self.state.bank)
         out, self.state, more, routed = self._run.decode(self.state, slots, tokens, positions, budget, tables, self._eos, sampling, adjust)
         out = np.asarray(out)
         self.decoded.add(before, self.state.bank, int((out >= 0).any(1).sum()))
         if self.record:
             self.routed.append(decoded(rows, tokens, positions, out, routed[0]))
-        self.real += int((out >= 0).sum())
+        if self.regret is not None:
+            self.regret.after(self.routed[-1], self.state.bank)
         self.padded += int((n - len(rows)) * max(1, (out >= 0).any(1).sum()))
         more = jax.device_get(more)
         return {row.id: _given(live[row.id], [t for t in out[:, i].tolist() if t >= 0], more, i) for i, row in enumerate(rows)}
 
     def _prompts(self, rows: Sequence[Row], pieces: Sequence[Piece], live: Mapping[int, Live], tables: np.ndarray) -> dict[int, Given]:
         spec = self.spec
+        self._end_window()
         places, used = places_of(spec, pieces)
         tokens, singles = steps.bucket(used, self.chunk_buckets), spec.batch if spec.mixed else 0
         ids = {id: live[id].ids for id in {r.id for r in rows} | {p.id for p in pieces}}
@@ -229,6 +240,7 @@ class Runner:
 
     def _group(self, step, live: Mapping[int, Live], tables: np.ndarray) -> dict[int, Given]:
         tokens = steps.bucket(step.tokens, self.wave_buckets)
+        self._end_window()
         batch = prompt_batch(self.spec, (), step.pieces, step.places, tokens, 0, {p.id: live[p.id].ids for p in step.pieces}, tables)
         parked = self._run.park(tokens) if step.group == 0 else self._parked
         drawing = self._drawing((), step.pieces, live, 0)
@@ -239,9 +251,13 @@ class Runner:
         self._count(step.pieces, tokens, 0)
         return self._ends((), step.pieces, live, new, more, 0)
 
+    def _end_window(self) -> None:
+        if self.regret is not None:
+            self.regret.close(self.state.bank)
+
     def _count(self, pieces: Sequence[Piece], tokens: int, rows: int) -> None:
         real = sum(piece.count for piece in pieces) + rows
-        self.real, self.padded = self.real + real, self.padded + tokens - real
+        self.padded += tokens - real
 
     def _ends(self, rows, pieces: Sequence[Piece], live, new, more, singles: int) -> dict[int, Given]:
         new, more = np.asarray(new), jax.device_get(more)
@@ -269,7 +285,7 @@ class Runner:
 
     def _adjust(self, rows: Sequence[Live | None], n: int):
         """What changes the rows' logits; None if nothing does and nobody asks for log probabilities."""
-        masks = [None if row is None else row.mask() for row in rows]
+        masks = [None if row is None else row.mask for row in rows]
         edits = [None if row is None or row.edits is None or row.edits.neutral else row.edits for row in rows]
         if all(m is None for m in masks) and all(e is None for e in edits):
             return self._nothing(n) if any(row is not None and row.logprobs is not None for row in rows) else None

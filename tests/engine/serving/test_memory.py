@@ -228,7 +228,7 @@ def fitted_runner(family: str, of: int | None, dtype: str = "float32", **more) -
 def test_what_is_counted_is_what_lies_on_the_device(family, slots, kv_dtype):
     found, runner, added = fitted_runner(family, slots, kv_dtype=kv_dtype, host="100kB")
     table, bank = found.table, runner.model.bank
-    assert runner.kv_bytes() == table["KV pages"] + table["recurrent states"]
+    assert sum(x.nbytes for x in jax.tree.leaves(runner.state.layers)) == table["KV pages"] + table["recurrent states"]
     assert runner.page_bytes() * (found.spec.pages + 1) == table["KV pages"]
     assert bank.device_bytes == table["experts"] + table["expert staging"]
     params = sum(x.nbytes for x in jax.tree.leaves(runner.model.params))

@@ -4,6 +4,7 @@ About 20 seconds, most of them compiling.
 """
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +13,16 @@ import pytest
 from jaxmoe.engine.generate import Engine, Request, Sampling
 from jaxmoe.engine.serving.core import ServingEngine
 from jaxmoe.engine.serving.paths import RequestPaths, by_token_seen
+from jaxmoe.engine.serving.regret import Regret
 from jaxmoe.engine.serving.requests import ServeRequest
-from jaxmoe.engine.serving.routing import DecodeCounts, decoded
+from jaxmoe.engine.serving.routing import DecodeCounts, Routed, decoded
 from jaxmoe.engine.serving.runner import Runner
 from jaxmoe.engine.serving.scheduler import Policy, fresh, submit
 from jaxmoe.engine.serving.types import Phase, Row, Seq, ServeSpec, StepPlan
 from jaxmoe.offload import request_paths
 from jaxmoe.offload.predictors import PREDICTORS, Sizes
 from jaxmoe.offload.predictors.interface import one_hot
+from jaxmoe.residency import POLICIES
 from tests.models import random_model, slot_model
 from tests.quick import QuickKernels
 
@@ -27,6 +30,7 @@ SPEC = ServeSpec(slots=6, page=32, pages=12, positions=128, batch=2, chunk=64, w
 EOS = (31,)
 LAYERS, EXPERTS, ACTIVE = 2, 8, 2
 SIZES = Sizes(LAYERS, EXPERTS, ACTIVE)
+POOLED = next(name for name, policy in POLICIES.items() if policy.shared)
 PRIOR = np.full((LAYERS, EXPERTS), ACTIVE / EXPERTS, np.float32)
 
 
@@ -317,3 +321,59 @@ def test_tokens_seen_give_their_experts_and_others_the_average():
     seven, eight = source.paths(state, np.zeros(2, int), np.asarray([7, 8]))
     assert np.allclose(eight, [[0, 0, 2 / 3, 1 / 3]]), "one token has an entry, and this one came later"
     assert np.allclose(seven, [[0, 0, (2 + 2 / 3) / 3, (1 / 3) / 3]])
+
+
+# --- Regret
+
+
+def best(contents: frozenset, asked: list[frozenset], slots: int) -> int:
+    """Most hits of any cache, by trying all: after each step any of what was there and what was asked for may stay."""
+    if not asked:
+        return 0
+    there = contents | asked[0]
+    keep = itertools.combinations(sorted(there), min(slots, len(there)))
+    return len(contents & asked[0]) + max(best(frozenset(kept), asked[1:], slots) for kept in keep)
+
+
+def bank_state(held: list[set], counts=(0, 0, 0)) -> SimpleNamespace:
+    table = np.full((len(held), EXPERTS), -1, np.int32)
+    for layer, own in enumerate(held):
+        table[layer, sorted(own)] = np.arange(len(own))
+    requests, hits, loads = (np.array([n], np.int32) for n in counts)
+    return SimpleNamespace(slot_of_expert=table, requests=requests, hits=hits, loads=loads)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_best_policy_is_the_best_of_all(seed):
+    rng = np.random.default_rng(seed)
+    held = [set(rng.permutation(EXPERTS)[:3].tolist()) for _ in range(LAYERS)]
+    regret = Regret(SimpleNamespace(policy="lru", slots=(3, 3), experts=EXPERTS), window=100)
+    regret.before(bank_state(held, (50, 20, 10)))
+    asked = []
+    for steps, rows, padding in ((2, 1, 1), (1, 2, 0), (2, 2, 2)):
+        experts = np.stack([rng.permutation(EXPERTS)[:ACTIVE] for _ in range(steps * (rows + padding) * LAYERS)]).astype(np.int16)
+        experts = experts.reshape(steps, rows + padding, LAYERS, ACTIVE)
+        ids = np.where(np.arange(rows + padding) < rows, np.arange(rows + padding), -1)
+        asked += [[frozenset(one[:rows, layer].ravel().tolist()) for layer in range(LAYERS)] for one in experts]
+        call = Routed(np.tile(ids, steps), np.zeros(0), np.zeros(0), experts)
+        regret.before(None)  # a window is open: nothing is read
+        regret.after(call, None)
+    requests = sum(len(layer) for step in asked for layer in step)
+    regret.close(bank_state(held, (50 + requests, 21, 10 + requests)))
+    expected = sum(best(frozenset(held[layer]), [step[layer] for step in asked], 3) for layer in range(LAYERS))
+    assert (regret.best_hits, regret.requests, regret.hits, regret.steps) == (expected, requests, 1, 5)
+    assert regret.best_loads == requests - expected and regret.loads == requests
+
+
+def test_regret_of_an_engine_covers_all_that_decoding_asks_for(model, requests):
+    runner = Runner(model, SPEC, EOS, record=True, regret=True)
+    engine, _, _ = serve(runner, requests, Policy())
+    decode, regret = runner.decoded.read(), runner.regret
+    regret.close(runner.state.bank)
+    assert regret.requests == decode["requests"].sum() and regret.hits == decode["hits"].sum() and regret.loads == decode["loads"].sum()
+    assert regret.hits < regret.best_hits < regret.requests and regret.steps == runner.decoded.steps
+    assert engine.counters()["expert_regret"] == regret.loads - regret.best_loads > 0
+    with pytest.raises(ValueError, match="recorded routing"):
+        Runner(model, SPEC, EOS, regret=True)
+    with pytest.raises(ValueError, match="share.*takes too long"):
+        Regret(SimpleNamespace(policy=POOLED, slots=(3, 3), experts=EXPERTS))
