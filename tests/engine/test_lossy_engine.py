@@ -20,8 +20,10 @@ from jaxmoe.offload.link import Link
 from jaxmoe.report import quality as q
 from jaxmoe.routing.route import route
 from tests.models import CONFIGS, random_model, records_of
+from tests.quick import QuickKernels
 
-MODEL = random_model("olmoe", unroll=False)
+KERNELS = QuickKernels("cpu")
+MODEL = random_model("olmoe", kernels=KERNELS, unroll=False)
 RECORDS, FMT = records_of(MODEL), plane_format(MODEL.spec)
 PLANES = build_planes(FMT, RECORDS, rounds=0)
 BANK = q.evaluation_bank(MODEL.spec, RECORDS, FMT, PLANES, (2, 4), Offload(3))
@@ -93,7 +95,7 @@ def test_leaving_out_and_rerouting_are_the_same_in_the_compiled_step():
 def test_experts_come_at_fewer_bits_in_the_host_driven_mode(monkeypatch):
     """A prompt in two pieces, each of which asks for more experts than there are slots."""
     monkeypatch.setitem(CONFIGS, "shallow", SHALLOW)
-    model = random_model("shallow", unroll=False)
+    model = random_model("shallow", kernels=KERNELS, unroll=False)
     spec, kernels, records = model.spec, model.kernels, records_of(model)
     planes = build_planes(FMT, records, rounds=0)
     evaluated = dataclasses.replace(q.evaluation_bank(spec, records, FMT, planes, (2, 4), Offload(3)), lossy=LADDER)

@@ -13,6 +13,7 @@ from jaxmoe.experts.source import ExpertSource
 from jaxmoe.offload import request_paths
 from jaxmoe.offload.trace import DECODE, used_steps
 from tests.models import random_model, records_of
+from tests.quick import QuickKernels
 
 ROWS, BATCH, EOS, EXPERTS = 5, 2, (20, 25), 4
 COUNT = 9
@@ -20,7 +21,7 @@ COUNT = 9
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model("mixtral")
+    return random_model("mixtral", kernels=QuickKernels("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,8 @@ def test_decoding_a_single_row_gives_the_bits_of_the_prompt(run, halved):
     assert same_bits(decode_logits(model, [short], 1, rows=2, positions=POSITIONS), [cut])
 
 
-def test_a_prompt_in_pieces_and_alone_gives_the_same_bits(run, first):
+def test_a_prompt_in_pieces_and_alone_gives_the_same_bits(run, halved):
+    """For the families that have every kind of attention and of state among them."""
     model, expected = run.on_cpu
     requests = run.requests
     longest = max(map(len, requests))

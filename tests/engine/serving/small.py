@@ -17,6 +17,7 @@ from jaxmoe.experts import SlotBank
 from jaxmoe.experts.source import ExpertSource
 from jaxmoe.offload.link import Link
 from tests.models import random_model, slot_model
+from tests.quick import QuickKernels
 
 SPEC = ServeSpec(slots=4, page=16, pages=16, positions=240, batch=4, chunk=64, wave=128, groups=2, burst=4, run=16, host_pages=40, move=4)
 EOS = (5,)
@@ -25,7 +26,7 @@ EOS = (5,)
 @functools.cache
 def model(family: str = "olmoe", slots: int = 0) -> Model:
     """Resident, or with so many slots a layer."""
-    resident = random_model(family, unroll=False)
+    resident = random_model(family, kernels=QuickKernels("cpu"), unroll=False)
     return slot_model(resident, slots) if slots else resident
 
 

@@ -26,6 +26,7 @@ from jaxmoe.spec import ModelSpec
 from jaxmoe.spec.published import published
 from pallas_kernels.dispatch import Kernels
 from tests.models import CONFIGS, random_model, slot_model
+from tests.quick import QuickKernels
 
 CPU = Kernels("cpu")
 SMALL = ServeMemory(slots=4, positions=128, page=16, chunk=64, wave=128, groups=2, run=16, move=4, prefill="chunked", unrolled=False)
@@ -212,9 +213,9 @@ def on_device() -> int:
     return sum({x.unsafe_buffer_pointer(): x.nbytes for x in jax.live_arrays() if not x.is_deleted() and len(x.devices()) == 1}.values())
 
 
-def fitted_runner(family: str, of: int | None, dtype: str = "float32", **more) -> tuple[Fitted, Runner, int]:
+def fitted_runner(family: str, of: int | None, dtype: str = "float32", kernels: Kernels = CPU, **more) -> tuple[Fitted, Runner, int]:
     """A runner made as `fit` says, with `of` slots a layer, and the bytes that it has added to the device."""
-    resident = random_model(family, dtype, unroll=False)
+    resident = random_model(family, dtype, kernels, unroll=False)
     found = fit(resident.spec, asked(**{"expert_slots": of or resident.spec.moe[0].experts, "kv": "400kB"} | more), CPU)
     model = resident if found.slots is None else slot_model(resident, found.slots, found.staging)
     model = dataclasses.replace(model, bank=dataclasses.replace(model.bank, poison=False)) if of else model
@@ -254,7 +255,7 @@ def test_programs_need_no_more_than_the_formula_and_not_much_less(family, slots,
 
 @pytest.mark.slow
 def test_an_engine_that_is_short_of_pages_stays_within_its_table():
-    found, runner, begun = fitted_runner("olmoe", 4, host="200kB", kv="160kB", prefill=Policy().prefill)
+    found, runner, begun = fitted_runner("olmoe", 4, kernels=QuickKernels("cpu"), host="200kB", kv="160kB", prefill=Policy().prefill)
     there = on_device() - begun
     engine, rng = ServingEngine(runner, None, (5,), Policy()), np.random.default_rng(0)
     for i in range(12):
