@@ -50,6 +50,8 @@ class Arguments:
     """A file with one key a line, where keys should not be seen in the list of processes."""
     allow_public: bool = False
     """Listen where others can reach it although there is no key."""
+    plan: Path | None = None
+    """Serve as a file of scripts/plan.py for one device says: precision, sequences, length, and how many experts stay."""
     memory: str = "auto"
     """Device memory for everything: 8GB, 6GiB or auto."""
     kv_memory: str | None = None
@@ -78,10 +80,10 @@ class Arguments:
     """On GPUs and TPUs: our own kernels, or plain XLA."""
     fast: bool = False
     """Let results depend in their last bits on what runs beside them, for faster prefill on the CPU."""
-    max_model_len: int = 4096
-    """The longest sequence, prompt and answer; at most what the model has."""
-    max_num_seqs: int = 16
-    """Sequences on the device at a time."""
+    max_model_len: int | None = None
+    """The longest sequence, prompt and answer; at most what the model has. 4096 if not given."""
+    max_num_seqs: int | None = None
+    """Sequences on the device at a time. 16 if not given."""
     max_num_batched_tokens: int = 256
     """Tokens of a step, at most, where prompts go in chunks."""
     page_size: int = 32
@@ -130,6 +132,8 @@ def asked(args: Arguments):
 
     if args.expert_slots is not None and args.expert_memory is not None:
         raise ValueError(f"--expert-slots {args.expert_slots} and --expert-memory {args.expert_memory} say the same: give one of them")
+    sequences = 16 if args.max_num_seqs is None else args.max_num_seqs
+    positions = 4096 if args.max_model_len is None else args.max_model_len
     run = min(args.page_size, 32)
     if args.page_size < 1 or args.page_size % run:
         raise ValueError(f"--page-size {args.page_size}: give a multiple of 32 tokens, or fewer than 32")
@@ -137,11 +141,11 @@ def asked(args: Arguments):
         if tokens < run or tokens % run:
             raise ValueError(f"{option} {tokens}: with pages of {args.page_size} tokens, give a multiple of {run}")
     memory = ServeMemory(
-        args.memory, args.kv_memory, args.expert_memory, args.expert_slots, args.max_num_seqs, args.max_model_len, args.page_size,
+        args.memory, args.kv_memory, args.expert_memory, args.expert_slots, sequences, positions, args.page_size,
         chunk=args.max_num_batched_tokens, wave=args.wave_tokens, groups=args.layer_groups, run=run, kv_dtype=args.kv_dtype,
         host=None if no_bytes(args.host_kv_memory) else args.host_kv_memory, policy=args.expert_policy, batch=args.max_decode_seqs,
     )  # fmt: skip
-    if args.decode_group is not None and (args.max_decode_seqs is None or args.max_decode_seqs >= args.max_num_seqs):
+    if args.decode_group is not None and (args.max_decode_seqs is None or args.max_decode_seqs >= sequences):
         raise ValueError(f"--decode-group {args.decode_group} chooses among more sequences than decode in a step: give fewer in --max-decode-seqs")
     margin = math.inf if args.preempt_margin is None else args.preempt_margin
     policy = Policy(objective=args.schedule_policy, preemption=args.preemption, group=args.decode_group, margin=margin)
@@ -193,7 +197,7 @@ def run(args: Arguments, console: Console) -> None:
 
     from checkpoints.load import read_spec
     from jaxmoe import formats
-    from jaxmoe.engine.serving.build import grammar_compiler, load_serving, make_serving_plan
+    from jaxmoe.engine.serving.build import as_planned, grammar_compiler, load_serving, make_serving_plan
     from jaxmoe.engine.serving.fitting import describe
     from jaxmoe.engine.serving.memory import TooSmall
     from jaxmoe.engine.text import Tokenizer
@@ -206,9 +210,14 @@ def run(args: Arguments, console: Console) -> None:
     kernels = find_kernels(args.fast, args.kernels == "pallas")
     spec = read_spec(args.model)
     tokenizer = Tokenizer(args.model)
-    spec = spec.with_precision(args.dtype or ("float32" if kernels.backend == "cpu" else spec.precision.params))
+    wanted, spec = asked(args), spec.with_precision(args.dtype or ("float32" if kernels.backend == "cpu" else spec.precision.params))
+    if args.plan is not None:
+        for option in ("dtype", "kv_dtype", "expert_memory", "expert_slots", "max_num_seqs", "max_model_len"):
+            if getattr(args, option) is not None:
+                raise ValueError(f"--plan {args.plan} brings its own --{option.replace('_', '-')}: leave out {getattr(args, option)}, or plan anew")
+        wanted, spec = as_planned(wanted, args.plan, spec)
     try:
-        plan = make_serving_plan(asked(args), spec, kernels)
+        plan = make_serving_plan(wanted, spec, kernels)
     except TooSmall as error:
         show(error.table, Console())
         raise

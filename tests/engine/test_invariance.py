@@ -119,7 +119,6 @@ REFERENCE = f"alone, bucket of {REFERENCE_BUCKET}"
 FEWER = [way for way in WAYS if not any(bucket in way for bucket in (" of 128", " 4 rows", " 16 rows"))]
 WAYS_OF = {
     "shipped-float32": WAYS,
-    "shipped-bfloat16": FEWER,
     "mixtral-bfloat16": FEWER,
 }
 """By model and dtype. Another dtype, a window and stacked layers do not need every bucket once more."""

@@ -1,29 +1,25 @@
 """A model whose experts live in host memory gives the bits of one whose experts are all on the device, whatever the setting.
 
 Few combinations, over 28 decode steps each, that hold every pair of model, dtype, batch, budget, policy and mode. Empty slots and used
-staging slots hold NaN.
+staging slots hold NaN. The shipped model is in `test_slots_exact.py`.
 """
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
 
-import jax
 import numpy as np
 import pytest
 
-from checkpoints.load import load_hf_or_checkpoint
-from jaxmoe.engine.model import Model, load_model
-from pallas_kernels.dispatch import Kernels
-from tests.engine.test_invariance import SHIPPED, bits
+from jaxmoe.engine.model import Model
+from tests.engine.test_invariance import bits
 from tests.models import decode_logits, host_driven_step, prefill_logits, random_model, slot_model
 
 LENGTHS = (28, 28, 21, 28, 12, 28, 28, 5)
 """Sequences of a batch of 8; rows become padding as the shorter ones end."""
 
 FACTORS = {
-    "model": ("olmoe", "qwen3_moe", "shipped"),
+    "model": ("olmoe", "qwen3_moe"),
     "dtype": ("float32", "bfloat16"),
     "batch": (1, 8),
     "budget": ("minimum", "half", "all"),
@@ -69,26 +65,10 @@ def test_every_pair_is_held():
     assert len(COVER) <= 13
 
 
-def first_layers(model: Model, n: int) -> Model:
-    """A model of stacked layers without its later ones."""
-    (segment,) = model.spec.segments
-    spec = dataclasses.replace(model.spec, segments=(dataclasses.replace(segment, repeats=n),))
-    params, bank = jax.tree.map(lambda leaf: leaf[:n], (model.params["segments"], model.bank))
-    return dataclasses.replace(model, spec=spec, params=model.params | {"segments": params}, bank=bank)
-
-
 @pytest.fixture(scope="module")
-def model_of(tmp_path_factory) -> Callable[[str, str], Model]:
+def model_of() -> Callable[[str, str], Model]:
     """Resident models by (name, dtype), scanned over stacked layers: a program compiles in less time, and knows its layer only as it runs."""
-    checkpoint = load_hf_or_checkpoint(SHIPPED, tmp_path_factory.mktemp("converted"))
-
-    @functools.cache
-    def make(name: str, dtype: str) -> Model:
-        if name == "shipped":
-            return first_layers(load_model(checkpoint, dtype, Kernels("cpu"), unroll=False), 2)
-        return random_model(name, dtype, unroll=False)
-
-    return make
+    return functools.cache(lambda name, dtype: random_model(name, dtype, unroll=False))
 
 
 def requests_of(model: Model) -> list[list[int]]:

@@ -136,8 +136,8 @@ def test_prompts_in_a_ragged_batch(run, first):
     assert worst(run.on_cpu[1], run.expected) <= TOLERANCE
 
 
-def test_decoding_gives_the_bits_of_the_prompt(run, first):
-    """Token by token out of the cache, alone and side by side."""
+def test_decoding_gives_the_bits_of_the_prompt(run, halved):
+    """Token by token out of the cache, alone and side by side, for the families that have every kind of attention and of state among them."""
     model, expected = run.on_cpu
     short, cut = [r[:DECODED] for r in run.requests], [e[:DECODED] for e in expected]
     assert same_bits(decode_logits(model, short, 4, positions=POSITIONS), cut)
@@ -152,7 +152,6 @@ def test_decoding_a_single_row_gives_the_bits_of_the_prompt(run, halved):
 
 
 def test_a_prompt_in_pieces_and_alone_gives_the_same_bits(run, halved):
-    """For the families that have every kind of attention and of state among them."""
     model, expected = run.on_cpu
     requests = run.requests
     longest = max(map(len, requests))

@@ -240,19 +240,13 @@ def temporaries(target, model, regime, kind, **more):
 
 COVER = [
     ("v5e:2x2", "mixtral-8x7b", "decode", "uint16"),
-    ("v5p:2x2x1", "mixtral-8x7b", "mixed", "uint16"),
     ("v6e:4x4", "mixtral-8x7b", "tree", "uint16"),
     ("tpu7x:2x2x1", "mixtral-8x7b", "decode", "int8"),
-    ("v5p:2x2x1", "qwen3-30b-a3b", "decode", "uint16"),
     ("tpu7x:2x2x1", "qwen3-30b-a3b", "mixed", "uint16"),
     ("v6e:4x4", "qwen3-235b-a22b", "prompt", "uint16"),
-    ("v5e:2x2", "qwen3-235b-a22b", "tree", "uint16"),
     ("v6e:4x4", "olmoe-1b-7b", "one", "uint16"),
-    ("v5e:2x2", "olmoe-1b-7b", "mixed", "uint16"),
     ("v5e:2x2", "deepseek-v3", "decode", "uint16"),
-    ("v6e:4x4", "deepseek-v3", "mixed", "uint16"),
     ("tpu7x:2x2x1", "deepseek-v3", "tree", "uint16"),
-    ("tpu7x:2x2x1", "gpt-oss-120b", "decode", "uint16"),
     ("v5e:2x2", "gpt-oss-120b", "mixed", "uint16"),
     ("v5p:2x2x1", "gpt-oss-120b", "tree", "int8"),
 ]

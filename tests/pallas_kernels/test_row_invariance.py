@@ -116,7 +116,7 @@ def name(shape) -> str:
 
 
 def by_dtype(shapes):
-    """Every shape in float32; in bfloat16, which widens to the same dots, those of the shipped model and of widths that add up in orders of their own."""
+    """Every shape in float32; in bfloat16, which widens to the same dots, those of the shipped model and of widths with orders of their own."""
     few = set().union(*(shapes(SPECS[i]) for i in (0, 3)))
     cases = [(shape, dtype) for shape in union(shapes) for dtype in ("float32", "bfloat16") if dtype == "float32" or shape in few]
     return pytest.mark.parametrize("shape, dtype", cases, ids=[f"{name(shape)}-{dtype}" for shape, dtype in cases])
@@ -143,7 +143,7 @@ def bits(x) -> np.ndarray:
     return x.view(np.uint32)
 
 
-LARGE = 2**21
+LARGE = 2**18
 """Weights of more elements than this are tried in fewer ways: each takes tens of milliseconds, and what is left out is tried on smaller ones."""
 
 

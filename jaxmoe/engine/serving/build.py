@@ -32,6 +32,7 @@ from jaxmoe.offload.trace import PROMPT, as_teacher_forced, check_model, load_or
 from jaxmoe.residency import find_policy
 from jaxmoe.spec import DeltaSpec, ModelSpec
 from pallas_kernels.dispatch import Kernels
+from sharding.plan import load_plan, planned_spec
 
 Mode = Literal["fused", "host-driven"]
 STREAMED_GROUPS = 8
@@ -70,6 +71,34 @@ class ServingPlan:
     asked: Serving
     fitted: Fitted
     policy: Policy
+
+
+def as_planned(asked: Serving, path: Path, spec: ModelSpec) -> tuple[Serving, ModelSpec]:
+    """A request as a file of `scripts/plan.py` has it: precision, sequences, positions, and how many experts stay on the device.
+
+    Args:
+        asked: what else is asked for; it says none of these.
+        path: the plan's file.
+        spec: the model.
+
+    Returns:
+        The request, and the model in the plan's precision.
+
+    Raises:
+        ValueError: a plan of several devices, of another model, or none.
+    """
+    plan = load_plan(path)
+    if plan.split.devices > 1:
+        wide = f"{plan.split.devices} devices ({plan.split})"
+        raise ValueError(f"{path}: a plan for {wide}, and serving is for one: plan for one, such as --hardware h100:1")
+    work = plan.workload
+    spec = planned_spec(dataclasses.replace(spec, extra_heads=()), work)
+    plan.check_model(spec.hash())
+    memory = dataclasses.replace(
+        asked.memory, slots=work.rows, positions=work.positions, staging=max(1, work.staging), kv_dtype=work.kv_dtype,
+        expert_slots=spec.moe[0].experts if work.slots is None else work.slots,
+    )  # fmt: skip
+    return dataclasses.replace(asked, memory=memory), spec
 
 
 def make_serving_plan(asked: Serving, spec: ModelSpec, kernels: Kernels, free: int | None = None) -> ServingPlan:
