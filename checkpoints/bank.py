@@ -19,14 +19,14 @@ Gather = Callable[[str, list[Target]], None]
 """Fills slices of the leaf at a path."""
 
 
-def bank_leaves(spec: ModelSpec, dtype: str, layout: ExpertLayout) -> tuple[Leaf, Leaf]:
-    """w_in [L, E, D, 2, F] and w_out [L, E, F, D], the last axes in the order of `layout`.
+def bank_leaves(spec: ModelSpec, dtype: str, layout: ExpertLayout, positions: int | None = None) -> tuple[Leaf, Leaf]:
+    """w_in [L, E, D, 2, F] and w_out [L, E, F, D], the last axes in the order of `layout`; with `positions` in the place of E.
 
     Raises:
         SpecError: the model has no experts, or layers whose experts differ in shape.
     """
     router, experts = spec.moe
-    outer, held = (len(spec.moe_layers), router.experts), formats.leaf_dtype(dtype)
+    outer, held = (len(spec.moe_layers), positions or router.experts), formats.leaf_dtype(dtype)
     shapes, names = formats.expert_shapes(spec.width, experts.width, layout), formats.expert_axis_names(layout)
     w_in, w_out = (Leaf((*outer, *shape), held, ("layers", "experts", *axes)) for shape, axes in zip(shapes, names, strict=True))
     return w_in, w_out
@@ -50,7 +50,7 @@ def fill_w_out(targets: list[Target], layers: tuple[int, ...], layout: ExpertLay
     _fill("down", [Target(tuple(box[axis] for axis in axes), out.transpose(axes)) for box, out in targets], layers, gather)
 
 
-def in_order(gather: Gather, layers: tuple[int, ...], order: Int[np.ndarray, "L E"]) -> Gather:
+def in_order(gather: Gather, layers: tuple[int, ...], order: Int[np.ndarray, "L P"]) -> Gather:
     """A `gather` of experts that stand in another order: position p of the layer `layers[i]` has expert `order[i, p]`."""
 
     def gathered(path: str, targets: list[Target]) -> None:

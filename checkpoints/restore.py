@@ -149,7 +149,7 @@ class WeightTree:
 
     def restore_bank(
         self, spec: ModelSpec | None = None, dtype: str | None = None, sharding: Placement = None, layout: ExpertLayout = "d2f",
-        order: Int[np.ndarray, "L E"] | None = None,
+        order: Int[np.ndarray, "L P"] | None = None,
     ) -> dict[str, jax.Array]:
         """All experts as a resident bank holds them: index 0 of w_in's axis of 2 is gate, 1 up.
 
@@ -161,10 +161,10 @@ class WeightTree:
             sharding: as `restore_params`; the leaves' axes are ('layers', 'experts', 'embed', None, 'hidden') and
                 ('layers', 'experts', 'hidden', 'embed'), the last ones in the order of `layout`.
             layout: the order of an expert's axes.
-            order: which expert stands at each position of each layer that has experts; None for the model's order.
+            order: which expert stands at each position of each layer that has experts, some perhaps at several; None for the model's order.
 
         Returns:
-            `{"w_in": [L_moe, E, D, 2, F], "w_out": [L_moe, E, F, D]}`, in that order; bfloat16 as uint16.
+            `{"w_in": [L_moe, E, D, 2, F], "w_out": [L_moe, E, F, D]}`, in that order, E the positions; bfloat16 as uint16.
 
         Raises:
             CheckpointError: as `restore_params`.
@@ -174,7 +174,7 @@ class WeightTree:
         layers = spec.moe_layers
         gather: Gather = functools.partial(self.leaves.gather, dtype=dtype)
         gather = gather if order is None else in_order(gather, layers, order)
-        w_in, w_out = bank_leaves(spec, dtype, layout)
+        w_in, w_out = bank_leaves(spec, dtype, layout, None if order is None else order.shape[1])
         return {
             "w_in": build(w_in, sharding, lambda targets: fill_w_in(targets, layers, layout, gather)),
             "w_out": build(w_out, sharding, lambda targets: fill_w_out(targets, layers, layout, gather)),

@@ -98,7 +98,7 @@ class Arguments:
     plan: Path | None = None
     """Run as a file of scripts/plan.py says."""
     placement: Path | None = None
-    """Where experts stand, a file of scripts/place.py: those that work together on one device."""
+    """Where experts stand, a file of scripts/place.py: those that work together on one device, or copies of hot ones."""
     coordinator: str | None = None
     """Run with other processes, each with its own devices: HOST:PORT of process 0, or auto. Needs --split or --plan, the same in all."""
     processes: int | None = None

@@ -174,7 +174,8 @@ def _sharded(bank: Any, layout: Layout, experts: int) -> ShardedBank:
     if getattr(bank, "lossy", None) is not None:
         raise SplitError("lossy: experts in fewer bits are for one device: leave it or the split out")
     if isinstance(bank, PlacedBank):
-        return ShardedBank(bank.own, layout, experts, bank.position_of_expert)
+        held = bank.own.w_in.shape[1] * layout.size(layout.experts)  # more than the model has, where some have copies
+        return ShardedBank(bank.own, layout, held, bank.position_of_expert)
     return ShardedBank(bank, layout, experts)
 
 

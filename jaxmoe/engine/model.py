@@ -25,7 +25,7 @@ from jaxmoe.residency import Knowledge, Shape, find_policy
 from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec, stack_layers
 from pallas_kernels.dispatch import Kernels
-from sharding.placement import Placement
+from sharding.placement import Placement, Replicas
 from sharding.split import AXES
 
 
@@ -105,7 +105,7 @@ def load_model(
     offload: Offload | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     on: Devices = HERE,
-    placement: Placement | None = None,
+    placement: Placement | Replicas | None = None,
 ) -> Model:
     """Restores a converted checkpoint onto the default device, or onto a mesh of which each device reads its own part.
 
@@ -117,7 +117,7 @@ def load_model(
         offload: keep the experts in host memory, and bring them to the device as they are asked for.
         progress: called with experts read and experts in all, with `offload`.
         on: the devices; `offload.slots` are those of each device, for its own experts.
-        placement: in which order experts stand before they are divided among devices.
+        placement: in which order experts stand before they are divided among devices, and which stand there more than once.
 
     On the CPU a tied embedding gets a transposed copy as the output matrix: XLA there multiplies few rows with [V, D] at half the speed of [D, V].
     """
@@ -152,7 +152,7 @@ def _stacked(layers: list[jax.Array]) -> jax.Array:
 
 
 def resident_bank(
-    checkpoint: Checkpoint, spec: ModelSpec, kernels: Kernels, on: Devices = HERE, placement: Placement | None = None
+    checkpoint: Checkpoint, spec: ModelSpec, kernels: Kernels, on: Devices = HERE, placement: Placement | Replicas | None = None
 ) -> ResidentBank | PlacedBank:
     """All experts on the device, or each device's on it."""
     order = None if placement is None else placement.order
@@ -167,7 +167,7 @@ def resident_bank(
     return PlacedBank(bank, jax.device_put(placement.position_of_expert, on.sharding(P(on.layout.stage or None))))
 
 
-def _check_placement(spec: ModelSpec, on: Devices, placement: Placement) -> None:
+def _check_placement(spec: ModelSpec, on: Devices, placement: Placement | Replicas) -> None:
     placement.check_model(len(spec.moe_layers), spec.moe[0].experts, None)
     if placement.devices != on.layout.split.expert:
         raise ValueError(f"the placement is for {placement.devices} devices, the split {on.layout.split} has expert = {on.layout.split.expert}")

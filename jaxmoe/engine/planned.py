@@ -19,7 +19,7 @@ from jaxmoe.engine.streaming import Streaming, make_plan
 from jaxmoe.offload.budget import ExpertShapes, format_bytes, parse_memory
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
-from sharding.placement import Placement
+from sharding.placement import Placement, Replicas, read_placement
 from sharding.plan import load_plan, planned_spec
 from sharding.split import SplitError, parse_split
 from sharding.workload import Workload
@@ -37,7 +37,7 @@ class Planned:
     spec: ModelSpec
     on: Devices = HERE
     offload: Offload | None = None
-    placement: Placement | None = None
+    placement: Placement | Replicas | None = None
     prefill_tokens: int | None = None
     positions: int | None = None
 
@@ -95,9 +95,9 @@ def _check_work(plan: Path, work: Workload, rows: int, positions: int) -> None:
         raise ValueError(f"--plan {plan} is for {tokens}, a request needs {positions}: plan with more --prompt or --new")
 
 
-def _read_placement(path: Path) -> Placement:
+def _read_placement(path: Path) -> Placement | Replicas:
     try:
-        return Placement.from_json(path.read_text(encoding="utf-8"))
+        return read_placement(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -108,7 +108,7 @@ def _check_streamed(on: Devices, offload: Offload | None) -> None:
         raise SplitError("exchange = 'weights' sends experts that all stay on their devices: choose 'tokens', or leave out the expert memory")
 
 
-def _check_placed(spec: ModelSpec, placed: Placement | None, path: Path | None, on: Devices, offload: Offload | None) -> None:
+def _check_placed(spec: ModelSpec, placed: Placement | Replicas | None, path: Path | None, on: Devices, offload: Offload | None) -> None:
     """Refuses, before any weights are read, what `load_model` would refuse."""
     if placed is None:
         return

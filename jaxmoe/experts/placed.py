@@ -16,9 +16,19 @@ from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.biases import Biases
 
 
-def at_positions(position_of_expert: Int[Array, "L E"] | None, moe_layer, ids: Int[Array, "T A"]) -> Int[Array, "T A"]:
-    """Where a layer's experts stand, of their ids; None for where they stand in the model."""
-    return ids if position_of_expert is None else jnp.asarray(position_of_expert)[moe_layer][ids]
+def at_positions(position_of_expert: Int[Array, "L E ..."] | None, moe_layer, ids: Int[Array, "T A"]) -> Int[Array, "T A"]:
+    """Where a layer's experts stand, of their ids.
+
+    Args:
+        position_of_expert: by layer and expert; where experts have copies also by turn, which tokens take by their order (EPLB). None for where they
+            stand in the model.
+        moe_layer: which MoE layer.
+        ids: routed experts.
+    """
+    if position_of_expert is None:
+        return ids
+    where = jnp.asarray(position_of_expert)[moe_layer]
+    return where[ids] if where.ndim == 1 else where[ids, jnp.arange(ids.shape[0])[:, None] % where.shape[1]]
 
 
 def permute_bank(bank: ResidentBank, order_LE: Int[np.ndarray, "L E"]) -> ResidentBank:
@@ -48,10 +58,11 @@ def _checked(order_LE: Any, layers: int, experts: int) -> np.ndarray:
 
 @flax.struct.dataclass
 class PlacedBank(NothingMoves):
-    """Attributes: `own` a bank whose experts are placed in some order; `position_of_expert` where each expert of each layer stands in it."""
+    """Attributes: `own` a bank whose experts are placed in some order, perhaps several times; `position_of_expert` where each expert of each layer
+    stands in it, see `at_positions`."""
 
     own: ResidentBank
-    position_of_expert: Int[Array, "L E"]
+    position_of_expert: Int[Array, "L E ..."]
 
     def logical_axes(self) -> dict[str, Any]:
         """The logical name of every axis of every leaf."""

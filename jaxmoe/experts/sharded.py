@@ -27,15 +27,15 @@ class ShardedBank:
     """Attributes:
     own: the bank of this device's experts, which are neighbours in the order that they are placed in.
     layout: how the model is split.
-    experts: of the model, E.
-    position_of_expert: where each expert of each layer stands in that order, on every device; None for the model's order.
+    experts: of all devices: the model's E, and further copies where experts have some.
+    position_of_expert: where each expert of each layer stands in that order, on every device (`placed.at_positions`); None for the model's order.
     sums: 'gather' sends sums of results back instead of each: a token's active experts times fewer bytes, but not the bits of one device.
     """
 
     own: Any
     layout: Layout = flax.struct.field(pytree_node=False)
     experts: int = flax.struct.field(pytree_node=False)
-    position_of_expert: Int[Array, "L E"] | None = None
+    position_of_expert: Int[Array, "L E ..."] | None = None
     sums: bool = flax.struct.field(pytree_node=False, default=False)
 
     def split(self) -> tuple[ShardedBank, Any]:

@@ -82,11 +82,7 @@ class Placement:
         Raises:
             ValueError: it names what differs.
         """
-        for name, mine, found in (("layers of experts", self.layers, layers), ("experts a layer", self.experts, experts)):
-            if mine != found:
-                raise ValueError(f"the placement is of a model of {mine} {name}, this one has {found}: make one from a trace of this model")
-        if None not in (self.spec_hash, spec_hash) and self.spec_hash != spec_hash:
-            raise ValueError(f"the placement is of the model {self.spec_hash}, this one is {spec_hash}: make one from a trace of this model")
+        check_model(self, layers, experts, spec_hash)
 
     def to_json(self) -> str:
         """A small file's text; `from_json` reads it."""
@@ -133,6 +129,16 @@ def shuffled(layers: int, experts: int, devices: int, seed: int) -> Placement:
     """Experts placed at random, every layer by itself."""
     rng = np.random.default_rng(seed)
     return Placement(np.stack([rng.permutation(experts) for _ in range(layers)]), devices)
+
+
+def check_model(placement: Any, layers: int, experts: int, spec_hash: str | None) -> None:
+    """What `Placement.check_model` says, of whatever has its `layers`, `experts` and `spec_hash`."""
+    for name, mine, found in (("layers of experts", placement.layers, layers), ("experts a layer", placement.experts, experts)):
+        if mine != found:
+            raise ValueError(f"the placement is of a model of {mine} {name}, this one has {found}: make one from a trace of this model")
+    own = placement.spec_hash
+    if None not in (own, spec_hash) and own != spec_hash:
+        raise ValueError(f"the placement is of the model {own}, this one is {spec_hash}: make one from a trace of this model")
 
 
 def check_permutation(row: np.ndarray, layer: int) -> None:

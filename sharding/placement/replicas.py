@@ -6,25 +6,29 @@ Data for an exchange that sends each request to one of the copies; knows loads a
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Int32
 
+from sharding.placement.assignment import Placement, check_model
 from sharding.placement.problem import check_ids
 from sharding.placement.rows import read_hash, read_object, read_rows, whole, with_rows
 from sharding.split import SplitError
 
 FORMAT = "jaxmoe-replicas"
 VERSION = 1
+MOST_TURNS = 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Replicas:
     """Which expert stands in which slot; a device owns P / n neighbouring slots of every layer.
 
-    To apply it: `w[l] -> w[l, expert_of[l]]` for every array of the layer's experts, which are P then, split evenly; and routed ids -> `choose`.
+    To apply it: `w[l] -> w[l, expert_of[l]]` for every array of the layer's experts, which are P then, split evenly; and routed ids -> `choose`, or
+    in a jitted step `position_of_expert[l, ids, turn % C]`. Loaders take it where they take a `Placement`.
 
     Attributes:
         expert_of: the expert in each slot; every expert has one at least.
@@ -80,6 +84,23 @@ class Replicas:
                 count[expert] += 1
         return out
 
+    @property
+    def order(self) -> Int32[np.ndarray, "L P"]:
+        """`expert_of`, by a placement's name."""
+        return self.expert_of
+
+    @property
+    def position_of_expert(self) -> Int32[np.ndarray, "L E C"]:
+        """The slot of each expert at each turn. C is the least number that all counts of copies divide, so that copies have equal shares; at most
+        `MOST_TURNS`, where shares differ by one turn."""
+        copies = self.copies
+        turns = min(int(np.lcm.reduce(copies.ravel().astype(np.int64))), MOST_TURNS)
+        return np.take_along_axis(self.slots_of, np.arange(turns)[None, None, :] % copies[:, :, None], 2).astype(np.int32)
+
+    def check_model(self, layers: int, experts: int, spec_hash: str | None) -> None:
+        """Refuses a model that these copies aren't of; see `Placement.check_model`."""
+        check_model(self, layers, experts, spec_hash)
+
     def choose(self, ids: Int[np.ndarray, "T L A"], turn: Int[np.ndarray, "T"] | None = None) -> Int32[np.ndarray, "T L A"]:
         """The slot that each request goes to; -1 stays.
 
@@ -120,6 +141,19 @@ class Replicas:
         layers, experts, slots, devices = (whole(found, name, "table of replicas") for name in ("layers", "experts", "slots", "devices"))
         rows = read_rows(found, "expert_of", layers, slots, "table of replicas")
         return Replicas(rows, experts, devices, read_hash(found, "table of replicas"), found.get("meta") or {})
+
+
+def read_placement(text: str) -> Placement | Replicas:
+    """Reads what `scripts/place.py` wrote, a placement or a table of replicas.
+
+    Raises:
+        ValueError: it is neither, or damaged.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"not a placement: {error}") from None
+    return (Replicas if isinstance(found, dict) and found.get("format") == FORMAT else Placement).from_json(text)
 
 
 def replicate(load: Float[np.ndarray, "L E"], devices: int, extra: int) -> Replicas:

@@ -18,7 +18,7 @@ from jaxmoe.engine.streaming import Streaming
 from jaxmoe.experts import SlotBank
 from sharding.hardware import parse_hardware
 from sharding.memory import device_bytes
-from sharding.placement import shuffled
+from sharding.placement import replicate, shuffled
 from sharding.plan import Plan, load_plan, planned_spec, save_plan
 from sharding.split import SplitError, layout_of, parse_split
 from sharding.time_model import predict
@@ -138,6 +138,11 @@ def test_the_fused_mode_keeps_to_the_largest_step(spec):
     assert choose(spec, streaming=Streaming("75%")).prefill_tokens is None
 
 
+def write_text(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
 def test_a_placement_gives_the_same_bits(checkpoint, spec, expected, tmp_path):
     placement = write_placement(tmp_path / "placement.json")
     found = choose(spec, placement=placement)
@@ -151,6 +156,12 @@ def test_a_placement_gives_the_same_bits(checkpoint, spec, expected, tmp_path):
     for prompt, ids, a, b in zip(REQUESTS, expected, logits, same, strict=True):
         assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
         assert a[len(prompt.prompt_ids) - 1 : -1].argmax(1).tolist() == ids
+    extra = replicate(np.random.default_rng(0).random((2, 8)) ** 4, 2, 4)
+    assert extra.copies.max() == 2 and extra.copies.sum() == 2 * 12
+    copied = load(choose(spec, placement=write_text(tmp_path / "replicas.json", extra.to_json())), checkpoint)
+    assert copied.model.bank.own.w_in.shape[:2] == (2, 12)
+    for a, b in zip(mesh_logits(copied.model, texts), same, strict=True):
+        assert np.array_equal(a.view(np.uint32), b.view(np.uint32)), "a copy of an expert gives its bits"
     with_plan = choose(spec, None, write_plan(tmp_path / "plan.json", spec), placement=placement)
     assert with_plan.placement.devices == 2
 

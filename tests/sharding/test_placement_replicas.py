@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from sharding.placement import Replicas, replicate
+from sharding.placement import Replicas, read_placement, replicate, shuffled
 from sharding.placement.replicas import copies_of
 from sharding.split import SplitError
 from tests.sharding.test_placement import random_ids
@@ -58,6 +58,31 @@ def test_requests_take_turns():
     assert len(set(same)) == made.copies[0, expert] > 1
     np.testing.assert_array_equal(made.choose(ids, np.arange(40) + 12 * 5), slot)  # all counts of copies divide 60
     assert sorted(made.slots_of[0][made.slots_of[0] >= 0]) == list(range(10))
+    where = made.position_of_expert
+    turns = where.shape[2]
+    assert all(turns % n == 0 for n in made.copies.ravel()) and turns > 1
+    np.testing.assert_array_equal(np.where(asked, where[layer, ids, np.arange(40)[:, None, None] % turns], -1), slot)
+    for l, expert in np.ndindex(3, 6):
+        slots, shares = np.unique(where[l, expert], return_counts=True)
+        assert len(slots) == made.copies[l, expert] and len(set(shares)) == 1, "copies have equal shares"
+
+
+def test_many_counts_of_copies_take_few_turns():
+    load = np.array([[64.0, 49, 36, 25, 16, 9, 4, 1]])
+    made = replicate(load, 8, 24)
+    where = made.position_of_expert[0]
+    assert np.lcm.reduce(made.copies[0]) > where.shape[1] == 64
+    for expert, row in enumerate(where):
+        _, shares = np.unique(row, return_counts=True)
+        assert len(shares) == made.copies[0, expert] and shares.max() - shares.min() <= 1
+
+
+def test_either_file_is_read():
+    made, order = replicate(np.ones((1, 4)), 2, 2), shuffled(1, 4, 2, 0)
+    assert (read_placement(made.to_json()).order == made.expert_of).all() and (read_placement(order.to_json()).order == order.order).all()
+    for text, says in (("{", "not a placement"), ("[]", "not a placement"), ('{"format": "x"}', "not a placement")):
+        with pytest.raises(ValueError, match=says):
+            read_placement(text)
 
 
 def test_json_holds_the_replicas():

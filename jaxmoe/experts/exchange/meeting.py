@@ -18,7 +18,7 @@ from sharding.split import Layout
 class Meeting:
     """Attributes:
     moe_layer: which MoE layer; may be traced.
-    experts: of the model, E.
+    experts: of all devices, copies among them.
     layout: how it is split.
     kernels: which implementations run.
     biases: of the layer's experts that this device has.
