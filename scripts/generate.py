@@ -97,6 +97,8 @@ class Arguments:
     """Run on several devices, such as data=2,expert=4 or expert=8,attention=tensor (docs/planning.md); --expert-memory is then that of each."""
     plan: Path | None = None
     """Run as a file of scripts/plan.py says."""
+    switch_exchange: bool = False
+    """With --split or --plan: each step by the exchange that sends the fewest bytes for its number of tokens (Tutel)."""
     placement: Path | None = None
     """Where experts stand, a file of scripts/place.py: those that work together on one device, or copies of hot ones."""
     coordinator: str | None = None
@@ -160,11 +162,13 @@ def check_arguments(args: Arguments, prompts: list[str]) -> None:
 
 def plan_streaming(args: Arguments, spec, rows: int, positions: int):
     """What was asked for about experts and devices, checked; None if nothing was."""
-    from jaxmoe.engine.planned import choose_devices
+    from jaxmoe.engine.planned import choose_devices, switched
     from jaxmoe.engine.streaming import Streaming, make_plan
 
     options = {name: getattr(args, option) for option, name in STREAMING.items() if getattr(args, option) is not None}
     streaming = None if args.expert_memory is None else Streaming(args.expert_memory, **options)
+    if args.switch_exchange and args.split is None and args.plan is None:
+        raise ValueError("--switch-exchange is for a model on several devices: give --split or --plan too")
     if streaming is not None and args.split is None and args.plan is None:
         return make_plan(streaming, spec, rows, positions)
     if options and streaming is None:
@@ -175,7 +179,7 @@ def plan_streaming(args: Arguments, spec, rows: int, positions: int):
     found = choose_devices(spec, args.split, args.plan, streaming, rows, positions, args.placement)
     if args.plan is not None and args.dtype not in (None, found.spec.precision.params):
         raise ValueError(f"--dtype {args.dtype}: the plan is for {found.spec.precision.params}: leave it out, or plan anew")
-    return found
+    return switched(found) if args.switch_exchange else found
 
 
 def load(args: Arguments, plan, checkpoint, spec, kernels, requests, eos, console: Console):

@@ -20,21 +20,6 @@ def even_distinct(experts: int, active: int, tokens: float) -> float:
     return experts * (1 - (1 - active / experts) ** tokens)
 
 
-def window_distinct(ids_TLA: Int[np.ndarray, "T L A"], tokens: int) -> float:
-    """Distinct experts that `tokens` consecutive tokens asked for, exactly: the mean over all such stretches and layers. Negative ids are none.
-
-    Raises:
-        ValueError: there are fewer tokens.
-    """
-    if not 1 <= tokens <= len(ids_TLA):
-        raise ValueError(f"tokens = {tokens}: the routing has {len(ids_TLA)}")
-    found = []
-    for at in range(len(ids_TLA) - tokens + 1):
-        part_LN = ids_TLA[at : at + tokens].transpose(1, 0, 2).reshape(ids_TLA.shape[1], -1)
-        found.append(np.mean([len(np.unique(row[row >= 0])) for row in part_LN]))
-    return float(np.mean(found))
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Routing:
     """Which experts tokens ask for.

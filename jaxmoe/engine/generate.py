@@ -170,7 +170,7 @@ def cache_positions(spec: ModelSpec, positions: int) -> int:
 
 
 class Engine:
-    """Compiled programs and an empty cache for up to `rows` sequences of up to `positions` tokens.
+    """Compiled programs and an empty cache for up to `rows` sequences of up to `positions` tokens. `programs` is what runs its steps.
 
     Every `generate` starts from an empty cache of keys and values. Experts that a bank has brought to the device stay there from call to call; they
     change how fast a call is, not what it gives.
@@ -211,7 +211,7 @@ class Engine:
         self._moving: Any = None
         self._makers: dict[bool, Callable[[], Any]] = {}
         self._sequence = 0
-        self._programs = programs or steps.Fused(model.spec, model.kernels, greedy, record, gates, model.on)
+        self.programs = programs or steps.Fused(model.spec, model.kernels, greedy, record, gates, model.on)
         self._unread: list[Callable[[TraceBuilder], None]] = []
         self._recorder = TraceBuilder(model_meta(model.spec, model.spec.family, "generation")) if record else None
         most = self.positions * self._own_rows if isinstance(model.bank, SlotBank) else steps.TOKEN_BUCKETS[-1]
@@ -283,11 +283,11 @@ class Engine:
             progress(f"decode of {rows}")
             rows = rows * shards
             nothing, one = np.zeros(rows, np.int32), np.ones(rows, np.int32)  # one real step: XLA's CPU kernels are set up when they first run
-            for _ in self._programs.ways():
+            for _ in self.programs.ways():
                 out, state, _ = self._decode(self.start(), nothing, nothing, nothing, one, sampling_params(rows))
                 jax.block_until_ready(out)
                 self._moving = self._on_each(self.model.bank.forget, state.bank)
-            self._programs.restart()
+            self.programs.restart()
         return time.perf_counter() - began
 
     def trace(self) -> Trace:
@@ -313,11 +313,11 @@ class Engine:
         return self._moving
 
     def _prefill(self, state, batch, sampling: SamplingParams, positions):
-        tokens, state, routed = self._programs.prefill(self.model.params, self.model.bank, state, batch, sampling, positions)
+        tokens, state, routed = self.programs.prefill(self.model.params, self.model.bank, state, batch, sampling, positions)
         return np.asarray(tokens), state, routed
 
     def _decode(self, state, rows, tokens, positions, budget, sampling: SamplingParams):
-        return self._programs.decode(self.model.params, self.model.bank, state, rows, tokens, positions, budget, self._eos, sampling)
+        return self.programs.decode(self.model.params, self.model.bank, state, rows, tokens, positions, budget, self._eos, sampling)
 
     def _record_prompt(self, first: int, batch, routed) -> None:
         """Keeps a prompt's routing for `trace` to read: reading it here would cost every step some of its time."""
@@ -387,10 +387,10 @@ class Engine:
                 timings.first_token_seconds = timings.first_token_seconds or time.perf_counter() - began
                 on_text(i, rows[i].push(int(token)))
         timings.prefill_seconds = time.perf_counter() - began
-        stalled = self._programs.stalled
+        stalled = self.programs.stalled
         after_prefill = self._counters(state)
         state = self._decode_all(rows, first, state, timings, on_text)
-        timings.decode_stall_seconds = self._programs.stalled - stalled
+        timings.decode_stall_seconds = self.programs.stalled - stalled
         timings.prefill_experts = {name: n - at_start[name] for name, n in after_prefill.items()}
         timings.decode_experts = {name: n - after_prefill[name] for name, n in self._counters(state).items()}
         self._moving = state.bank

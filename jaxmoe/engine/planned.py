@@ -10,18 +10,19 @@ from typing import Any
 import jax
 
 from checkpoints.load import Checkpoint
-from jaxmoe.engine.generate import Engine
+from jaxmoe.engine.generate import Engine, cache_positions
 from jaxmoe.engine.memory import available_host_memory
 from jaxmoe.engine.mesh import HERE, Devices, bank_spec, devices_for
 from jaxmoe.engine.model import Offload, load_model
 from jaxmoe.engine.steps import TOKEN_BUCKETS
 from jaxmoe.engine.streaming import Streaming, make_plan
+from jaxmoe.engine.switching import Switching, by_traffic, with_exchange
 from jaxmoe.offload.budget import ExpertShapes, format_bytes, parse_memory
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 from sharding.placement import Placement, Replicas, read_placement
 from sharding.plan import load_plan, planned_spec
-from sharding.split import SplitError, parse_split
+from sharding.split import Exchange, SplitError, parse_split
 from sharding.workload import Workload
 
 ELSEWHERE = ("trace", "link_gbps", "host_memory", "predictor", "predictor_file", "lossy", "prefetch")
@@ -32,7 +33,7 @@ ELSEWHERE = ("trace", "link_gbps", "host_memory", "predictor", "predictor_file",
 class Planned:
     """Where a model is to run. Attributes: `spec` the model in the precision it is to have, `on` the devices, `offload` how each device streams its
     experts (None: they all stay), `placement` in which order experts stand; of a plan, `prefill_tokens` the most tokens of a prefill step in a group
-    of devices, and `positions` what caches have (None: as the engine chooses)."""
+    of devices, and `positions` what caches have (None: as the engine chooses); `switching`, see `switched`."""
 
     spec: ModelSpec
     on: Devices = HERE
@@ -40,6 +41,7 @@ class Planned:
     placement: Placement | Replicas | None = None
     prefill_tokens: int | None = None
     positions: int | None = None
+    switching: bool = False
 
 
 def choose_devices(
@@ -147,5 +149,24 @@ def load_planned(
     how: dict[str, Any] = {"offload": planned.offload, "progress": progress, "on": planned.on, "placement": planned.placement}
     model = load_model(checkpoint, spec.precision.params, kernels, **how)
     model = dataclasses.replace(model, spec=dataclasses.replace(model.spec, precision=spec.precision))
-    exact = planned.positions is not None
-    return Engine(model, rows, planned.positions or positions, greedy, eos, prefill_tokens=planned.prefill_tokens, exact=exact)
+    exact, most = planned.positions is not None, planned.positions or positions
+    programs = None
+    if planned.switching:
+        own = model.for_positions(most if exact else cache_positions(model.spec, most))
+        programs = Switching(own.spec, kernels, greedy, planned.on, by_traffic(own.spec, planned.on, kernels, exchanges(planned)))
+    return Engine(model, rows, most, greedy, eos, programs=programs, prefill_tokens=planned.prefill_tokens, exact=exact)
+
+
+def exchanges(planned: Planned) -> tuple[Exchange, ...]:
+    """What steps may switch between: experts that are streamed can't be sent."""
+    return ("tokens", "gather", "weights") if planned.offload is None else ("tokens", "gather")
+
+
+def switched(planned: Planned) -> Planned:
+    """The same, each step by the exchange that sends the fewest bytes for its number of tokens (`jaxmoe.engine.switching`).
+
+    Raises:
+        SplitError: a split that has no exchange, or one with a layout of its own.
+    """
+    with_exchange(planned.on, "tokens")
+    return dataclasses.replace(planned, switching=True)

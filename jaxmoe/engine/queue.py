@@ -220,7 +220,7 @@ class _Serving:
 
     def round(self) -> None:
         """Chooses a batch and decodes it for `every` steps."""
-        began, stalled = time.perf_counter(), self.engine._programs.stalled
+        began, stalled = time.perf_counter(), self.engine.programs.stalled
         picked = self.pool.choose(self._paths(), self.grouping, self._held())
         chosen = time.perf_counter()
         last, out, routed = self._decode(picked)
@@ -237,7 +237,7 @@ class _Serving:
         self.stats.rounds += 1
         self.stats.scheduler_seconds += chosen - began + learned - decoded
         self.stats.decode_seconds += decoded - chosen + time.perf_counter() - learned
-        self.stats.stall_seconds += self.engine._programs.stalled - stalled
+        self.stats.stall_seconds += self.engine.programs.stalled - stalled
 
     def _paths(self) -> Any:
         numbers = self.pool.numbers

@@ -63,10 +63,10 @@ def engine_args(checkpoint, split: str, streaming: Streaming | None) -> tuple[En
     spec = checkpoint.spec.with_precision("float32")
     found = choose_devices(spec, split, None, streaming, ROWS, PROMPT + NEW)
     engine = load_planned(found, checkpoint, KERNELS, ROWS, PROMPT + NEW, True)
-    engine._programs = Listening()
+    engine.programs = Listening()
     with pytest.raises(Caught):
         engine.generate([Request((1,) * PROMPT, NEW)] * ROWS)
-    return engine, engine._programs.args
+    return engine, engine.programs.args
 
 
 def same_place(real: jax.Array, shape: jax.ShapeDtypeStruct) -> bool:

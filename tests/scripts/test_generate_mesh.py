@@ -45,6 +45,10 @@ def test_a_run_on_four_devices(model, tmp_path, monkeypatch):
     assert "4 devices (data=2,expert=2,attention=data,exchange=tokens); each holds params" in done.err
     for request in made["requests"]:
         assert request["text"] in done.out
+    again = commands.call(generate, model, *files, "--max-new-tokens", 6, "--split", "data=2,expert=2", "--switch-exchange")
+    assert again.code == 0 and again.out == done.out, again.err
+    used = json.loads((tmp_path / "out.json").read_text())["exchanges"]
+    assert sum(used.values()) >= 2 and set(used) <= {"tokens", "gather", "weights"} and "steps by exchange: " in again.err
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,8 @@ def test_a_run_on_four_devices(model, tmp_path, monkeypatch):
         (("--split", "data=2,data=2"), "data is given twice"),
         (("--split", "data=64"), "data=64 takes 64 devices, there are 8"),
         (("--split", "expert=3"), "expert = 3 doesn't divide the model's 8 experts"),
+        (("--switch-exchange",), "give --split or --plan too"),
+        (("--split", "data=2", "--switch-exchange"), "has no exchange, it needs expert > 1"),
         (("--split", "expert=2,exchange=mail"), "exchange = 'mail': choose from tokens"),
         (("--split", "expert=2", "--expert-memory", "75%", "--link-gbps", 3), "link_gbps = 3.0 is for experts on one device"),
         (("--split", "expert=2", "--expert-policy", "lru"), "--expert-policy is for streamed experts"),

@@ -12,7 +12,7 @@ from jaxmoe.spec.types import AttentionSpec
 from sharding.hardware import Level, parse_hardware
 from sharding.link_time import collective_seconds
 from sharding.phases import Phase, causal_pairs, causal_reads, decode_phase, prefill_phases, prefill_steps, visible
-from sharding.routing_load import Load, Routing, even_distinct, load, missed, window_distinct
+from sharding.routing_load import Load, Routing, even_distinct, load, missed
 from sharding.split import Split, layout_of
 from sharding.time_model import DECODE_CHUNK, predict, step_time
 from sharding.work import kinds, step_work
@@ -82,13 +82,12 @@ def test_distinct_experts_against_draws():
 
 def test_a_recorded_routing():
     ids = np.array([[[0, 1]], [[0, 2]], [[0, 1]], [[3, 1]]])
-    assert window_distinct(ids, 2) == pytest.approx((3 + 3 + 3) / 3) and window_distinct(ids, 4) == 4
     routing = Routing.of_ids(ids, 4)
     assert routing.asked.tolist() == [[0.75, 0.75, 0.25, 0.25]]
     assert load(4, 2, 2, 1, routing) == Load(1.5, 1.5) and load(4, 2, 2, 1, None) == Load(1.0, 1.0)
     assert missed(4, 2, 1, 1, 2, routing) == pytest.approx(0.5) and missed(4, 2, 1, 1, 2, None) == pytest.approx(1.0)
     assert missed(4, 2, 1, 1, 4, routing) == missed(4, 2, 1, 1, None, None) == 0
-    for call, says in ((lambda: window_distinct(ids, 5), "tokens = 5"), (lambda: load(8, 2, 1, 1, routing), "is of 4 experts"),
+    for call, says in ((lambda: load(8, 2, 1, 1, routing), "is of 4 experts"),
                        (lambda: Routing.of_ids(ids, 3), "ids below 3")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             call()
