@@ -74,6 +74,7 @@ def exit_interrupted(root: str) -> None:
 
     from checkpoints.saver import AsyncSaver
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has commands in the background ignore it, and Python keeps to that
     tree = {f"leaf_{i}": jnp.full((8 << 20,), float(i)) for i in range(4)}  # 128 MB
     with AsyncSaver(root, host_bytes=16 << 20) as saver:
         saver.save(0, {"small": jnp.ones(1 << 20)})

@@ -55,7 +55,7 @@ def big_folder(folder: Path, fused: bool) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_conversion_holds_one_tensor_and_a_constant(tmp_path, fused):
-    """Growth of the peak: at most the largest tensor and 120 MB, of about 420 MB converted. Fused tensors are never
+    """Growth of the peak: at most the largest tensor and 160 MB (writes wait for a slow disk), of about 420 MB converted. Fused tensors are never
     read whole."""
     big_folder(tmp_path / "hf", fused)
     hf_folders.tiny(tmp_path / "tiny", "mixtral", "bfloat16")
@@ -69,4 +69,4 @@ def test_conversion_holds_one_tensor_and_a_constant(tmp_path, fused):
     print(measured)
     assert measured["nbytes"] > 400e6
     assert measured["growth"] > LARGEST / 2  # `down` is held whole: less would mean that nothing was measured
-    assert measured["growth"] <= LARGEST + 120e6
+    assert measured["growth"] <= LARGEST + 160e6
