@@ -1,6 +1,7 @@
 """Keys and values in pages give the bits of contiguous rows: in pieces beside decoding sequences, by groups of layers, in whatever pages."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -15,9 +16,11 @@ from jaxmoe.engine.serving.batches import page_tables, places_of, prompt_batch
 from jaxmoe.engine.serving.types import Piece, Row, ServeSpec
 from jaxmoe.nn.transformer import forward, forward_group, head, layer_groups
 from jaxmoe.routing.route import initial_state
+from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.paged_attention.types import plain
 from tests.families import goldens
+from tests.quick import QuickKernels
 
 CPU = Kernels("cpu")
 CASES = ("deepseek_v2_greedy", "gpt_oss_plain", "qwen3_next_named")
@@ -64,6 +67,43 @@ def test_pieces_beside_a_sequence_that_decodes(case):
         rows = [Row(1, 1, at[1], 1)] if at[1] < lengths[1] else []
         pieces = [Piece(0, 0, at[0], min(32, lengths[0] - at[0]), False)] if at[0] < lengths[0] else []
     assert goldens.same_bits(got, expected)
+
+
+WRITTEN = 3
+"""Steps that are enough to write to pages in every way, and to read what was written."""
+
+
+def attend(spec, kernels, state, batch, q, k, v, sinks):
+    return state.attend(spec, jnp.int32(0), q, k, v, batch, kernels, sinks)
+
+
+@pytest.mark.parametrize("kernels", [QuickKernels("reference"), QuickKernels("tpu", interpret=True)], ids=["scattered", "packed, piece by piece"])
+def test_pages_of_accelerators(case, kernels):
+    """All tokens are written before any attends, by a scatter or one run after another; float32 there rounds otherwise than on a CPU."""
+    model, _, _, tables = case
+    ids, state = {0: [1] * 64, 1: [1] * 64}, init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, kernels)
+    cpu = init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, CPU)
+    attends = [layer.attention for layer in model.spec.layers if isinstance(layer.attention, AttentionSpec)]
+    rng = np.random.default_rng(1)
+    for spec in dict.fromkeys(attends):
+        at = state.kinds.index(spec.cached)
+        kv, key, value = spec.cached
+        one, other = state.states[at], cpu.states[at]
+        ours, theirs = (jax.jit(functools.partial(attend, spec, by)) for by in (kernels, QuickKernels("cpu")))
+        for step in range(WRITTEN):
+            pieces = [Piece(0, 0, 32 * step, 32, False)] if step < 2 else []
+            rows = [Row(1, 1, step, 1)]
+            batch = prompt_batch(SPEC, rows, pieces, places_of(SPEC, pieces)[0], 64, SPEC.batch, ids, tables)
+            tokens = len(batch.tokens)
+            q = rng.standard_normal((tokens, spec.heads, key), dtype=np.float32)
+            k = rng.standard_normal((tokens, kv, key), dtype=np.float32)
+            v = None if value is None else rng.standard_normal((tokens, kv, value), dtype=np.float32)
+            sinks = rng.standard_normal(spec.heads, dtype=np.float32)
+            got, one = ours(one, batch, q, k, v, sinks)
+            want, other = theirs(other, batch, q, k, v, sinks)
+            real = np.asarray(batch.segments) >= 0
+            assert real.sum() == 1 + 32 * len(pieces)
+            np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=2e-5)
 
 
 def test_groups_of_layers(case):
