@@ -354,7 +354,7 @@ class SlotBank:
         return sum(map(math.prod, self.entries)) * formats.leaf_dtype(self.dtype).itemsize
 
 
-def _after(y, pools: Pools, kernels: Kernels) -> tuple[Any, Pools]:
+def _after(y, pools: tuple[Any, ...], kernels: Kernels) -> tuple[Any, Any]:
     """Pools that are changed only when y is there, which was computed from them. Without it XLA for TPUs may copy them, so as to be free to change
     them earlier: it does where memory is short, in every turn of a loop."""
     return jax.lax.optimization_barrier((y, pools)) if kernels.backend == "tpu" else (y, pools)

@@ -42,9 +42,11 @@ class Live(Protocol):
 
     ids: list[int]
     sampling: Sampling
-    edits: RowEdits | None
     logprobs: int | None
     mask: np.ndarray | None
+
+    @property
+    def edits(self) -> RowEdits | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
