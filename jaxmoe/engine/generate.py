@@ -170,10 +170,8 @@ def cache_positions(spec: ModelSpec, positions: int) -> int:
 
 
 class Engine:
-    """Compiled programs and an empty cache for up to `rows` sequences of up to `positions` tokens. `programs` is what runs its steps.
-
-    Every `generate` starts from an empty cache of keys and values. Experts that a bank has brought to the device stay there from call to call; they
-    change how fast a call is, not what it gives.
+    """Compiled `programs` and an empty cache for up to `rows` sequences of up to `positions` tokens. Every `generate` starts from an empty cache of
+    keys and values. Experts that a bank has brought to the device stay there from call to call; they change how fast a call is, not what it gives.
     """
 
     def __init__(

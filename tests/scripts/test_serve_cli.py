@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -12,7 +13,11 @@ from pathlib import Path
 import openai
 import pytest
 
+from checkpoints.load import load_hf_or_checkpoint, read_spec
+from jaxmoe.engine.serving import build
+from jaxmoe.engine.serving.paths import RequestPaths
 from jaxmoe.report.serve_storm import Target, storm
+from pallas_kernels.dispatch import Kernels
 from tests.scripts.commands import call, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,3 +157,22 @@ def test_a_plan_says_how_many_sequences_how_long_and_how_many_experts(tmp_path):
     assert call(plan, ROOT / "checkpoints" / "default", "--hardware", "h100:2", "--split", "data=2", "--rows", 4, "--out", path).code == 0
     done = call(serve, "--dry-run-memory", "--plan", path)
     assert done.code == 2 and "a plan for 2 devices (data=2), and serving is for one" in done.err and done.err.count("\n") == 1, done.err
+
+
+def test_options_reach_the_engine(tmp_path):
+    serve = load("serve")
+    how = {"expert_memory": "26%", "max_num_seqs": 6, "max_model_len": 256, "layer_groups": 4, "wave_tokens": 128}
+    more = {"schedule_policy": "expert-aware", "preempt_margin": 5.0, "max_decode_seqs": 2, "decode_group": "greedy", "expert_regret": True}
+    spec, kernels = read_spec(serve.DEFAULT_MODEL).with_precision("float32"), Kernels("cpu")
+    checkpoint = load_hf_or_checkpoint(serve.DEFAULT_MODEL, tmp_path)
+    made = {}
+    for name, options in (("plain", how), ("all", how | more)):
+        plan = build.make_serving_plan(serve.asked(serve.Arguments(**options)), spec, kernels)
+        made[name] = build.load_serving(plan, checkpoint, kernels, None, dtype="float32")
+    engine = made["all"]
+    assert (engine.policy.margin, engine.policy.group, engine.policy.objective) == (5.0, "greedy", "expert-aware")
+    assert (engine.spec.batch, engine.spec.slots) == (2, 6) and engine.runner.record and engine.runner.regret is not None
+    assert isinstance(engine._paths, RequestPaths)
+    plain = made["plain"]
+    assert plain.spec.batch == 6 and not plain.runner.record and plain.runner.regret is None and plain._paths is None
+    assert plain.policy.margin == math.inf and plain.policy.group is None

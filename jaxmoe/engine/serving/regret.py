@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from jaxmoe.engine.serving.routing import Routed
 from jaxmoe.experts import SlotBank
@@ -37,7 +37,7 @@ class Regret:
             raise ValueError(f"the best policy of slots that all layers share, as with {bank.policy}, takes too long to find beside serving")
         self._slots, self._experts, self._window = np.asarray(bank.slots), bank.experts, window
         self.requests = self.hits = self.best_hits = self.loads = self.steps = 0
-        self._before: tuple[int, int, int] | None = None
+        self._before: list[Int[np.ndarray, "L"]] | None = None
         self._used: list[Bool[np.ndarray, "L E"]] = []
 
     @property
@@ -64,7 +64,7 @@ class Regret:
         if self._before is None:
             return
         experts = np.asarray(call.experts)
-        _, layers, _ = (experts := experts.reshape(-1, *experts.shape[-3:]))[0].shape
+        layers = experts.shape[-2]
         for chosen, ids in zip(experts, call.ids.reshape(len(experts), -1), strict=True):
             if (ids >= 0).any():
                 used = np.zeros((layers, self._experts), bool)
@@ -81,7 +81,8 @@ class Regret:
         """
         if self._before is None:
             return
-        requests, hits, loads = (now - then for now, then in zip(_counters(state), self._before, strict=True))
+        # int32 counters may have gone round since: their difference has not.
+        requests, hits, loads = ((now - then).sum(dtype=np.int64).item() for now, then in zip(_counters(state), self._before, strict=True))
         used = np.stack(self._used)
         self.requests, self.hits, self.loads, self.steps = self.requests + requests, self.hits + hits, self.loads + loads, self.steps + len(used) - 1
         self.best_hits += int(opt_hits(used, self._slots)[1:].sum())  # the first step asks for what is there, which brings it there
@@ -92,7 +93,6 @@ class Regret:
         self._before, self._used = None, []
 
 
-def _counters(state: Any) -> tuple[int, int, int]:
-    """Requests, hits and loads so far."""
-    requests, hits, loads = (int(np.asarray(getattr(state, name)).astype(np.int64).sum()) for name in ("requests", "hits", "loads"))
-    return requests, hits, loads
+def _counters(state: Any) -> list[Int[np.ndarray, "L"]]:
+    """Requests, hits and loads of each layer so far."""
+    return [np.array(getattr(state, name)) for name in ("requests", "hits", "loads")]  # copies: steps write over what they are given
