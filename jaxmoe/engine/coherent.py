@@ -30,7 +30,7 @@ from jaxmoe.experts import expert_ffn
 from jaxmoe.experts.exchange.wire import bits_of, from_bits, listed, pack, swap, to_words, unpack
 from jaxmoe.experts.placed import at_positions
 from jaxmoe.experts.sharded import ShardedBank
-from jaxmoe.nn.layers import DecoderLayer, ExpertBias, Router
+from jaxmoe.nn.layers import DecoderLayer, Router, expert_bias
 from jaxmoe.nn.parts import joined
 from jaxmoe.nn.transformer import decoder_layer, embed, head, layer_tables
 from jaxmoe.spec import ModelSpec, Segment
@@ -151,8 +151,7 @@ class MovingLayer(DecoderLayer):
             into, weights = h * weights.astype(h.dtype), jnp.where(taken[:, None], 1.0, 0.0)
         more = {}
         if s.experts.bias:
-            own = bank.experts // self.layout.size(self.layout.experts)
-            more["biases"] = ExpertBias(own, s.experts, m.width, m.precision, self.layout.expert_hidden, name="expert_bias")()
+            more["biases"] = expert_bias(s, m, self.layout, bank)
         with jax.named_scope("experts"):
             y, own_bank, _ = expert_ffn(bank.own, moe_layer, into, ids, weights, taken, self.kernels, **more)
         y = y if self._together else joined(y, self.layout.summed)

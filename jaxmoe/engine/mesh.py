@@ -12,9 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.layout import Format
 from jax.experimental.layout import Layout as Order
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jaxtyping import Int
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.layers import LayerStates
@@ -224,16 +226,28 @@ def first_state(
     return jax.jit(jax.shard_map(one, mesh=on.mesh, in_specs=(), out_specs=split, check_vma=False))
 
 
-def leaf_sharding(on: Devices) -> Callable[[Leaf], NamedSharding] | None:
-    """Where leaves of a checkpoint go as they are read; key-value heads that are going to be copied are whole on every device until then."""
+def leaf_sharding(on: Devices, placed: bool = False) -> Callable[[Leaf], NamedSharding] | None:
+    """Where leaves of a checkpoint go as they are read; key-value heads that are going to be copied are whole on every device until then, and so are
+    experts' biases that are going to be `placed`."""
     if on.mesh is None:
         return None
 
+    def whole(axis: str | None, size: int) -> bool:
+        return (axis == "kv_heads" and on.layout.copies(size) > 1) or (axis == "experts" and placed)
+
     def place(leaf: Leaf) -> NamedSharding:
-        sized = zip(leaf.axes, leaf.shape, strict=True)
-        return on.sharding(on.layout.partition(*(None if axis == "kv_heads" and on.layout.copies(n) > 1 else axis for axis, n in sized)))
+        return on.sharding(on.layout.partition(*(None if whole(*sized) else sized[0] for sized in zip(leaf.axes, leaf.shape, strict=True))))
 
     return place
+
+
+def placed_biases(spec: ModelSpec, layered: dict, order: Int[np.ndarray, "L C"]) -> dict:
+    """Parameters by layer, experts' biases in a placement's order (`Placement.order`, `Replicas.order`), as their weights are in the bank."""
+    layers = dict(layered["layers"])
+    for i, own in zip(spec.moe_layers, order, strict=True):
+        layer = layers[str(i)]
+        layers[str(i)] = layer | {"expert_bias": {name: jnp.take(bias, own, axis=0) for name, bias in layer["expert_bias"].items()}}
+    return layered | {"layers": layers}
 
 
 def place_params(spec: ModelSpec, on: Devices, params: dict) -> dict:

@@ -123,7 +123,9 @@ def load_model(
     """
     spec = checkpoint.spec.with_precision(dtype)
     unroll = kernels.backend == "cpu" and not on.layout.stage if unroll is None else unroll
-    layered = checkpoint.restore_params(spec, mesh.leaf_sharding(on))
+    layered = checkpoint.restore_params(spec, mesh.leaf_sharding(on, placement is not None))
+    if placement is not None and spec.moe[1].bias:
+        layered = mesh.placed_biases(spec, layered, placement.order)
     params = stack_layers(spec, layered, tuple if unroll else _stacked)
     if kernels.backend == "cpu" and "lm_head" not in params:
         params["lm_head"] = {"kernel": jnp.array(params["embed"]["table"].T)}
@@ -171,8 +173,6 @@ def _check_placement(spec: ModelSpec, on: Devices, placement: Placement | Replic
     placement.check_model(len(spec.moe_layers), spec.moe[0].experts, None)
     if placement.devices != on.layout.split.expert:
         raise ValueError(f"the placement is for {placement.devices} devices, the split {on.layout.split} has expert = {on.layout.split.expert}")
-    if spec.moe[1].bias:
-        raise ValueError("a placement for a model whose experts have biases isn't supported: leave it out")
 
 
 def sharded_slots(

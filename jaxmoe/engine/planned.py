@@ -76,14 +76,14 @@ def choose_devices(
         offload = None if work.slots is None else Offload(work.slots, max(1, work.staging))
         on = devices_for(spec, read.split)
         _check_streamed(on, offload)
-        _check_placed(spec, placed, placement, on, offload)
+        _check_placed(placed, placement, on, offload)
         return Planned(spec, on, offload, placed, work.prefill_tokens, work.positions)
     if split is None:
         return Planned(spec)
     on = devices_for(spec, parse_split(split))
     offload = None if streaming is None else _offload(spec, on, streaming, rows, positions)
     _check_streamed(on, offload)
-    _check_placed(spec, placed, placement, on, offload)
+    _check_placed(placed, placement, on, offload)
     whole_prompts = streaming is None or streaming.mode != "fused"
     return Planned(spec, on, offload, placed, None if whole_prompts else TOKEN_BUCKETS[-1])
 
@@ -110,7 +110,7 @@ def _check_streamed(on: Devices, offload: Offload | None) -> None:
         raise SplitError("exchange = 'weights' sends experts that all stay on their devices: choose 'tokens', or leave out the expert memory")
 
 
-def _check_placed(spec: ModelSpec, placed: Placement | Replicas | None, path: Path | None, on: Devices, offload: Offload | None) -> None:
+def _check_placed(placed: Placement | Replicas | None, path: Path | None, on: Devices, offload: Offload | None) -> None:
     """Refuses, before any weights are read, what `load_model` would refuse."""
     if placed is None:
         return
@@ -118,8 +118,6 @@ def _check_placed(spec: ModelSpec, placed: Placement | Replicas | None, path: Pa
         raise SplitError(f"{path}: the placement is for {placed.devices} devices, the split {on.layout.split} has expert = {on.layout.split.expert}")
     if offload is not None:
         raise SplitError(f"{path}: a placement is for experts that all stay on their devices: leave out the placement or the expert memory")
-    if spec.moe[1].bias:
-        raise SplitError(f"{path}: a placement for a model whose experts have biases isn't supported: leave it out")
 
 
 def _offload(spec: ModelSpec, on: Devices, asked: Streaming, rows: int, positions: int) -> Offload | None:

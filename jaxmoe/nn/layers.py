@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank, expert_ffn
+from jaxmoe.experts.sharded import ShardedBank
 from jaxmoe.nn.attention import Attention, LatentAttention
 from jaxmoe.nn.delta import GatedDelta
 from jaxmoe.nn.parts import NORMAL, Held, Linear, held, joined, model_norm, rounded
@@ -84,6 +85,13 @@ class ExpertBias(nn.Module):
         w_in = self.param("w_in", zeros, (self.experts, 2, self.spec.width))
         w_out = self.param("w_out", zeros, (self.experts, self.width))
         return w_in, jnp.where(jax.lax.axis_index(self.summed) == 0, w_out, jnp.zeros_like(w_out)) if self.summed else w_out
+
+
+def expert_bias(layer: LayerSpec, model: ModelSpec, layout: Layout, bank: ExpertBank) -> tuple[jax.Array, jax.Array]:
+    """Within a layer's `@nn.compact`: the biases of the experts that this device has; some may be copies, which a mesh's bank counts."""
+    assert layer.router is not None and layer.experts is not None
+    experts = bank.experts if isinstance(bank, ShardedBank) else layer.router.experts
+    return ExpertBias(experts // layout.size(layout.experts), layer.experts, model.width, model.precision, layout.expert_hidden, name="expert_bias")()
 
 
 Side = Float[Array, "T D"] | None
@@ -186,8 +194,7 @@ class DecoderLayer(nn.Module):
             h, weights = h * weights.astype(h.dtype), jnp.where(valid[:, None], 1.0, 0.0)
         more = {}
         if s.experts.bias:
-            own, hidden = s.router.experts // self.layout.size(self.layout.experts), self.layout.expert_hidden
-            more["biases"] = ExpertBias(own, s.experts, m.width, m.precision, hidden, name="expert_bias")()
+            more["biases"] = expert_bias(s, m, self.layout, bank)
         with jax.named_scope("experts"):
             y, bank, _ = expert_ffn(bank, moe_layer, h, ids, weights, valid, self.kernels, **more)
         return y, bank, router_state, routed._replace(inputs=into_router)
