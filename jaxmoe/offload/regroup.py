@@ -251,6 +251,24 @@ def find_group_policy(name: str) -> GroupPolicy:
     return POLICIES[name]
 
 
+def choose(
+    policy: str, paths: ArrayLike, waited: ArrayLike, size: int, bound: int | None, held: Bool[np.ndarray, "L E"] | None = None,
+    held_cost: float = 1.0,
+) -> Int[np.ndarray, "size"]:  # fmt: skip
+    """A batch by the name of a policy.
+
+    Args:
+        policy: of `POLICIES`.
+        paths, waited, size, bound: see `greedy_union`.
+        held: experts that are on the device; None where it does not matter.
+        held_cost: what such a one counts for, of one that is not; 'greedy' alone heeds it. 1 looks for few distinct experts; less for few loads,
+            which is the same where little fits on the device.
+    """
+    if policy == "greedy" and held is not None and held_cost < 1:
+        return greedy_union(paths, waited, size, bound, np.where(held, np.float32(held_cost), np.float32(1)))
+    return find_group_policy(policy)(paths, waited, size, bound)
+
+
 # --- Two batches
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.engine.queue import Grouping, Pool
 from jaxmoe.offload.predictors.interface import one_hot
 from jaxmoe.offload.replay import replay
 from jaxmoe.offload.request_paths import PathSource, as_sets, by_profile, by_token, recent
+from jaxmoe.offload.request_pool import Grouping, Pool
 from jaxmoe.offload.trace import DECODE, PROMPT, Trace
 
 SPEEDS = (0.02, 0.05, 0.1, 0.5, 25.0)

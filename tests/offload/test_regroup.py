@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from jaxmoe.engine.queue import Grouping
 from jaxmoe.offload import regroup, request_paths
 from jaxmoe.offload.predictors import PREDICTORS
 from jaxmoe.offload.predictors.interface import one_hot
 from jaxmoe.offload.regroup import POLICIES, by_expert, expected_union, greedy_union, least_bound, pairs, top_paths, two_batches
+from jaxmoe.offload.request_pool import Grouping, Pool
 from jaxmoe.report import offload_tables
 from jaxmoe.report import regroup_bench as bench
 from tests.offload.traces import random_trace
@@ -270,3 +270,10 @@ def test_records_are_compared_with_arrival_and_shown():
         slow = r["caches"]["0.5"]["net_reduction"]["0.02"]
         assert slow < r["caches"]["0.5"]["reduction"]  # the scheduler's own time is taken off
     assert offload_tables.terminal(offload_tables.REGROUP, records).row_count == len(chosen) == 4
+
+
+def test_a_pool_counts_rounds_that_pass_a_request_over():
+    pool = Pool().admit((4, 5, 6)).commit((5,), ()).admit((7,)).commit((4, 7), (7,))
+    assert pool == Pool((4, 5, 6), (0, 1, 2))
+    assert pool.choose(np.zeros((3, 2)), Grouping(2, "greedy", 2)) == (6, 4)
+    assert pool.choose(np.zeros((3, 2)), Grouping(8)) == (4, 5, 6)

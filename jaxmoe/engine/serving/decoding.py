@@ -9,7 +9,7 @@ import numpy as np
 from jaxmoe.engine.serving.drafting import Step
 from jaxmoe.engine.serving.preemption import make_room
 from jaxmoe.engine.serving.types import Row, Seq
-from jaxmoe.offload.regroup import find_group_policy, greedy_union
+from jaxmoe.offload.regroup import choose
 
 
 def decode_rows(step: Step) -> None:
@@ -59,13 +59,7 @@ def _choose(step: Step, ready: list[Seq]) -> list[Seq]:
         return sorted(ready, key=lambda s: (s.ran, s.id))[:size]
     ready = sorted(ready, key=lambda s: s.id)
     waited = [s.waited for s in ready]
-    paths = _paths(step, ready)
-    if policy.group == "greedy" and step.held is not None and policy.held_cost < 1:
-        cost = np.where(step.held, np.float32(policy.held_cost), np.float32(1))
-        picked = greedy_union(paths, waited, size, policy.bound, cost)
-    else:
-        picked = find_group_policy(policy.group)(paths, waited, size, policy.bound)
-    return [ready[i] for i in picked]
+    return [ready[i] for i in choose(policy.group, _paths(step, ready), waited, size, policy.bound, step.held, policy.held_cost)]
 
 
 def _paths(step: Step, ready: Sequence[Seq]) -> np.ndarray:
