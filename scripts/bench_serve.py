@@ -142,14 +142,17 @@ def opened(args: Arguments, console: Console, tell: Tell, save: Save) -> None:
 
     wanted = serve_open.Load(args.requests or 48, seed=args.seed)
     if args.url:
-        made = serve_open.url_records(serve_http.Server(args.url.rstrip("/"), args.api_key), wanted, args.rates, tell)
+        rounds = serve_open.url_records(serve_http.Server(args.url.rstrip("/"), args.api_key), wanted, args.rates, tell)
     else:
         model, records, texts = load(args, tell)
         about = {"model": args.model.name, "dtype": "float32", "slots_a_layer": list(model.bank.slots), "mode": "host-driven"}
         spec = serve_open.spec_of(wanted)
         prepared = serve_open.prepare(model, records, texts, args.gbps or OPEN_GBPS, wanted, spec, tell)
-        made = serve_open.open_records(prepared, texts, wanted, args.rates, about, tell)
-    save({serve_open.stem(r): r for r in made})
+        rounds = serve_open.open_records(prepared, texts, wanted, args.rates, about, tell)
+    made = []
+    for some in rounds:  # a run that is stopped has written what it measured
+        save({serve_open.stem(r): r for r in some})
+        made += some
     console.print(serve_open.table(made))
     for times in serve_open.TPOT_TIMES:
         for arm, rate in serve_open.best(made, times).items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE
@@ -121,7 +121,7 @@ def prepare(
 def open_records(
     prepared: Mapping[str, Prepared], texts: Texts | None, load: Load, rates: Sequence[float], about: Mapping[str, Any],
     tell: Tell = lambda what: None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Iterator[list[dict[str, Any]]]:  # fmt: skip
     """Both arms at every rate, in turn.
 
     Args:
@@ -131,8 +131,8 @@ def open_records(
         about: settings for the records.
         tell: is told what comes next.
 
-    Returns:
-        A record an arm and rate.
+    Yields:
+        After each rate, a record an arm.
 
     Raises:
         RuntimeError: a program was compiled while something was measured, or arms gave different tokens on a CPU.
@@ -144,7 +144,6 @@ def open_records(
     single = alone(control, flood[:ALONE])
     within = [serve_stats.limits_of(single, TTFT_TIMES, times) for times in TPOT_TIMES]
     capacity = load.requests / check_drive(drive(control, flood), "all at once").seconds
-    out = []
     for turn, part in enumerate(rates):
         rate = part * capacity
         sent = sent_of(load.jobs(rate, model.spec.vocab), texts)
@@ -157,6 +156,7 @@ def open_records(
             moved[name] = (loads(engine)["all"] - before) * model.bank.record_bytes
         if model.kernels.backend == "cpu" and runs[OWN].tokens != runs[CONTROL].tokens:
             raise RuntimeError(f"{rate:.3g} requests a second: the arms gave different tokens")
+        out = []
         for name, one in prepared.items():
             settings = dict(about) | {"arm": name, "control": CONTROL, "link_gbps": one.link.gbps, "link_emulated": True, "part_of_capacity": part}
             settings |= {"capacity": capacity, "slots": spec.slots, "pages": spec.pages, "host_pages": spec.host_pages}
@@ -164,7 +164,7 @@ def open_records(
             if name != CONTROL:
                 found |= ratios(runs[name].served, runs[CONTROL].served, within)
             out.append(_record(runs[name].served, rate, settings, found, load, model.spec.hash(), one.seconds, {"link": moved[name]}))
-    return out
+        yield out
 
 
 # --- A server
@@ -172,7 +172,7 @@ def open_records(
 
 def url_records(
     server: serve_http.Server, load: Load, rates: Sequence[float], tell: Tell = lambda what: None, vocabulary: int = 1000
-) -> list[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     """A server at every rate, beside itself with one request at a time.
 
     Args:
@@ -181,6 +181,9 @@ def url_records(
         rates: requests a second.
         tell: is told what comes next.
         vocabulary: as many as any model's.
+
+    Yields:
+        The record of each rate.
 
     Raises:
         ValueError: the server answers no request in full; says what it answers.
@@ -191,15 +194,14 @@ def url_records(
     single, wrong = serve_http.send_all(server, load.jobs(math.inf, vocabulary)[:ALONE], together=False)
     if not any(s.done for s in single):
         raise ValueError(f"{server.url} answered none of {len(single)} requests in full: {'; '.join(wrong)[:300]}")
-    within, out = [serve_stats.limits_of([s for s in single if s.done], TTFT_TIMES, times) for times in TPOT_TIMES], []
+    within = [serve_stats.limits_of([s for s in single if s.done], TTFT_TIMES, times) for times in TPOT_TIMES]
     for turn, rate in enumerate(rates):
         tell(f"{rate:.3g} requests a second")
         others = dataclasses.replace(load, seed=load.seed + turn + 1)  # the server may keep prefixes
         served, wrong = serve_http.send_all(server, others.jobs(rate, vocabulary), tell=lambda n, r=rate: tell(f"{r:.3g} a second: {n} sent"))  # type: ignore[misc]
         settings = {"arm": "server", "control": "one at a time", "model": server.model, "over": "http", "problems": [w[:200] for w in wrong[:8]]}
         found = summaries(served, within, rate) | ratios(served, single, within)
-        out.append(_record(served, rate, settings, found, load, "", 0.0, {}))
-    return out
+        yield [_record(served, rate, settings, found, load, "", 0.0, {})]
 
 
 # --- Records

@@ -212,7 +212,7 @@ def test_an_open_loop_with_its_control(model):
         engine.runner, engine.spec = types.SimpleNamespace(model=model), serve_open.spec_of(load)
     told = []
     prepared = {name: serve_open.Prepared(engine, Link(0.1)) for name, engine in engines.items()}
-    made = serve_open.open_records(prepared, None, load, (0.01, 0.02), {"model": "m"}, told.append)
+    made = [r for some in serve_open.open_records(prepared, None, load, (0.01, 0.02), {"model": "m"}, told.append) for r in some]
     assert [what.split(":")[0] for what in told[1:]] == [serve_open.OWN, serve_open.CONTROL, serve_open.CONTROL, serve_open.OWN], "in turn"
     assert [serve_open.stem(r) for r in made[:2]] == ["serve_open-m-layered, swap-0.01", "serve_open-m-chunked, recompute-0.01"]
     for r in made:
@@ -221,7 +221,7 @@ def test_an_open_loop_with_its_control(model):
         assert ("tokens_per_second / control" in c) == (r["settings"]["arm"] == serve_open.OWN) and c["compiles"] == 0
     engines[serve_open.OWN].step = lambda: [dataclasses.replace(e, ids=(1,) * len(e.ids)) for e in Engine.step(engines[serve_open.OWN])]
     with pytest.raises(RuntimeError, match="the arms gave different tokens"):
-        serve_open.open_records(prepared, None, load, (0.02,), {"model": "m"})
+        next(serve_open.open_records(prepared, None, load, (0.02,), {"model": "m"}))
 
 
 # --- Over HTTP
@@ -280,7 +280,7 @@ def test_requests_over_http(address):
 def test_records_of_a_server(address):
     server = serve_http.Server(f"http://127.0.0.1:{address.server_port}")
     load = serve_open.Load(6, Sizes(8, 0.2, 4, 12), Sizes(6, 0.2, 4, 8))
-    made = serve_open.url_records(server, load, (50.0, 200.0))
+    made = [r for some in serve_open.url_records(server, load, (50.0, 200.0)) for r in some]
     assert [serve_open.stem(r) for r in made] == ["serve_open-m-server-50", "serve_open-m-server-200"]
     for r in made:
         assert r["name"] == "serve_open" and r["counters"]["requests"] == 6 and r["counters"]["done"] == 4, "two seeds are refused or cut short"
@@ -288,6 +288,6 @@ def test_records_of_a_server(address):
         assert "ttft mean / control" in r["counters"] and 0 <= r["counters"]["tpot_x4"]["attainment"] <= 4 / 6
     assert set(serve_open.best(made, 2.0)) == {"server"} and serve_open.table(made).row_count == 2
     with pytest.raises(ValueError, match="no address of a server"):
-        serve_open.url_records(serve_http.Server("127.0.0.1:80"), load, (1.0,))
+        next(serve_open.url_records(serve_http.Server("127.0.0.1:80"), load, (1.0,)))
     with pytest.raises(OSError):
-        serve_open.url_records(serve_http.Server("http://127.0.0.1:9"), load, (1.0,))
+        next(serve_open.url_records(serve_http.Server("http://127.0.0.1:9"), load, (1.0,)))

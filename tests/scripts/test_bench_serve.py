@@ -73,7 +73,7 @@ def test_open_loops(tmp_path, monkeypatch):
         served = [serve_open.Served(0.0, ((1.0, 1), (2.0, 1)))] * load.requests
         within = [serve_open.Limits(5.0, 2.0), serve_open.Limits(5.0, 4.0)]
         found = serve_open.summaries(served, within, rates[0])
-        return [serve_open._record(served, rates[0], {"arm": "server", "model": "m"}, found, load, "", 0.0, {})]
+        yield [serve_open._record(served, rates[0], {"arm": "server", "model": "m"}, found, load, "", 0.0, {})]
 
     monkeypatch.setattr(serve_open, "url_records", url_records)
     more = ("--url", "http://127.0.0.1:8000/", "--api-key", "k", "--rates", 2, "--requests", 5, "--cache", tmp_path / "cache")
