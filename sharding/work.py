@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from jaxmoe.spec import ModelSpec
 from jaxmoe.spec.types import AttentionSpec, DeltaSpec, LayerSpec, RouterSpec
-from sharding.exchange_cost import Shape, even_rooms, traffic, transport, worst_rooms
+from sharding.exchange_cost import Shape, even_rooms, traffic, transport, waves, worst_rooms
 from sharding.hardware import Backend
 from sharding.link_time import Kind
 from sharding.phases import Count, Phase, run_length
@@ -295,7 +295,7 @@ def _experts(at: _Step, layer: LayerSpec, times: int) -> Work:
         return Work((op,), ())
     kept = 0 if layer.attention is None else _heads(at, layer.attention)[1] * (layer.attention.head_dim * 2)
     shape = Shape(math.ceil(t), router.active, router.experts, n, d, math.ceil(hidden), w, at.backend, kept)
-    sent = _meeting(layout, times, shape)
+    sent = _meeting(layout, times, shape, once=at.count == "compiled")
     # Buffers are written where rows are put in and read where they come out.
     return Work((op, Op("exchange", times, 0.0, 2 * sum(c.nbytes * c.times for c in sent) / times)), sent)
 
@@ -312,8 +312,8 @@ def _rows(layout: Layout, router: RouterSpec, tokens: int, row_bytes: int, backe
     return n * (even_rooms(tokens, active, router.experts // n, n) if rounds else worst).results
 
 
-def _meeting(layout: Layout, times: int, s: Shape) -> tuple[Collective, ...]:
-    """The exchange of one layer, with buffers of the sizes that `sharding.exchange_cost` counts."""
+def _meeting(layout: Layout, times: int, s: Shape, once: bool) -> tuple[Collective, ...]:
+    """The exchange of one layer, with buffers of the sizes that `sharding.exchange_cost` counts; `once`: one wave of experts, as compilers count."""
     axes, exchange = layout.experts, layout.split.exchange
     if exchange == "gather":
         rows = s.devices * s.tokens * s.nbytes
@@ -323,6 +323,6 @@ def _meeting(layout: Layout, times: int, s: Shape) -> tuple[Collective, ...]:
         )
     whole = traffic(exchange, s) * s.devices / (s.devices - 1)
     if exchange == "weights":
-        return (Collective("experts to tokens", times, "all_gather", axes, whole),)
+        return (Collective("experts to tokens", times, "all_gather", axes, whole / waves(s) if once else whole),)
     turns = 1 if exchange == "coherent" else 2
     return (Collective("exchange tokens", times * turns, "all_to_all", axes, whole / turns),)

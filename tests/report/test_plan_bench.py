@@ -75,3 +75,21 @@ def test_a_record_is_read_as_it_was_written(tmp_path):
     data = json.loads(path.read_text())
     assert data["bytes"]["total"] == 100 and data["settings"]["predicted"]["weights"] == 110
     assert dataclasses.asdict(case.workload) == data["settings"]["workload"]
+
+
+def test_a_new_prediction_leaves_what_was_compiled(tmp_path):
+    path = plan_bench.write(row(), tmp_path)
+    before = json.loads(path.read_text())
+    plan_bench.predict_again(dataclasses.replace(row(90), seconds=7.0), tmp_path)
+    data = json.loads(path.read_text())
+    assert (data["settings"]["predicted"]["weights"], data["settings"]["predicted_seconds"]) == (90, 7.0)
+    assert data["counters"]["error_percent"] == pytest.approx(-10) and data["settings"]["optimal_seconds"] == 2.0
+    for changed in (data, before):
+        del changed["counters"], changed["settings"]
+    assert data == before
+
+
+def test_cases_that_nothing_was_fitted_to_are_known():
+    held = [case for case in plan_bench.cases() if case.held_out]
+    assert len(held) == sum(len(case[3]) for case in plan_bench.HELD_OUT) and len(held) + 45 == len(plan_bench.cases())
+    assert not {case.name for case in held} & {case.name for case in plan_bench.cases() if not case.held_out}
