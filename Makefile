@@ -17,7 +17,7 @@ WORKERS ?= $(if $(JAX_PLATFORMS),1,2)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench compile-all clean
+.PHONY: help demo test test-all lint bench compile-all clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -30,8 +30,13 @@ demo: $(DEMO_STAMP) ## generate text with the small model that ships: all expert
 	@echo; echo 'The same with a quarter of the experts on the device and the others in host memory:'
 	$(PLATFORM) $(BIN)/python $(DEMO) --expert-memory 26%
 
-test: $(TEST_STAMP) ## run all tests; those marked `device` need e.g. JAX_PLATFORMS=cuda,cpu
-	$(BIN)/python -m pytest tests $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+PYTEST = $(BIN)/python -m pytest tests $(if $(filter-out 1,$(WORKERS)),-n $(WORKERS) --dist loadfile --no-loadscope-reorder)
+
+test: $(TEST_STAMP) ## run the tests; those marked `device` need e.g. JAX_PLATFORMS=cuda,cpu
+	$(PYTEST)
+
+test-all: $(TEST_STAMP) ## run the tests with more cases of each (those marked `exhaustive`)
+	$(PYTEST) --exhaustive
 
 lint: $(LINT_STAMP) ## ruff, mypy and the import floors
 	$(BIN)/python -m ruff check .

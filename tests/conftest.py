@@ -1,6 +1,6 @@
 """Set up jax before any test imports it: eight virtual CPU devices, and no accelerator unless one was asked for.
 
-`device` tests run where JAX_PLATFORMS names an accelerator that is there (`JAX_PLATFORMS=cuda,cpu make test`).
+`device` tests run where JAX_PLATFORMS names an accelerator that is there (`JAX_PLATFORMS=cuda,cpu make test`), `exhaustive` ones with `--exhaustive`.
 """
 
 import gc
@@ -45,19 +45,36 @@ LONGEST = (
 xdist keep this order)."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked `exhaustive` too, and more cases in those that count theirs")
+
+
+@pytest.fixture(scope="session")
+def exhaustive(request: pytest.FixtureRequest) -> bool:
+    """Whether a test that chooses how many cases it goes through is to take all of them."""
+    return request.config.getoption("exhaustive")
+
+
+def deselect(config: pytest.Config, items: list[pytest.Item], marker: str) -> None:
+    """Takes the tests with this marker out of the list."""
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    if marked:
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The longest files first; and without `device` tests where jax's default backend is the CPU."""
+    """The longest files first; without `exhaustive` tests unless they are asked for, and without `device` tests where jax's backend is the CPU."""
+    if not config.getoption("exhaustive"):
+        deselect(config, items, "exhaustive")
     begin = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: begin.get(item.path, len(begin)))
-    device_items = [item for item in items if item.get_closest_marker("device")]
-    if not device_items:
+    if not any(item.get_closest_marker("device") for item in items):
         return
     import jax
 
-    if jax.default_backend() != "cpu":
-        return
-    config.hook.pytest_deselected(items=device_items)
-    items[:] = [item for item in items if not item.get_closest_marker("device")]
+    if jax.default_backend() == "cpu":
+        deselect(config, items, "device")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -6,6 +6,7 @@ A program that runs once takes longer to compile than to run. Not for tests of b
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import jax
 
@@ -30,6 +31,12 @@ def _known(options: dict[str, bool | int]) -> dict[str, bool | int]:
 
 
 OPTIONS = _LITTLE | _known(_PLAIN_FUSIONS)
+
+
+def environment(flags: str = "") -> dict[str, str]:
+    """An environment in which another process compiles so whatever it compiles; with other flags in the place of this process's."""
+    little = [f"--{name}={str(value).lower()}" for name, value in OPTIONS.items()]
+    return {**os.environ, "XLA_FLAGS": " ".join([flags or os.environ.get("XLA_FLAGS", ""), *little]).strip()}
 
 
 @dataclasses.dataclass(frozen=True)

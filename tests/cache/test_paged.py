@@ -20,6 +20,7 @@ from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.paged_attention.types import plain
 from tests.families import goldens
+from tests.more import mostly
 from tests.quick import QuickKernels
 
 CPU = Kernels("cpu")
@@ -77,6 +78,7 @@ def attend(spec, kernels, state, batch, q, k, v, sinks):
     return state.attend(spec, jnp.int32(0), q, k, v, batch, kernels, sinks)
 
 
+@pytest.mark.parametrize("case", mostly(CASES, CASES[:2]), indirect=True)  # the third one's attention is the second's without sinks and windows
 @pytest.mark.parametrize("kernels", [QuickKernels("reference"), QuickKernels("tpu", interpret=True)], ids=["scattered", "packed, piece by piece"])
 def test_pages_of_accelerators(case, kernels):
     """All tokens are written before any attends, by a scatter or one run after another; float32 there rounds otherwise than on a CPU."""
@@ -89,7 +91,8 @@ def test_pages_of_accelerators(case, kernels):
         at = state.kinds.index(spec.cached)
         kv, key, value = spec.cached
         one, other = state.states[at], cpu.states[at]
-        ours, theirs = (jax.jit(functools.partial(attend, spec, by)) for by in (kernels, QuickKernels("cpu")))
+        every = (kernels, QuickKernels("cpu"))
+        ours, theirs = (jax.jit(functools.partial(attend, spec, by), compiler_options=by.compiler_options()) for by in every)
         for step in range(WRITTEN):
             pieces = [Piece(0, 0, 32 * step, 32, False)] if step < 2 else []
             rows = [Row(1, 1, step, 1)]
@@ -106,6 +109,7 @@ def test_pages_of_accelerators(case, kernels):
             np.testing.assert_allclose(np.asarray(got)[real], np.asarray(want)[real], atol=2e-5)
 
 
+@pytest.mark.parametrize("case", mostly(CASES, CASES[-1:]), indirect=True)
 def test_groups_of_layers(case):
     model, requests, expected, tables = case
     pieces = [Piece(i, i, 0, len(ids), True) for i, ids in enumerate(requests)]

@@ -10,7 +10,8 @@ from tests.checkpoints import faults, hf_folders
 from tests.checkpoints.faults import Fault
 
 ACTS = {"export": "checkpoints.export:export_checkpoint", "reshard": "checkpoints.reshard:reshard"}
-POINTS = 8
+POINTS, MANY = 4, 8
+"""Between the first and the last calls, and with `--exhaustive`."""
 
 
 def tree_bytes(folder):
@@ -24,7 +25,7 @@ def server():
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_killed_and_begun_again(tmp_path, server, act):
+def test_killed_and_begun_again(tmp_path, server, act, exhaustive):
     hf = hf_folders.tiny(tmp_path / "hf", "olmoe", "bfloat16", shards=2, num_hidden_layers=1)
     convert(hf, tmp_path / "in")
     source, out = tree_bytes(tmp_path / "in"), tmp_path / "out"
@@ -32,7 +33,8 @@ def test_killed_and_begun_again(tmp_path, server, act):
     assert straight.outcome == "returned", straight.output
     wanted, total = tree_bytes(tmp_path / "straight"), len(straight.calls)
     assert total > 10
-    for n in sorted({1, 2, *(3 + (total - 6) * i // POINTS for i in range(POINTS)), *range(total - 3, total + 1)}):
+    points = MANY if exhaustive else POINTS
+    for n in sorted({1, 2, *(3 + (total - 6) * i // points for i in range(points)), *range(total - 3, total + 1)}):
         run = server.run(ACTS[act], [tmp_path / "in", out], below=tmp_path, fault=Fault(n))
         where = f"killed at call {n} of {total}: {run.calls[-1:]}"
         assert run.outcome == "killed", where

@@ -1,7 +1,6 @@
 """Two processes with four devices each restore one folder together: bits, outputs, and what each of them reads."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from checkpoints.orbax import open_orbax
 from jaxmoe.spec import ModelSpec
 from tests.checkpoints import restore_process
 from tests.checkpoints.restore_process import WIDE, logits, restore, write
+from tests.quick import environment
 
 TOLERANCE = 2e-5
 PROCESSES = 2
@@ -40,13 +40,13 @@ def found(folder) -> list[dict]:
     leaves = restore(checkpoint, None)
     np.savez(folder / "whole.npz", logits=logits(checkpoint.spec, leaves), **{path: np.asarray(leaf) for path, leaf in leaves.items()})
     root = Path(restore_process.__file__).resolve().parents[2]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    env = {**environment("--xla_force_host_platform_device_count=4"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     address = f"127.0.0.1:{free_port()}"
     command = [sys.executable, restore_process.__file__, str(checkpoint.folder), str(folder / "whole.npz"), address, str(PROCESSES)]
     outs = [folder / f"{i}.json" for i in range(PROCESSES)]
     logs = [open(folder / f"{i}.log", "w+") for i in range(PROCESSES)]
     running = [
-        subprocess.Popen([*command, str(i), str(out)], env=environment, cwd=root, stdout=log, stderr=subprocess.STDOUT)
+        subprocess.Popen([*command, str(i), str(out)], env=env, cwd=root, stdout=log, stderr=subprocess.STDOUT)
         for i, (out, log) in enumerate(zip(outs, logs, strict=True))
     ]
     try:

@@ -1,6 +1,7 @@
 """Experts that are quantized on the way: each number the nearest step of its group, on disk as `formats.Quantized` has them."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from checkpoints.verify import verify
 from jaxmoe import formats
 from jaxmoe.compress.round_to_nearest import quantize_columns, quantizer
 from tests.checkpoints import hf_folders
+from tests.more import mostly
 
 CONFIG = {**hf_folders.CONFIGS["qwen3_moe"], "hidden_size": 32, "moe_intermediate_size": 64}
 
@@ -38,9 +40,11 @@ def plain_matrices(tmp_path, **how):
     return open_checkpoint(tmp_path / "plain")
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["each", "fused"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("bits", [8, 4])
+PAIRS = [(8, "float32", False), (8, "bfloat16", True), (4, "bfloat16", False), (4, "float32", True)]
+"""Every two of bits, dtype, and whether experts are fused."""
+
+
+@pytest.mark.parametrize("bits, dtype, fused", mostly(itertools.product((8, 4), ("float32", "bfloat16"), (False, True)), PAIRS))
 def test_numbers_and_scales(tmp_path, bits, dtype, fused, monkeypatch):
     monkeypatch.setattr(units, "BLOCK_BYTES", 5 * 64 * 4)  # several blocks of columns
     plain = plain_matrices(tmp_path, dtype=dtype)

@@ -15,6 +15,7 @@ from jaxmoe.decode.sampling import (
     sample,
     sampling_params,
 )
+from tests.more import more
 from tests.quick import OPTIONS
 
 draw = jax.jit(sample, static_argnames=("purpose", "greedy_only"))
@@ -221,7 +222,7 @@ def test_purposes_draw_differently():
 # --- What a draw does not depend on
 
 
-@pytest.mark.parametrize("vocab", [5, 129, 1003])
+@pytest.mark.parametrize("vocab", [5, more(129), 1003])
 def test_rows_are_bitwise_independent(vocab):
     """One row alone, 8 in other places beside other rows, and all 24: the same bits, before and after the noise."""
     logits, params, position = random_case(24, vocab)

@@ -22,6 +22,7 @@ from jaxmoe.engine.generate import Engine, Request, Sampling
 from jaxmoe.engine.model import Model, load_model
 from pallas_kernels.dispatch import Kernels
 from tests.models import Schedule, decode_logits, prefill_logits, random_model
+from tests.more import more
 
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "default"
 LENGTHS = (131, 1, 33, 64, 7, 40, 31, 3)
@@ -121,18 +122,19 @@ WAYS_OF = {
     "shipped-float32": WAYS,
     "mixtral-bfloat16": FEWER,
 }
-"""By model and dtype. Another dtype, a window and stacked layers do not need every bucket once more."""
+"""By model and dtype. Another dtype, a window and stacked layers do not need every bucket once more; the shipped model has those with
+`--exhaustive`."""
 
 
 @pytest.fixture(scope="module")
-def logits_of(model_of) -> Callable[[str], dict[str, list[np.ndarray]]]:
+def logits_of(model_of, exhaustive) -> Callable[[str], dict[str, list[np.ndarray]]]:
     """Logits of every prompt, by way; for the names in `WAYS_OF`. (Mixtral's float32 is `test_generate.py`'s.)"""
 
     @functools.cache
     def compute(name: str):
         model = model_of(*name.split("-"))
         steps.logits_step(model.spec, model.kernels)  # made once, before two threads ask for it
-        calls = {way: call for way, call in ways(model).items() if way in WAYS_OF[name]}
+        calls = {way: call for way, call in ways(model).items() if way in (WAYS_OF[name] if exhaustive else FEWER)}
         return dict(zip(calls, side_by_side(list(calls.values())), strict=True))
 
     return compute
@@ -144,7 +146,10 @@ def bits(x) -> np.ndarray:
     return x.view(np.uint32)
 
 
-@pytest.mark.parametrize(("name", "way"), [(name, way) for name, some in WAYS_OF.items() for way in some if way != REFERENCE])
+CASES = [(name, way) if way in FEWER else more(name, way) for name, some in WAYS_OF.items() for way in some if way != REFERENCE]
+
+
+@pytest.mark.parametrize(("name", "way"), CASES)
 def test_logits(logits_of, name, way):
     for i, (got, expected) in enumerate(zip(logits_of(name)[way], logits_of(name)[REFERENCE], strict=True)):
         assert got.shape == (LENGTHS[i], expected.shape[1])

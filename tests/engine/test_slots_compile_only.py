@@ -23,6 +23,7 @@ from jaxmoe.formats import leaf_dtype
 from jaxmoe.spec import ModelSpec, abstract_params, stack_layers
 from pallas_kernels.dispatch import Kernels
 from sharding.compile_only import compile_with_host
+from tests.more import more
 
 pytestmark = pytest.mark.compile_only
 
@@ -89,9 +90,9 @@ def nbytes(tree) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def parts(model: str, slots: int, rows: int, layout: str):
-    """Spec and abstract `(params, bank, state)` in bfloat16, layers stacked, experts in `layout`."""
-    spec = ModelSpec.from_hf(CONFIGS[model]).with_precision("bfloat16")
+def parts(model: str, slots: int, rows: int, layout: str, **changes):
+    """Spec and abstract `(params, bank, state)` in bfloat16, layers stacked, experts in `layout`; `changes` are of the config."""
+    spec = ModelSpec.from_hf(CONFIGS[model] | changes).with_precision("bfloat16")
 
     def shape(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -124,8 +125,8 @@ def compiled(target: str, model: str, slots: int, rows: int):
     "target, model, slots, rows, strict",
     [
         ("h100", "Qwen3-30B-A3B", 32, 1, SLICES_IN_TURN),
-        ("h100", "OLMoE-1B-7B", 16, 8, True),
-        ("v5e:2x2", "Qwen3-30B-A3B", 16, 8, True),
+        more("h100", "OLMoE-1B-7B", 16, 8, True),  # waves: the programs of serving/test_serve_compile_only.py have them too
+        more("v5e:2x2", "Qwen3-30B-A3B", 16, 8, True),
         ("v6e:2x2", "Mixtral-8x7B", 2, 1, True),
     ],
 )

@@ -1,7 +1,7 @@
 """A model whose experts live in host memory gives the bits of one whose experts are all on the device, whatever the setting.
 
-Few combinations, over 28 decode steps each, that hold every pair of model, dtype, batch, budget, policy and mode. Empty slots and used
-staging slots hold NaN. The shipped model is in `test_slots_exact.py`.
+Few combinations, over 16 decode steps each (64 with `--exhaustive`), that hold every pair of model, dtype, batch, budget, policy and mode. Empty
+slots and used staging slots hold NaN. The shipped model is in `test_slots_exact.py`.
 """
 
 import functools
@@ -15,8 +15,8 @@ from jaxmoe.engine.model import Model
 from tests.engine.test_invariance import bits
 from tests.models import decode_logits, host_driven_step, prefill_logits, random_model, slot_model
 
-LENGTHS = (28, 28, 21, 28, 12, 28, 28, 5)
-"""Sequences of a batch of 8; rows become padding as the shorter ones end."""
+LENGTHS = (16, 16, 12, 16, 7, 16, 16, 3)
+"""Sequences of a batch of 8, four times as long with `--exhaustive`; rows become padding as the shorter ones end."""
 
 FACTORS = {
     "model": ("olmoe", "qwen3_moe"),
@@ -30,7 +30,7 @@ FACTORS = {
 
 def whole_prompts(model: Model, requests: list[list[int]], batch: int) -> list[np.ndarray]:
     """All requests in one step, as prompts: each expert crosses the link once."""
-    return prefill_logits(model, requests, [[(i, 0, len(ids)) for i, ids in enumerate(requests)]], 1024 if batch > 1 else 128)
+    return prefill_logits(model, requests, [[(i, 0, len(ids)) for i, ids in enumerate(requests)]], 512 if batch > 1 else 128)
 
 
 def host_driven(model: Model, requests: list[list[int]], batch: int) -> list[np.ndarray]:
@@ -71,13 +71,17 @@ def model_of() -> Callable[[str, str], Model]:
     return functools.cache(lambda name, dtype: random_model(name, dtype, unroll=False))
 
 
-def requests_of(model: Model) -> list[list[int]]:
-    rng = np.random.default_rng(3)
-    return [rng.integers(0, model.spec.vocab, n).tolist() for n in LENGTHS]
+@pytest.fixture(scope="module")
+def requests_of(exhaustive) -> Callable[[Model], list[list[int]]]:
+    def requests(model: Model) -> list[list[int]]:
+        rng = np.random.default_rng(3)
+        return [rng.integers(0, model.spec.vocab, 4 * n if exhaustive else n).tolist() for n in LENGTHS]
+
+    return requests
 
 
 @pytest.fixture(scope="module")
-def resident_logits(model_of) -> Callable[[str, str], list[np.ndarray]]:
+def resident_logits(model_of, requests_of) -> Callable[[str, str], list[np.ndarray]]:
     """Of all requests side by side; that a request alone has the same bits is tested in `test_invariance.py`."""
     return functools.cache(lambda name, dtype: decode_logits(model_of(name, dtype), requests_of(model_of(name, dtype)), len(LENGTHS)))
 
@@ -88,7 +92,7 @@ def slots_of(model: Model, budget: str) -> int:
 
 
 @pytest.mark.parametrize(tuple(FACTORS), COVER)
-def test_a_pairwise_cover(model_of, resident_logits, model, dtype, batch, budget, policy, mode):
+def test_a_pairwise_cover(model_of, requests_of, resident_logits, model, dtype, batch, budget, policy, mode):
     resident = model_of(model, dtype)
     offloaded = slot_model(resident, slots_of(resident, budget), 1 + (policy == "lru"), policy)
     got = MODES[mode](offloaded, requests_of(resident)[:batch], batch)

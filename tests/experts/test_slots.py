@@ -22,7 +22,8 @@ from jaxmoe.residency.policy import DECAY
 from pallas_kernels.dispatch import Kernels
 
 LAYERS, EXPERTS, ACTIVE, WIDTH, HIDDEN = 3, 12, 2, 64, 32
-CALLS = 40
+CALLS, MANY = 20, 40
+"""Calls of a bank, and with `--exhaustive`."""
 CPU = Kernels("cpu")
 
 
@@ -212,13 +213,13 @@ def assert_equal_bits(got, expected, valid) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_bits_tables_and_counters(case):
+def test_bits_tables_and_counters(case, exhaustive):
     slots, resident = banks(case)
     (fixed, _), state, run = slots.split(), committed(slots.init_state()), program(CPU, case.layer)
     store = np.asarray(slots.store)
     plain = [PlainCache(n, case.policy, row) for n, row in zip(case.slots, profile(), strict=True)]
     rng = np.random.default_rng(case.tokens)
-    for turn in range(CALLS):
+    for turn in range(MANY if exhaustive else CALLS):
         layer = int(rng.integers(LAYERS)) if case.layer is None else case.layer
         tokens = draw_tokens(rng, turn, case, plain[layer].there)
         _, ids, _, valid = tokens

@@ -3,6 +3,7 @@
 import pytest
 
 from tests.families import goldens
+from tests.more import mostly
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -10,7 +11,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     families = getattr(metafunc.module, "FAMILIES", None)
     for argument in goldens.ARGUMENTS:
         if argument in metafunc.fixturenames and families is not None and metafunc.function.__module__ == goldens.__name__:
-            metafunc.parametrize(argument, goldens.names_of(families, argument))
+            names = goldens.names_of(families, argument)
+            always = goldens.names_of(goldens.ALWAYS[argument], argument) if argument in goldens.ALWAYS else names
+            metafunc.parametrize(argument, mostly(names, always))
 
 
 def _case(item: pytest.Item) -> str | None:
@@ -33,12 +36,12 @@ _last: list[goldens.Run] = []
 
 
 @pytest.fixture
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> goldens.Run:
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, exhaustive: bool) -> goldens.Run:
     """The case of a test, kept until the next case's first test."""
     name = _case(request.node)
     assert name is not None, "a test with a run has a case"
     if not _last or _last[0].name != name:
         _last.clear()
         goldens.forget_programs()
-        _last.append(goldens.make_run(name, tmp_path_factory.mktemp(name)))
+        _last.append(goldens.make_run(name, tmp_path_factory.mktemp(name), not exhaustive and name not in goldens.BITS))
     return _last[0]

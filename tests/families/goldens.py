@@ -42,12 +42,16 @@ def golden(name: str) -> tuple[dict, list[np.ndarray], list[np.ndarray]]:
 
 @dataclasses.dataclass
 class Run:
-    """A case: its converted folder, and, once asked for, the model as the CPU runs it by default with the logits of both sequences together."""
+    """A case: its converted folder, and, once asked for, the model as the CPU runs it by default with the logits of both sequences together.
+
+    `quick` has it compiled in less time, where no other run is held to its bits.
+    """
 
     name: str
     checkpoint: Checkpoint
     ids: list[np.ndarray]
     expected: list[np.ndarray]
+    quick: bool = False
     _found: tuple[Model, list[np.ndarray]] | None = None
 
     def load(self, dtype: str, kernels: Kernels, unroll: bool | None = None) -> Model:
@@ -58,7 +62,7 @@ class Run:
     def on_cpu(self) -> tuple[Model, list[np.ndarray]]:
         """(model, logits)"""
         if self._found is None:
-            model = self.load("float32", Kernels("cpu"))
+            model = self.load("float32", QuickKernels("cpu") if self.quick else Kernels("cpu"))
             self._found = model, together(model, self.ids)
         return self._found
 
@@ -68,12 +72,12 @@ class Run:
         return [list(map(int, i)) for i in self.ids]
 
 
-def make_run(name: str, folder: Path) -> Run:
+def make_run(name: str, folder: Path, quick: bool = False) -> Run:
     """A case, written, converted and opened in `folder`."""
     made, ids, expected = golden(name)
     make_goldens.write_folder(folder / "hf", made["config"], made["seed"])
     convert(folder / "hf", folder / "converted")
-    return Run(name, open_checkpoint(folder / "converted"), ids, expected)
+    return Run(name, open_checkpoint(folder / "converted"), ids, expected, quick)
 
 
 MAPS = 20_000
@@ -197,6 +201,20 @@ one. A compiled step of streamed experts runs for half of them as a prompt and f
 not depend on how many tokens there are (that prompts and decoding give the same bits is tested for every family, and that both do with streamed
 experts in `tests/engine/test_slots_cover.py`)."""
 
+AMONG = {"halved": HALVED, "prompted": HALVED[0::2], "decoded": HALVED[1::2]}
+"""Families that tests with these arguments are for."""
+
+BITS = [next(iter(golden_cases.FAMILIES[family])) for family in HALVED]
+"""Cases with runs that are held to each other's bits."""
+
+ALWAYS = {
+    "halved": ("deepseek_v3", "gpt_oss", "llama4_text", "qwen3_next"),
+    "prompted": ("gpt_oss", "llama4_text"),
+    "decoded": ("gemma4_text", "qwen3_next"),
+}
+"""Those of them that have a kind of attention, of state or of expert that no other has: latents; biases and sinks; chunks, and inputs that are
+scaled; a delta rule, and a gate of the shared expert. Streamed experts as well with norms behind them and a dense network beside them. The others run
+with `--exhaustive`."""
 
 WRAPPED = {"gemma4": "gemma4_text", "llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 """Families that are others' models within a config of several modalities: their graphs are those."""
@@ -206,8 +224,7 @@ def names_of(families: tuple[str, ...], argument: str) -> list[str]:
     """The cases that a test with this argument runs for."""
     if argument == "name":
         return [name for family in families for name in golden_cases.FAMILIES[family]]
-    among = {"halved": HALVED, "prompted": HALVED[0::2], "decoded": HALVED[1::2]}
-    chosen = [family for family in families if (family not in WRAPPED if argument == "first" else family in among[argument])]
+    chosen = [family for family in families if (family not in WRAPPED if argument == "first" else family in AMONG[argument])]
     return [next(iter(golden_cases.FAMILIES[family])) for family in chosen]
 
 

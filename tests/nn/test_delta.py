@@ -13,6 +13,7 @@ from jaxmoe.cache.recurrent import init_recurrent
 from jaxmoe.nn.delta import GatedDelta
 from jaxmoe.spec import DeltaSpec, Precision
 from pallas_kernels.dispatch import Kernels
+from tests.more import mostly
 
 EPS = 1e-5
 CASES = {
@@ -142,7 +143,7 @@ def test_bfloat16():
     assert np.linalg.norm(got - expected) < 0.5 * np.linalg.norm(expected - exact)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly(CASES, CASES.keys() - {"odd"}))  # which cache/test_recurrent.py cuts as well
 def test_bits_of_cuts(case):
     """Three heads are the hard case: of few numbers XLA takes some one by one, and rounds some exponentials otherwise."""
     width, spec = CASES[case]

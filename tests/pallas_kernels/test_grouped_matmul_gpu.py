@@ -16,6 +16,7 @@ from pallas_kernels.grouped_matmul.glu import GLUS
 from pallas_kernels.grouped_matmul.gpu import Config, Problem
 from pallas_kernels.grouped_matmul.shapes import SHAPES
 from sharding.compile_only import compile_for
+from tests.more import more, mostly
 from tests.quick import OPTIONS
 
 SMALL = Config(rows=16, depth=64, stages=2)
@@ -143,13 +144,13 @@ def test_glu(config, more):
 @pytest.mark.parametrize(
     "bits, config, more",
     [
-        (8, Config(rows=16, depth=128, stages=2), {"group": 128, "k": 256}),
+        more(8, Config(rows=16, depth=128, stages=2), {"group": 128, "k": 256}),
         (8, Config(rows=16, depth=64, stages=2, splits=2), {"group": 32}),
         (4, Config(rows=16, depth=128, stages=2), {"group": 128, "k": 256}),
         (4, Config(rows=16, cols=128, depth=128, stages=2), {"group": 32, "n": 128}),
         (4, Config(rows=8, depth=192, stages=2, warpgroups=2), {"group": 64, "k": 192, "n": 128}),
         (8, Config(rows=8, depth=64, stages=2), {"op": "glu", "group": 128}),
-        (4, Config(rows=8, depth=64, stages=2), {"op": "glu", "group": 64, "k": 192}),
+        more(4, Config(rows=8, depth=64, stages=2), {"op": "glu", "group": 64, "k": 192}),
     ],
 )
 def test_quantized(bits, config, more):
@@ -251,9 +252,11 @@ def abstract(problem, bits):
 
 
 # Few groups and many, and sizes that tiles do not divide; the other models' kernels are these (`scripts/compile_kernels.py` compiles all of them).
-COMPILED = [(name, tokens, 16) for name in ("mixtral-8x7b", "deepseek-v3", "gpt-oss-120b") for tokens in (8, 512)]
+COMPILED = [("mixtral-8x7b", 8, 16), ("deepseek-v3", 512, 16), ("gpt-oss-120b", 8, 16), ("gpt-oss-120b", 512, 16)]
 # A K of 128s and one of 64s.
-COMPILED += [(name, 8, bits) for name in ("mixtral-8x7b", "gpt-oss-120b") for bits in (8, 4)]
+COMPILED += [("mixtral-8x7b", 8, 8), ("gpt-oss-120b", 8, 4)]
+# Their configs with more and with fewer groups, and in the other number of bits.
+AGAIN = [("deepseek-v3", 8, 16), ("mixtral-8x7b", 512, 16), ("mixtral-8x7b", 8, 4), ("gpt-oss-120b", 8, 8)]
 
 
 def test_what_is_compiled_has_the_config_of_every_model():
@@ -281,7 +284,7 @@ def test_biases_compile_for_h100(tokens, monkeypatch, tmp_path):
 
 
 @pytest.mark.compile_only
-@pytest.mark.parametrize("name, tokens, bits", COMPILED)
+@pytest.mark.parametrize("name, tokens, bits", mostly(COMPILED + AGAIN, COMPILED))
 def test_compiles_for_h100(name, tokens, bits, monkeypatch, tmp_path):
     monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")

@@ -15,6 +15,7 @@ from pallas_kernels.paged_attention.gpu import Config
 from pallas_kernels.paged_attention.shapes import PAGE, SHAPES
 from pallas_kernels.paged_attention.types import Pages, Partial, Queries, finish, merge, plain
 from sharding.compile_only import compile_for
+from tests.more import more, mostly
 from tests.quick import OPTIONS
 
 SCALE = 0.11
@@ -103,7 +104,7 @@ def test_reference_is_softmax_attention():
     np.testing.assert_allclose(finish(got, 0.5 * jnp.arange(4.0), jnp.float32), out, atol=2e-6)
 
 
-@pytest.mark.parametrize("group, width", [(1, 16), (4, 64), (8, 128)])
+@pytest.mark.parametrize("group, width", [more(1, 16), (4, 64), (8, 128)])
 def test_decoding(group, width):
     """No rows, one key, a page, a page and one; rows of no sequence."""
     got = check(case([50, 1, 64, 65, 150], [0, 1, 1, 1, 1], 2, group, width))
@@ -120,7 +121,7 @@ def test_decoding_with_window_and_sinks():
     np.testing.assert_allclose(finish(got, sinks, jnp.float32), finish(want, sinks, jnp.float32), atol=5e-3)
 
 
-@pytest.mark.parametrize("window", [None, 30])
+@pytest.mark.parametrize("window", [more(None), 30])
 def test_pieces_of_prompts_beside_decoding(window):
     """Five heads to a KV head, so that rows of a tile are no power of two; more rows than a tile has."""
     check(case([3, 70, 90, 20], [3, 1, 29, 0], 1, 5), Config(), window=window, soft_cap=4.0)
@@ -130,12 +131,12 @@ def test_two_warpgroups_share_rows():
     check(case([90], [17], 1, 8), Config(share="rows"))
 
 
-@pytest.mark.parametrize("words, window", [(1, None), (2, 25)])
+@pytest.mark.parametrize("words, window", [more(1, None), (2, 25)])
 def test_trees(words, window):
     check(case([100, 45], [12, 20 * words], 1, 4, tree_words=words), Config(), window=window)
 
 
-@pytest.mark.parametrize("bias_heads", [1, 2])
+@pytest.mark.parametrize("bias_heads", [more(1), 2])
 def test_bias_and_dead_slots(bias_heads):
     check(case([100, 45, 1], [1, 3, 1], 2, 4, 32, bias_heads=bias_heads))
 
@@ -229,11 +230,14 @@ def test_configs():
 REGIMES = {"decode": {}, "prefill": {"sequences": 4, "rows": 512, "most": 512}, "tree": {"rows": 64, "most": 32, "tree_words": 2}}
 
 
+COMPILED = [(m, ("decode", "prefill")[i % 2], False) for i, m in enumerate(SHAPES)]
+COMPILED += [("qwen3-30b-a3b", "tree", True), ("deepseek-v3", "decode", True)]
+ALWAYS = [case for case in COMPILED if case[2] or case[0] in ("mixtral-8x7b", "olmoe-1b-7b", "gpt-oss-120b")]
+"""Groups of four heads, of one, with a window, and what is quantized; latents that are not have a test below."""
+
+
 @pytest.mark.compile_only
-@pytest.mark.parametrize(
-    "model, regime, quantized",
-    [(m, ("decode", "prefill")[i % 2], False) for i, m in enumerate(SHAPES)] + [("qwen3-30b-a3b", "tree", True), ("deepseek-v3", "decode", True)],
-)
+@pytest.mark.parametrize("model, regime, quantized", mostly(COMPILED, ALWAYS))
 def test_compiles_without_a_copy_of_the_pages(model, regime, quantized):
     q, pages, queries = shapes(model, n_pages=2**16, quantized=quantized, **REGIMES[regime])
     window = SHAPES[model].window

@@ -23,6 +23,7 @@ from pallas_kernels.paged_attention.tpu import Config
 from pallas_kernels.paged_attention.types import Pages, Queries, finish, merge
 from pallas_kernels.paged_attention.types import packed as as_packed
 from sharding.compile_only import compile_for
+from tests.more import more
 from tests.quick import OPTIONS
 
 SCALE = 0.1
@@ -94,7 +95,7 @@ def check(q, pages, queries, packed=False, config=None, **kind):
     return got
 
 
-@pytest.mark.parametrize("K, G", [(2, 1), (2, 4), (1, 8)])
+@pytest.mark.parametrize("K, G", [more(2, 1), (2, 4), (1, 8)])
 def test_decoding(K, G):
     # No row, one key, exactly a page, a page and a key, many pages; two rows of no sequence.
     got = check(*problem([1, 0, 1, 1, 1], [40, 0, 1, 16, 17], K, G, spare_rows=2), config=Config(1, 2, K))
@@ -109,14 +110,14 @@ def test_no_sequence_at_all():
 
 @pytest.mark.parametrize(
     "G, heads, kind",
-    [(4, 1, {}), (3, 2, {"window": 13, "soft_cap": 2.0})],
+    [more(4, 1, {}), (3, 2, {"window": 13, "soft_cap": 2.0})],
 )
 def test_pieces_of_prompts_beside_decoding(G, heads, kind):
     """A whole prompt, a piece of one that starts and ends within a page, decoding; tiles of 8 rows, in which few rows take a path of their own."""
     check(*problem([20, 0, 1, 11, 1], [20, 0, 33, 40, 70], 2, G, spare_rows=1), config=Config(8, 2, heads), **kind)
 
 
-@pytest.mark.parametrize("bias, words, window, config", [(2, 1, None, Config(8, 2, 1)), (1, 2, 40, Config(16, 2, 2, 2))])
+@pytest.mark.parametrize("bias, words, window, config", [more(2, 1, None, Config(8, 2, 1)), (1, 2, 40, Config(16, 2, 2, 2))])
 def test_trees_and_biases(bias, words, window, config):
     """Words for 32 rows and for 64; the tree of a sequence has 40. With one word, no row sees the last keys."""
     check(*problem([5, 1, 40], [40, 33, 90], bias=bias, words=words), config=config, window=window)
@@ -240,14 +241,14 @@ def temporaries(target, model, regime, kind, **more):
 
 COVER = [
     ("v5e:2x2", "mixtral-8x7b", "decode", "uint16"),
-    ("v6e:4x4", "mixtral-8x7b", "tree", "uint16"),
+    more("v6e:4x4", "mixtral-8x7b", "tree", "uint16"),
     ("tpu7x:2x2x1", "mixtral-8x7b", "decode", "int8"),
     ("tpu7x:2x2x1", "qwen3-30b-a3b", "mixed", "uint16"),
     ("v6e:4x4", "qwen3-235b-a22b", "prompt", "uint16"),
     ("v6e:4x4", "olmoe-1b-7b", "one", "uint16"),
     ("v5e:2x2", "deepseek-v3", "decode", "uint16"),
-    ("tpu7x:2x2x1", "deepseek-v3", "tree", "uint16"),
-    ("v5e:2x2", "gpt-oss-120b", "mixed", "uint16"),
+    more("tpu7x:2x2x1", "deepseek-v3", "tree", "uint16"),
+    more("v5e:2x2", "gpt-oss-120b", "mixed", "uint16"),
     ("v5p:2x2x1", "gpt-oss-120b", "tree", "int8"),
 ]
 
@@ -277,7 +278,7 @@ def write(pool, new, page, slot):
 
 
 @pytest.mark.compile_only
-@pytest.mark.parametrize("model", ["mixtral-8x7b", "gpt-oss-120b", "deepseek-v3"])
+@pytest.mark.parametrize("model", [more("mixtral-8x7b"), "gpt-oss-120b", "deepseek-v3"])
 def test_a_pool_that_layers_write_and_read_stays_in_place(model):
     (q, pages, queries), window = shapes(model, "decode", P=8192)
     shape, layers = SHAPES[model], 4
