@@ -31,7 +31,7 @@ CACHE = Path.home() / ".cache" / "jaxmoe"
 STREAMING = {
     "expert_mode": "mode", "expert_policy": "policy", "expert_staging": "staging", "expert_trace": "trace", "expert_fill": "fill",
     "link_gbps": "link_gbps", "host_memory": "host_memory", "expert_predictor": "predictor", "predictor_file": "predictor_file",
-    "prefetch": "prefetch", "lossy": "lossy",
+    "prefetch": "prefetch", "lossy": "lossy", "pin_experts": "pinned",
 }  # fmt: skip
 """Options that go with --expert-memory, and the fields of `Streaming` that they set."""
 
@@ -85,6 +85,8 @@ class Arguments:
     """Device slots for experts that pass through; 2 if not given."""
     expert_trace: Path | None = None
     """A routing trace of the model (scripts/trace.py record): shares slots out over the layers, and profiles for the static policy."""
+    pin_experts: Path | None = None
+    """Experts that never leave the device once they are there, a file of scripts/trace.py pin."""
     expert_fill: Literal["while", "fixed", "mosaic_tma", "mosaic_loads"] | None = None
     """How a compiled step reads host memory, if not in the backend's way."""
     host_memory: str | None = None

@@ -1,10 +1,12 @@
 """Routing traces: `trace.py import` reads one of another program, `record` makes one, `replay` runs it through a cache, `report` says what it allows,
-`advise` what to switch on.
+`advise` what to switch on. `pin` finds the experts of a model that had better never leave the device.
 
     python scripts/trace.py record [MODEL] --prompt TEXT | --prompt-file FILE --out TRACE.npz
     python scripts/trace.py replay TRACE --slots 12 --policy lfu
     python scripts/trace.py report TRACE --slots 12 24 --plots FOLDER
-    python scripts/trace.py advise TRACE --slots 12 --link-gbps 25 --step-ms 4
+    python scripts/trace.py pin [MODEL] --prompt TEXT | --prompt-file FILE --out PINNED.json
+    python scripts/trace.py advise TRACE --link-gbps 25 --step-ms 4 [--slots 12]
+    python scripts/trace.py advise --model MODEL --prompt-file FILE [--link-gbps 25]
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -62,6 +64,30 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pin:
+    """Finds super experts, whose outputs are far larger than the others', for generate.py --pin-experts."""
+
+    out: Path
+    """The list to write, .json."""
+    model: tyro.conf.Positional[Path] = DEFAULT_MODEL
+    """Hugging Face folder or converted folder."""
+    prompt: str | None = None
+    """Text to read."""
+    prompt_file: Path | None = None
+    """A file with one text a line."""
+    quantile: float = 0.995
+    """Their largest output is above this quantile of all experts' (Super Experts),"""
+    share: float = 0.1
+    """and above this share of the largest of all."""
+    layers: float = 1.0
+    """Look only at the first so large a share of the layers that have experts; REAP takes 0.75."""
+    dtype: str | None = None
+    """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
+    cache: Path = CACHE
+    """Where converted checkpoints and compiled programs are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Replay:
     """Runs a trace through a cache of experts, warmed by the prompt, and says how often what was asked for was there."""
 
@@ -79,6 +105,8 @@ class Replay:
     """A trained predictor (scripts/train.py predictor), for path and readme."""
     horizon: int = 1
     """Steps after the running one that the predictor is asked about; only the oracle knows more than one."""
+    pin: Path | None = None
+    """Experts that never leave once they are there, a file of trace.py pin."""
     cold: bool = False
     """Leave the prompt out instead of letting it warm the cache."""
     json: Path | None = None
@@ -103,16 +131,27 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Advise:
-    """Says which policy and which prefetching to use for a model, a machine and a kind of text, and how fast that will be."""
+    """Says which policy, prefetching, slots and precision to use for a model, a machine and a kind of text, and how fast that will be. Reads a trace,
+    or records one of --model; measures what is not given."""
 
-    trace: tyro.conf.Positional[Path]
+    trace: tyro.conf.Positional[Path | None] = None
     """A trace, or a route trace's .csv."""
-    link_gbps: float
-    """Speed of the link between host and device, 10^9 bytes per second."""
-    step_ms: float
-    """Milliseconds of a decode step with all experts on the device (what generate.py prints without --expert-memory)."""
+    model: Path | None = None
+    """Hugging Face folder or converted folder, run to time its decode steps, and without a trace to record one."""
+    prompt: str | None = None
+    """What it reads, to record a trace."""
+    prompt_file: Path | None = None
+    """A file with one prompt a line: a batch."""
+    max_new_tokens: int = 128
+    """Tokens to generate per prompt, at most."""
+    dtype: str | None = None
+    """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
+    link_gbps: float | None = None
+    """Speed of the link between host and device, 10^9 bytes per second; measured if not given."""
+    step_ms: float | None = None
+    """Milliseconds of a decode step with all experts on the device; measured with --model if not given."""
     slots: int | None = None
-    """Experts that a layer holds; or give --expert-memory."""
+    """Experts that a layer holds; without this and --expert-memory several numbers are compared."""
     expert_memory: str | None = None
     """Device memory for experts, like 4GB or 25%."""
     predictor_file: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
@@ -123,6 +162,8 @@ class Advise:
     """Decode steps that are looked at; the first half chooses, the second checks."""
     json: Path | None = None
     """Write the comparison to this file."""
+    cache: Path = CACHE
+    """Where converted checkpoints and compiled programs are kept."""
 
 
 def check_out(path: Path) -> None:
@@ -154,7 +195,7 @@ def replay_trace(args: Replay, console: Console) -> None:
     from jaxmoe.offload.replay import OPT, optimum, replay
     from jaxmoe.offload.trace import load_or_import
     from jaxmoe.report import record, trace_report
-    from jaxmoe.residency import find_policy
+    from jaxmoe.residency import Knowledge, find_policy
 
     if args.json is not None:
         record.check_path(args.json)
@@ -165,11 +206,14 @@ def replay_trace(args: Replay, console: Console) -> None:
         raise ValueError(f"--predictor is for plec and lookahead, not for {args.policy}")
     if args.predictor_file is not None and args.predictor not in ("path", "readme"):
         raise ValueError("--predictor-file is for the predictors path and readme")
+    if args.pin is not None and args.policy == OPT:
+        raise ValueError(f"--pin {args.pin}: opt is the bound of what a policy can do without pinned experts: choose another policy")
     trace = load_or_import(args.trace)
+    pinned = None if args.pin is None else read_pinned(args.pin, trace)
     other = None if args.profile is None else read_other(args.profile, trace)
     if other is None and "patterns" in policy.needs:
         raise ValueError("the eam policy goes by another trace of the model: give --profile")
-    known = None if other is None or args.policy == OPT else knowledge(other, policy)
+    known = Knowledge(pinned=pinned) if other is None or args.policy == OPT else knowledge(other, policy, pinned=pinned)
     foreseen = None if args.predictor is None else foresee_trace(args, trace, other)
     found = replay(trace, args.slots, args.policy, warm=not args.cold, foreseen=foreseen, known=known)
     best = found if args.policy == OPT else optimum(trace, found, warm=not args.cold)
@@ -177,7 +221,61 @@ def replay_trace(args: Replay, console: Console) -> None:
     console.print(trace_report.replay_tables(made))
     if args.json is not None:
         about = {"trace": trace_report.describe(trace), "warm": not args.cold, "versions": record.versions()}
+        about |= {"pinned_experts": 0 if pinned is None else int(pinned.sum())}
         record.write_record(args.json, made | about)
+
+
+def pin_experts(args: Pin, console: Console) -> None:
+    """Reads prompts, finds the super experts, prints and writes them."""
+    from jaxmoe.offload.super_experts import Criterion
+    from jaxmoe.report import record
+
+    prompts = read_prompts(args)
+    record.check_path(args.out, "a list of pinned experts")
+    criterion = Criterion(args.quantile, args.share, args.layers)
+
+    import jax
+    from rich.table import Table
+
+    from checkpoints.load import read_spec
+    from checkpoints.manifest import write_text
+    from jaxmoe import formats
+    from jaxmoe.engine.generate import Request, check_requests
+    from jaxmoe.engine.measuring import measure_experts
+    from jaxmoe.engine.text import Tokenizer
+    from jaxmoe.offload.super_experts import pinned_experts, times_median
+
+    if args.dtype is not None:
+        formats.leaf_dtype(args.dtype)
+    spec = read_spec(args.model)
+    tokenizer = Tokenizer(args.model)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    check_requests(spec, [Request(tuple(own), 1) for own in ids])
+    model = open_model(args)
+    jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
+    with Console(stderr=True).status("reading") as status:
+        largest_LE = measure_experts(model, ids, lambda done, total: status.update(f"{done} of {total} prompts"))
+    tokens, used = sum(map(len, ids)), int((largest_LE > 0).sum())
+    found = pinned_experts(model.spec, model.spec.family, largest_LE, criterion, prompts=len(ids), tokens=tokens, used=used)
+    write_text(args.out, found.to_json())
+    table = Table("layer", "expert", "max |output|", "times the median", box=None)
+    for layer, expert, largest in found.pinned:
+        table.add_row(str(layer), str(expert), f"{largest:.4g}", f"{times_median(largest_LE)[layer, expert]:.3g}")
+    console.print(table)
+    about = f"{len(found.pinned)} of {largest_LE.size} experts are above {found.criterion['threshold']:.4g}; {tokens} tokens used {used}"
+    console.print(f"{args.out}: {model.spec.family}, {about}", highlight=False, markup=False, soft_wrap=True)
+
+
+def read_pinned(path: Path, trace):
+    """Which experts [L, E] a file pins, of the trace's model; None if it pins none."""
+    from jaxmoe.offload.super_experts import load
+
+    read = load(path)
+    try:
+        read.check_trace(trace)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return read.mask if read.pinned else None
 
 
 def read_other(path: Path, trace):
@@ -234,35 +332,93 @@ def report_trace(args: Report, console: Console) -> None:
 
 def advise_trace(args: Advise, console: Console) -> None:
     """Prints, and writes if asked to, all ways compared and the one advised."""
-    from jaxmoe.offload import advise, budget
+    from jaxmoe.experts.planes import plane_format
+    from jaxmoe.offload import advise
     from jaxmoe.offload.sequences import by_sequence
-    from jaxmoe.offload.trace import concatenate, load_or_import
+    from jaxmoe.offload.trace import concatenate
     from jaxmoe.report import advice, record
     from jaxmoe.train import path_predictor
 
     if args.json is not None:
         record.check_path(args.json)
-    if (args.slots is None) == (args.expert_memory is None):
-        raise ValueError("give either --slots or --expert-memory")
-    machine = advise.Machine(args.link_gbps, args.step_ms / 1e3)
-    trace = load_or_import(args.trace)
-    trace = concatenate(by_sequence(trace)) if args.alone else trace
-    slots = args.slots
-    if args.expert_memory is not None:
-        amount = budget.parse_memory(args.expert_memory)
-        slots = advise.slots_for(trace, amount.resolve(int(trace.expert_bytes.sum()) * trace.experts, None))
+    if args.slots is not None and args.expert_memory is not None:
+        raise ValueError("give either --slots or --expert-memory, or neither")
     if len({file.name for file in args.predictor_file}) < len(args.predictor_file):
         raise ValueError("--predictor-file is given twice: give each once")
+    link = link_speed(args)
+    trace, spec, step = read_or_record(args)
+    machine = advise.Machine(link, step)
+    trace = concatenate(by_sequence(trace)) if args.alone else trace
     trained = {params.kind: params for params in (path_predictor.load(file, trace.meta) for file in args.predictor_file)}
+    try:
+        shares = advise.bits_shares() if spec is None else advise.bits_shares(plane_format(spec))
+    except ValueError:  # widths that few bits don't come at
+        shares = {}
+    slots = slots_asked(args, trace, spec)
     with Console(stderr=True).status("replaying") as status:
-        found = advise.advise(trace, slots, machine, trained, most_steps=args.steps, progress=status.update)
+        made = advise.compare(trace, slots, machine, trained, most_steps=args.steps, shares=shares, progress=status.update)
+    found = advise.enough(made)
     console.print(advice.table(found))
+    if len(made) > 1:
+        console.print(advice.sizes_table(made, found))
     console.print(found.describe(), highlight=False, markup=False, soft_wrap=True)
+    about = f"for a link of {machine.link_gbps:.3g} GB/s and steps of {1e3 * machine.step_seconds:.3g} ms"
+    console.print(f"{about}: generate.py --expert-memory {found.percent}% {found.options}", highlight=False, markup=False, soft_wrap=True)
     if args.json is not None:
-        record.write_record(args.json, advice.as_json(found) | {"versions": record.versions()})
+        record.write_record(args.json, advice.as_json(found, made) | {"versions": record.versions()})
 
 
-def read_prompts(args: Record) -> list[str]:
+def link_speed(args: Advise) -> float:
+    """As given, or measured."""
+    if args.link_gbps is not None:
+        return args.link_gbps
+    import jax
+
+    from sharding.measure import host_rate
+
+    if jax.devices()[0].platform == "cpu":
+        raise ValueError("a CPU's experts cross no link that could be measured: give --link-gbps, of the machine that the advice is for")
+    return host_rate() / 1e9
+
+
+def read_or_record(args: Advise) -> tuple:
+    """The trace, the model's spec where there is a model, and seconds of a decode step."""
+    from jaxmoe.offload.trace import check_model, load_or_import
+
+    if args.trace is None and args.model is None:
+        raise ValueError("give a trace, or --model to record one of")
+    if args.step_ms is None and args.model is None:
+        raise ValueError("give --step-ms, or --model to measure it")
+    given = None if args.trace is None else load_or_import(args.trace)
+    if args.model is None:
+        assert given is not None and args.step_ms is not None
+        return given, None, args.step_ms / 1e3
+    if given is not None and args.prompt is None and args.prompt_file is None:
+        args = dataclasses.replace(args, prompt="The", max_new_tokens=32)  # any text has the same steps
+    trace, spec, measured = run_model(args, timed=True)
+    if given is not None:
+        check_model(given, spec)
+    return trace if given is None else given, spec, measured if args.step_ms is None else args.step_ms / 1e3
+
+
+def slots_asked(args: Advise, trace, spec) -> tuple[int, ...]:
+    """One number, or several to be compared where no amount of memory is given."""
+    from jaxmoe.engine.memory import free_device_bytes
+    from jaxmoe.offload import advise, budget
+
+    if args.slots is not None:
+        return (args.slots,)
+    if args.expert_memory is None:
+        return advise.sizes_to_compare(trace)
+    amount, free = budget.parse_memory(args.expert_memory), None
+    if amount.kind == "auto":
+        if spec is None:
+            raise ValueError("--expert-memory auto needs --model, whose other weights take memory too")
+        free = free_device_bytes(budget.ExpertShapes.from_spec(spec), spec.max_positions)
+    return (advise.slots_for(trace, amount.resolve(int(trace.expert_bytes.sum()) * trace.experts, free)),)
+
+
+def read_prompts(args: Record | Advise | Pin) -> list[str]:
     """The prompts from the argument or the file."""
     if (args.prompt is None) == (args.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
@@ -279,7 +435,7 @@ def read_prompts(args: Record) -> list[str]:
     return prompts
 
 
-def open_model(args: Record):
+def open_model(args: Record | Advise | Pin):
     """Converts if need be, then restores the model."""
     from checkpoints.load import load_hf_or_checkpoint
     from jaxmoe.engine.model import load_model
@@ -294,10 +450,12 @@ def open_model(args: Record):
     return load_model(checkpoint, dtype, kernels)
 
 
-def record_trace(args: Record, console: Console) -> None:
-    """Generates greedily, or reads the prompts alone, and writes what was routed where."""
+def run_model(args: Any, teacher_forced: bool = False, timed: bool = False) -> tuple:
+    """Generates greedily, or reads the prompts alone; gives the trace, the model's spec, and, `timed`, seconds of a decode step.
+
+    With that the trace also has what the model's routers foretell of later layers, where they can be asked.
+    """
     prompts = read_prompts(args)
-    check_out(args.out)
 
     import jax
 
@@ -305,30 +463,50 @@ def record_trace(args: Record, console: Console) -> None:
     from jaxmoe import formats
     from jaxmoe.engine import steps
     from jaxmoe.engine.generate import Engine, Request, check_requests
+    from jaxmoe.engine.predicting import can_ask_ahead
     from jaxmoe.engine.text import Tokenizer
-    from jaxmoe.offload.trace import as_teacher_forced, save
 
+    assert args.model is not None
     if args.dtype is not None:
         formats.leaf_dtype(args.dtype)
     if len(prompts) > steps.ROW_BUCKETS[-1]:
         raise ValueError(f"{len(prompts)} prompts are more than the {steps.ROW_BUCKETS[-1]} that one run takes: split the file")
     spec = read_spec(args.model)  # first, so that a folder that holds no model is refused as such, not for its lack of a tokenizer
     tokenizer = Tokenizer(args.model)
-    count = 1 if args.teacher_forced else args.max_new_tokens
+    count = 1 if teacher_forced else args.max_new_tokens
     requests = [Request(tuple(tokenizer.encode(prompt)), count) for prompt in prompts]
     check_requests(spec, requests)
     model = open_model(args)
     jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
     longest = max(len(request.prompt_ids) + count for request in requests)
-    engine = Engine(model, len(requests), longest, True, tokenizer.eos_ids, record=True)
-    with Console(stderr=True).status("generating"):
+    own: dict = {"greedy": True, "eos": tokenizer.eos_ids}
+    engine = Engine(model, len(requests), longest, **own, record=True, gates=timed and can_ask_ahead(model.spec))
+    with Console(stderr=True).status("generating") as status:
         engine.generate(requests, tokenizer)
-    trace = engine.trace()
+        if not timed:
+            return engine.trace(), model.spec, None
+        status.update("timing")
+        alike = requests[:1] if args.alone else requests
+        plain = Engine(model, len(alike), longest, **own)
+        plain.warm_up(requests=alike)
+        _, timings = plain.generate(alike, tokenizer)
+    if not timings.decode_steps:
+        raise ValueError("nothing was decoded: the answers ended with their first token; give another prompt")
+    return engine.trace(), model.spec, timings.decode_seconds / timings.decode_steps
+
+
+def record_trace(args: Record, console: Console) -> None:
+    """Writes what was routed where."""
+    from jaxmoe.offload.trace import as_teacher_forced, save
+
+    read_prompts(args)  # before what is wrong with the file
+    check_out(args.out)
+    trace, _, _ = run_model(args, args.teacher_forced)
     save(args.out, as_teacher_forced(trace) if args.teacher_forced else trace)
     console.print(describe(trace, args.out), highlight=False, markup=False, soft_wrap=True)
 
 
-COMMANDS = {Import: import_trace, Record: record_trace, Replay: replay_trace, Report: report_trace, Advise: advise_trace}
+COMMANDS = {Import: import_trace, Record: record_trace, Pin: pin_experts, Replay: replay_trace, Report: report_trace, Advise: advise_trace}
 
 
 def main() -> int:
@@ -336,6 +514,7 @@ def main() -> int:
     chosen = tyro.cli(
         Annotated[Import, tyro.conf.subcommand("import")]
         | Annotated[Record, tyro.conf.subcommand("record")]
+        | Annotated[Pin, tyro.conf.subcommand("pin")]
         | Annotated[Replay, tyro.conf.subcommand("replay")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Advise, tyro.conf.subcommand("advise")],  # type: ignore[arg-type]

@@ -25,7 +25,7 @@ from sharding.plan import load_plan, planned_spec
 from sharding.split import Exchange, SplitError, parse_split
 from sharding.workload import Workload
 
-ELSEWHERE = ("trace", "link_gbps", "host_memory", "predictor", "predictor_file", "lossy", "prefetch")
+ELSEWHERE = ("trace", "link_gbps", "host_memory", "predictor", "predictor_file", "lossy", "prefetch", "pinned")
 """Options of streaming that one device alone has."""
 
 

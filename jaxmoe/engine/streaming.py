@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from checkpoints.load import Checkpoint
@@ -31,8 +32,9 @@ from jaxmoe.offload.predictors import PREDICTORS, find_predictor
 from jaxmoe.offload.prefetch import Prefetch
 from jaxmoe.offload.replay import replay
 from jaxmoe.offload.staging import Staging
+from jaxmoe.offload.super_experts import load as load_pinned
 from jaxmoe.offload.trace import PROMPT, Trace, as_teacher_forced, check_model, load_or_import
-from jaxmoe.residency import Knowledge, find_policy
+from jaxmoe.residency import Knowledge, Shape, find_policy
 from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
@@ -67,6 +69,7 @@ class Streaming:
         predictor_file: of a predictor that is trained.
         lossy: what may be given up for fewer bytes (`jaxmoe.offload.lossy_options`); None for nothing.
         prefetch: records sent ahead of their being asked for that the device holds beside the slots, at most; None for no prefetching.
+        pinned: a file of experts that never leave once they are there (`jaxmoe.offload.super_experts`); None for none.
     """
 
     expert_memory: str
@@ -81,16 +84,18 @@ class Streaming:
     predictor_file: Path | None = None
     prefetch: int | None = None
     lossy: str | None = None
+    pinned: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A request that was checked: `budget` what it buys, `mode` how it runs, `trace` what was read."""
+    """A request that was checked: `budget` what it buys, `mode` how it runs, `trace` what was read, `pinned` which experts [L, E] never leave."""
 
     asked: Streaming
     mode: Mode
     budget: budget.BudgetPlan
     trace: Trace | None = None
+    pinned: np.ndarray | None = None
 
 
 @dataclasses.dataclass
@@ -146,8 +151,9 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
     if policy.allocate is not None and not found.all_resident:
         slots = policy.allocate(sum(found.slots), shapes.layers, shapes.experts, shapes.active)
         found = dataclasses.replace(found, slots=slots)
+    pinned = None if asked.pinned is None else _pinned(asked.pinned, asked.policy, spec, found)
     check_fits_host(spec, asked.host_memory, shapes.all_bytes, found.all_resident)
-    return Plan(asked, mode, found, trace)
+    return Plan(asked, mode, found, trace, pinned)
 
 
 def _chosen(asked: Streaming, spec: ModelSpec, mode: Mode, found: budget.BudgetPlan, trace: Trace | None) -> Streaming:
@@ -237,6 +243,27 @@ def _check_trace(trace: Trace, asked: Streaming, spec: ModelSpec) -> None:
         raise ValueError(f"{asked.trace}: {error}") from error
 
 
+def _pinned(path: Path, policy: str, spec: ModelSpec, found: budget.BudgetPlan) -> np.ndarray | None:
+    """Which experts [L, E] a file pins; None if it pins none."""
+    read = load_pinned(path)
+    try:
+        read.check_model(spec)
+        if policy == "opt":
+            raise ValueError("pins experts, and the policy opt is the bound of what a policy can do without: choose another one")
+        if not found.all_resident:
+            find_policy(policy).check_pinned(Shape(read.layers, read.experts, tuple(found.slots)), read.mask)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return read.mask if read.pinned else None
+
+
+def _known(plan: Plan) -> Knowledge:
+    """What the plan's policy is told beforehand."""
+    if plan.trace is None:
+        return Knowledge(pinned=None if plan.pinned is None else jnp.asarray(plan.pinned))
+    return knowledge(plan.trace, find_policy(plan.asked.policy), pinned=plan.pinned)
+
+
 def foretell(plan: Plan, spec: ModelSpec, rows: int, positions: int, link_gbps: float | None) -> str:
     """What a plan will take and bring, in two lines, before any weights are read.
 
@@ -258,7 +285,7 @@ def _replayed(plan: Plan, trace: Trace) -> float:
     """The policy's hits on the trace that it goes by."""
     policy = find_policy(plan.asked.policy)
     counted = as_teacher_forced(trace) if (trace.phase == PROMPT).all() else trace
-    return replay(counted, plan.budget.slots, policy.name, known=None if policy.name == "opt" else knowledge(trace, policy)).hit_rate
+    return replay(counted, plan.budget.slots, policy.name, known=None if policy.name == "opt" else _known(plan)).hit_rate
 
 
 def load_streamed(
@@ -281,8 +308,7 @@ def load_streamed(
     if plan.budget.all_resident:
         model = load_model(checkpoint, dtype, kernels)
         return Streamed(plan, model, Engine(model, rows, positions, greedy, eos, record))
-    known = Knowledge() if plan.trace is None else knowledge(plan.trace, find_policy(asked.policy))
-    offload = Offload(plan.budget.slots, plan.budget.staging, asked.policy, known, asked.fill, lossy=_lossy(asked, checkpoint.spec))
+    offload = Offload(plan.budget.slots, plan.budget.staging, asked.policy, _known(plan), asked.fill, lossy=_lossy(asked, checkpoint.spec))
     if plan.mode != "host-driven":
         model = load_model(checkpoint, dtype, kernels, offload=offload, progress=progress)
         most = steps.TOKEN_BUCKETS[-1] if plan.mode == "fused" else None

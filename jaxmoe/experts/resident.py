@@ -52,14 +52,26 @@ class ResidentBank(NothingMoves):
         biases: Biases | None = None,
     ) -> tuple[Float[Array, "T D"], ResidentBank, dict]:
         """See `jaxmoe.experts.expert_ffn`."""
+        y = self.outputs(moe_layer, x_TD, ids_TA, valid_T, kernels, biases)
+        return self.combined(y, x_TD, weights_TA, valid_T), self, {}
+
+    def outputs(
+        self, moe_layer: Int[Array, ""], x_TD: Float[Array, "T D"], ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], kernels: Kernels,
+        biases: Biases | None = None,
+    ) -> Float[Array, "T A D"]:  # fmt: skip
+        """What each token's experts give, float32, before the router's weights; rows of padding tokens hold values of no meaning."""
         layers, experts = self.w_in.shape[:2]
         w_in, w_out = (w.reshape(layers * experts, *w.shape[2:]) for w in (self.w_in, self.w_out))
         first, glu = moe_layer * experts, GLUS[self.activation]
         if x_TD.shape[0] == 1:
-            y = swiglu_rows(x_TD, w_in, w_out, first + ids_TA[0], glu, kernels, self.layout, of_experts(biases, ids_TA[0]))[None]
-        else:
-            plan = dispatch(ids_TA, valid_T, experts)
-            ids = first + jnp.arange(experts)
-            y = grouped_swiglu(rows_of(x_TD, plan), w_in, w_out, ids, plan.sizes_E, glu, kernels, layout=self.layout, biases=biases)[plan.row_TA]
-        y_TD = weighted_sum(y.astype(x_TD.dtype).astype(jnp.float32), weights_TA, valid_T)
-        return y_TD.astype(x_TD.dtype), self, {}
+            return swiglu_rows(x_TD, w_in, w_out, first + ids_TA[0], glu, kernels, self.layout, of_experts(biases, ids_TA[0]))[None]
+        plan = dispatch(ids_TA, valid_T, experts)
+        ids = first + jnp.arange(experts)
+        y = grouped_swiglu(rows_of(x_TD, plan), w_in, w_out, ids, plan.sizes_E, glu, kernels, layout=self.layout, biases=biases)
+        return y[plan.row_TA]
+
+    def combined(
+        self, y: Float[Array, "T A D"], x_TD: Float[Array, "T D"], weights_TA: Float[Array, "T A"], valid_T: Bool[Array, "T"]
+    ) -> Float[Array, "T D"]:
+        """The weighted sum of `outputs`, in x's dtype."""
+        return weighted_sum(y.astype(x_TD.dtype).astype(jnp.float32), weights_TA, valid_T).astype(x_TD.dtype)

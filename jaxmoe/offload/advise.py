@@ -7,14 +7,18 @@ run here but replays and clocks; the engine measures its own steps anyway, and s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool
 
+from jaxmoe import formats
+from jaxmoe.experts.planes import GROUP, PlaneFormat
 from jaxmoe.offload import event_model
-from jaxmoe.offload.event_model import Costs, Setting
+from jaxmoe.offload.event_model import Candidates, Costs, Setting
 from jaxmoe.offload.knowledge import high_steps, knowledge, new_texts
 from jaxmoe.offload.predictors import find_predictor, foresee_layers, sizes_of
 from jaxmoe.offload.replay import Steps, residents, slots_by_layer
@@ -31,6 +35,18 @@ SETTINGS = tuple(Setting(width, 4 * width) for width in (1, 2, 4))
 DEPTHS = (1, 2)
 CLOSE = 0.01
 """Of two ways that differ by less, the one that needs less is advised."""
+
+BITS = (8, 4, 2)
+"""Widths of missing experts that are compared with how they are stored."""
+
+STAGING = 2
+"""Slots for experts that pass through, which `generate.py` takes of the same memory."""
+
+BLOCKS = 8
+"""Of decode steps: neighbours are alike, and a text changes on its way, so that either half of a trace would say more about itself than the other."""
+
+ENOUGH = 0.9
+"""The share of the speed with all experts on the device that is enough, where no amount of memory is given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,32 +109,70 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """Attributes: `best` the way advised; `ways` all, the fastest first; `slots` of a layer; `x`, copy time over layer time; `machine`."""
+    """What there is to say of one number of slots.
+
+    Attributes:
+        best: the way advised.
+        ways: all, the fastest first.
+        slots: of each layer.
+        x: copy time over layer time.
+        machine: what it is for.
+        bytes: of the device for these slots.
+        layers, experts: of the model, L and E.
+        by_bits: tokens per second of the way advised if missing experts came at so many bits instead of as they are stored.
+    """
 
     best: Way
     ways: tuple[Way, ...]
     slots: int
     x: float
     machine: Machine
+    bytes: int
+    layers: int
+    experts: int
+    by_bits: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
-        """The advice in two lines."""
+        """The advice in two or three lines."""
         way = self.best
         ahead = f"prefetch by {way.predictor}, {way.depth} ahead, {way.width} a layer ({way.gain:.2f}x)"
         rates = f"{way.tokens_per_second:.1f} tok/s foretold, {way.held_out:.1f} on steps it was not chosen on ({100 * way.error:+.0f} %)"
         hits = f"{100 * way.hit_rate:.1f} % hits in {self.slots} slots"
-        return (
-            f"{way.policy}, {'no prefetching' if way.predictor is None else ahead}: {rates}\n"
-            f"an expert takes {self.x:.2f} of a layer's time to cross; {hits}"
-        )
+        lines = [
+            f"{way.policy}, {'no prefetching' if way.predictor is None else ahead}: {rates}",
+            f"an expert takes {self.x:.2f} of a layer's time to cross; {hits}",
+        ]
+        if self.by_bits:
+            shown = ", ".join(f"{speed / way.tokens_per_second:.2f}x at {bits} bits" for bits, speed in self.by_bits.items())
+            lines.append(f"experts as they are stored, for the same text; missing ones in fewer bits (--lossy bits=N) would bring {shown}")
+        return "\n".join(lines)
+
+    @property
+    def percent(self) -> int:
+        """Of all experts' bytes, what buys the slots and `STAGING`."""
+        every = self.bytes / self.slots
+        return min(100, math.ceil(100 * (self.bytes + STAGING * every / self.layers) / (every * self.experts)))
+
+    @property
+    def options(self) -> str:
+        """The advice as options of `generate.py`, beside the link's and the memory's."""
+        way = self.best
+        sent = f" --expert-mode host-driven --expert-predictor {way.predictor} --prefetch {way.staging}"
+        ahead = "" if way.predictor is None else sent
+        return f"--expert-policy {way.policy}{ahead}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Some decode steps: what they ask for, and which of them of the trace they are."""
+    """Some decode steps: what they ask for, which of the trace's steps they are, and which of its decode steps."""
 
     used: Bool[np.ndarray, "S L E"]
     at: np.ndarray
+    of: np.ndarray
+
+    def sent(self, candidates: Candidates) -> Candidates:
+        """Their candidates, of those of all decode steps."""
+        return [candidates[i] for i in self.of]
 
 
 def slots_for(trace: Trace, bytes: int) -> int:
@@ -134,25 +188,54 @@ def slots_for(trace: Trace, bytes: int) -> int:
     return slots
 
 
-def advise(
+def advise(trace: Trace, slots: int, machine: Machine, **more: Any) -> Advice:
+    """Compares all ways on a trace, with one number of slots; see `compare`."""
+    return compare(trace, (slots,), machine, **more)[0]
+
+
+def sizes_to_compare(trace: Trace) -> tuple[int, ...]:
+    """Slots of a layer for where no amount of memory is given: from what a token needs to all experts, by doubling."""
+    active, experts = int(trace.meta["active"]), trace.experts
+    return (*itertools.takewhile(lambda n: n < experts, (active * 2**i for i in itertools.count())), experts)
+
+
+def enough(found: Sequence[Advice], share: float = ENOUGH) -> Advice:
+    """The fewest slots that are foretold so much of the most slots' tokens per second."""
+    most = max(found, key=lambda one: one.slots)
+    good = [one for one in found if one.best.tokens_per_second >= share * most.best.tokens_per_second]
+    return min(good, key=lambda one: one.slots)
+
+
+def bits_shares(fmt: PlaneFormat | None = None) -> dict[int, float]:
+    """Bytes of an expert at each of `BITS`, as a share of those that it is stored in; of any model stored in bfloat16 if no format is given."""
+    fmt = fmt or PlaneFormat(GROUP, GROUP, dtype="bfloat16")
+    return {bits: fmt.bytes(bits) / (fmt.weights * formats.leaf_dtype(fmt.dtype).itemsize) for bits in BITS}
+
+
+def compare(
     trace: Trace,
-    slots: int,
+    slots: Sequence[int],
     machine: Machine,
     trained: dict[str, Any] | None = None,
     policies: Sequence[str] = POLICIES,
     most_steps: int = 256,
+    shares: Mapping[int, float] | None = None,
     progress: Callable[[str], None] = lambda what: None,
-) -> Advice:
+) -> list[Advice]:
     """Compares all ways on a trace.
 
     Args:
         trace: recorded, its decode steps of one sequence at a time or of a batch as it will run.
-        slots: of each layer.
+        slots: of each layer, one or several numbers to compare.
         machine: see above.
         trained: parameters of predictors that were trained on other text, by name.
         policies: to compare.
         most_steps: decode steps that are looked at, the first ones.
+        shares: of an expert's bytes, by bits that missing ones may come at (`bits_shares`).
         progress: is told what is done next.
+
+    Returns:
+        Advice for each number of slots.
 
     Raises:
         ValueError: nothing but prompt, or impossible slots.
@@ -161,19 +244,38 @@ def advise(
     decode = np.flatnonzero(phase_S != PROMPT)[: max(most_steps, 0)]
     if len(decode) < 4:
         raise ValueError(f"{len(decode)} steps that are not prompt to look at: at least 4 are needed")
-    parts = [_Part(used_SLE[half], half) for half in (decode[: len(decode) // 2], decode[len(decode) // 2 :])]
+    parts = [_Part(used_SLE[decode[of]], decode[of], of) for of in _halves(len(decode))]
     costs = machine.costs(trace, float(used_SLE[decode].sum(2).mean()))
-    slots_L = slots_by_layer(slots, *used_SLE.shape[1:])
-    there = {}
-    for name in policies:
-        progress(f"policy {name}")
-        there[name] = _residents(trace, used_SLE, slots_L, name, None)
+    each_L = [slots_by_layer(n, *used_SLE.shape[1:]) for n in slots]  # refuses what can't be before anything takes long
     candidates = dict(_candidates(trace, trained or {}, decode, progress))
-    ways = [way for name in policies for way in _ways(name, there[name], parts, costs, candidates)]
-    ways.sort(key=lambda way: -way.tokens_per_second)
-    fast = [way for way in ways if way.tokens_per_second >= (1 - CLOSE) * ways[0].tokens_per_second]
-    best = min(fast, key=lambda way: (way.predictor is not None, policies.index(way.policy)))
-    return Advice(best, tuple(ways), slots, costs.copy / (machine.step_seconds / trace.layers), machine)
+    out = []
+    for n, slots_L in zip(slots, each_L, strict=True):
+        there = {}
+        for name in policies:
+            progress(f"{n} slots, policy {name}")
+            there[name] = _residents(trace, used_SLE, slots_L, name, None)
+        ways = [way for name in policies for way in _ways(name, there[name], parts, costs, candidates)]
+        ways.sort(key=lambda way: -way.tokens_per_second)
+        fast = [way for way in ways if way.tokens_per_second >= (1 - CLOSE) * ways[0].tokens_per_second]
+        best = min(fast, key=lambda way: (way.predictor is not None, policies.index(way.policy)))
+        by_bits = {bits: _with_copy(best, share, there[best.policy], parts[0], costs, candidates) for bits, share in (shares or {}).items()}
+        x = costs.copy / (machine.step_seconds / trace.layers)
+        out.append(Advice(best, tuple(ways), n, x, machine, n * int(trace.expert_bytes.sum()), trace.layers, trace.experts, by_bits))
+    return out
+
+
+def _halves(steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps to choose by and steps to check with: every other one of `BLOCKS` blocks, after those in which caches fill."""
+    settled = np.arange(steps)[steps // BLOCKS :]
+    blocks = np.array_split(settled, min(BLOCKS, len(settled)))
+    return np.concatenate(blocks[::2]), np.concatenate(blocks[1::2])
+
+
+def _with_copy(way: Way, share: float, there_SLE: np.ndarray, part: _Part, costs: Costs, candidates: dict) -> float:
+    """Tokens per second of a way if an expert had this share of its bytes."""
+    ahead = None if way.predictor is None else part.sent(candidates[way.predictor, way.depth])
+    less = dataclasses.replace(costs, copy=share * costs.copy)
+    return 1 / event_model.run(part.used, there_SLE[part.at], less, ahead, Setting(max(1, way.width), max(1, way.staging))).seconds
 
 
 def best_policy(trace: Trace, slots: int, policies: Sequence[str] = POLICIES) -> str:
@@ -197,7 +299,7 @@ def _residents(trace: Trace, used_SLE: np.ndarray, slots_L: np.ndarray, name: st
 
 
 def _candidates(trace: Trace, trained: dict[str, Any], decode: np.ndarray, progress):
-    """`(predictor, depth) -> what it would send`, of the decode steps."""
+    """`(predictor, depth) -> what it would send`, by step of `decode`."""
     names = [*PREDICTORS, *(["gate"] if trace.gates is not None else []), *trained]
     last, layers = int(decode[-1]), trace.layers
     for name in names:
@@ -222,8 +324,8 @@ def _ways(name: str, there_SLE: np.ndarray, parts: list[_Part], costs: Costs, ca
     out = [Way(name, None, 0, 0, 0, hits, 1 / plain[0], 1 / plain[1], 1.0)]
     best: dict[str, Way] = {}
     for (predictor, depth), ahead in candidates.items():
-        gain, setting, outcome = event_model.gain(first.used, there_SLE[first.at], costs, ahead[: len(first.at)], SETTINGS)
-        later = event_model.run(second.used, there_SLE[second.at], costs, ahead[len(first.at) :], setting)
+        gain, setting, outcome = event_model.gain(first.used, there_SLE[first.at], costs, first.sent(ahead), SETTINGS)
+        later = event_model.run(second.used, there_SLE[second.at], costs, second.sent(ahead), setting)
         way = Way(name, predictor, depth, setting.width, setting.staging, hits, 1 / outcome.seconds, 1 / later.seconds, gain)
         if predictor not in best or best[predictor].tokens_per_second < way.tokens_per_second:
             best[predictor] = way

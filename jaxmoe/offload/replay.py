@@ -148,7 +148,7 @@ def replay(
         profile: how often each expert is used, for the static policy. The trace's own prompt, if not given.
         warm: whether the prompt runs through the cache first; its steps count either way as prompt.
         foreseen: what a predictor says at every step, for policies that look ahead; without it they go by recent rates.
-        known: what else the policy is told beforehand.
+        known: what else the policy is told beforehand; a profile in it goes before `profile`. Nothing is pinned for the optimum.
         pool: of the optimum, whether all layers share their slots.
 
     Raises:
@@ -160,8 +160,11 @@ def replay(
     if not used_SLE[counted_S].any():
         raise ValueError("the trace holds nothing but its prompt: there is no hit rate to find")
     slots_L = slots_by_layer(slots, used_SLE.shape[1], used_SLE.shape[2])
-    if policy == "static" and profile is None and known is None:
-        profile = prompt_profile(used_SLE, phase_S)
+    known = known or Knowledge()
+    if known.profile is None:
+        if policy == "static" and profile is None:
+            profile = prompt_profile(used_SLE, phase_S)
+        known = dataclasses.replace(known, profile=None if profile is None else jnp.asarray(profile, jnp.float32))
     seen = Steps(used_SLE, high_steps(trace), new_texts(trace), foreseen) if isinstance(trace, Trace) else steps_of(used_SLE, foreseen)
     if not warm:
         seen, counted_S = seen[counted_S], counted_S[counted_S]
@@ -173,7 +176,6 @@ def replay(
     if policy == OPT:
         hits_SL = pool_opt_hits(seen.used, int(slots_L.sum())) if pool else opt_hits(seen.used, slots_L)
     else:
-        known = known or Knowledge(profile=None if profile is None else jnp.asarray(profile, jnp.float32))
         hits_SL = policy_hits(seen, slots_L, policy, known)
     return Replay(policy, slots_L, hits_SL, seen.used.sum(2), first_uses(seen.used).sum(2), counted_S, sizes_L)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from jaxmoe.offload.advise import Advice
+from jaxmoe.offload.budget import format_bytes
 
 ROWS = 12
 """Ways that are shown."""
@@ -24,12 +26,23 @@ def table(found: Advice) -> Table:
     return out
 
 
-def as_json(found: Advice) -> dict[str, Any]:
-    """All ways, and the one advised."""
+def sizes_table(found: Sequence[Advice], chosen: Advice) -> Table:
+    """The best way by slots, the number advised marked."""
+    out = Table("", "slots a layer", "of the device", "policy", "prefetch by", "hit %", "tok/s", "held out", box=box.SIMPLE)
+    for one in found:
+        way = one.best
+        numbers = (f"{100 * way.hit_rate:.1f}", f"{way.tokens_per_second:.1f}", f"{way.held_out:.1f}")
+        out.add_row("*" if one is chosen else "", str(one.slots), format_bytes(one.bytes), way.policy, way.predictor or "-", *numbers)
+    return out
+
+
+def as_json(found: Advice, sizes: Sequence[Advice] = ()) -> dict[str, Any]:
+    """All ways, and the one advised; and what other numbers of slots would bring."""
     def row(way) -> dict[str, Any]:
         return dataclasses.asdict(way) | {"error": way.error}
 
     return {
-        "best": row(found.best), "ways": [row(way) for way in found.ways], "slots": found.slots, "x": found.x,
-        "machine": dataclasses.asdict(found.machine),
+        "best": row(found.best), "ways": [row(way) for way in found.ways], "slots": found.slots, "bytes": found.bytes, "x": found.x,
+        "by_bits": {str(bits): speed for bits, speed in found.by_bits.items()}, "options": found.options,
+        "sizes": [{"slots": one.slots, "bytes": one.bytes} | row(one.best) for one in sizes], "machine": dataclasses.asdict(found.machine),
     }  # fmt: skip

@@ -63,6 +63,7 @@ def expert_report(streamed: Streamed, timings: Timings, memory_gbps: float, rows
     resident = plan.resident_bytes + streamed.model.bytes()["params"] + streamed.engine.kv_bytes()
     out: dict[str, Any] = {
         "expert_mode": "resident" if plan.all_resident else streamed.plan.mode, "expert_policy": streamed.plan.asked.policy,
+        "pinned_experts": 0 if streamed.plan.pinned is None else int(streamed.plan.pinned.sum()),
         "slots": list(plan.slots), "staging": plan.staging, "device_bytes": resident - plan.resident_bytes + bank.device_bytes,
         "resident_device_bytes": resident,
     }  # fmt: skip
@@ -171,6 +172,8 @@ def _lines(found: dict[str, Any], experts: int) -> list[str]:
     low, high = min(found["slots"]), max(found["slots"])
     slots = f"{low}" if low == high else f"{low} to {high}"
     text = f"experts: {slots} of {experts} a layer and {found['staging']} in staging, {found['expert_policy']}, {found['expert_mode']}"
+    if found.get("pinned_experts"):
+        text += f", {found['pinned_experts']} pinned"
     if found["hit_rate"] is not None:
         text += f": {100 * found['hit_rate']:.1f} % hits"
         if found["opt_hit_rate"]:

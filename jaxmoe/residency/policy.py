@@ -116,13 +116,18 @@ class Policy:
             if value is not None and value.shape[-2:] != (shape.layers, shape.experts):
                 raise ValueError(f"the {name} has {list(value.shape[-2:])} layers and experts, the model {[shape.layers, shape.experts]}")
         if knowledge.pinned is not None:
-            self._check_pinned(shape, knowledge.pinned)
+            self.check_pinned(shape, knowledge.pinned)
         tables = self.init(shape, knowledge)
         if self.foresees:
             tables = tables | {FORESEEN: jnp.full((shape.layers, knowledge.horizon + 1, shape.experts), -1.0)}
         return tables if knowledge.pinned is None else tables | {PINNED: jnp.array(knowledge.pinned, bool)}
 
-    def _check_pinned(self, shape: Shape, pinned_LE: Bool[Array, "L E"]) -> None:
+    def check_pinned(self, shape: Shape, pinned_LE: Any) -> None:
+        """Refuses to pin more experts [L, E] than there are slots.
+
+        Raises:
+            ValueError: it says how many, and where.
+        """
         counts = [int(n) for n in jnp.asarray(pinned_LE, bool).sum(1)]
         pairs = [(sum(counts), sum(shape.slots))] if self.shared else [*zip(counts, shape.slots, strict=True)]
         for layer, (pinned, slots) in enumerate(pairs):

@@ -174,7 +174,10 @@ def one_line(error: BaseException, *names: str) -> None:
     assert "\n" not in text and all(name in text for name in names), text
 
 
-@pytest.mark.parametrize("option, value", [*zip(ELSEWHERE, (Path("t.npz"), 4.5, "1GB", "gate", Path("p.npz"), "hobbit", 3), strict=True)])
+GIVEN = (Path("t.npz"), 4.5, "1GB", "gate", Path("p.npz"), "hobbit", 3, Path("p.json"))
+
+
+@pytest.mark.parametrize("option, value", [*zip(ELSEWHERE, GIVEN, strict=True)])
 def test_options_of_one_device(spec, option, value):
     with pytest.raises(SplitError) as refused:
         choose(spec, streaming=Streaming("75%", **{option: value}))

@@ -19,7 +19,9 @@ from checkpoints.convert import convert
 from checkpoints.manifest import read_manifest, write_manifest
 from jaxmoe.engine import memory, steps
 from jaxmoe.experts.source import DiskSource
-from jaxmoe.offload.trace import DECODE, PROMPT, TEACHER_FORCED, load, save
+from jaxmoe.offload.super_experts import PinnedExperts
+from jaxmoe.offload.super_experts import load as load_pinned
+from jaxmoe.offload.trace import DECODE, PROMPT, TEACHER_FORCED, load, model_hash, save
 from jaxmoe.report import record
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
@@ -260,6 +262,95 @@ def test_replay_gives_the_hit_rate_of_the_run(made, place, trace):
     assert abs(lfu["hit_rate"] - found["hit_rate"]) * lfu["requests"] <= LAYERS
 
 
+# --- pinned experts ---------------------------------------------------------------------------------------------------
+
+
+def pin(place: Path, out: Path, *args) -> commands.Done:
+    return commands.call(trace_script, "pin", place / "hf", "--cache", place / "cache", "--out", out, *args)
+
+
+def test_pin_writes_the_experts_whose_outputs_are_largest(place, tmp_path):
+    (tmp_path / "texts").write_text(f"{PROMPT_TEXT}\nthe lazy dog\n")
+    done = pin(place, tmp_path / "p.json", "--prompt-file", tmp_path / "texts", "--quantile", "0.9")
+    assert done.code == 0 and "times the median" in done.out and "p.json: qwen3_moe, 4 of 32 experts are above " in done.out, done.err
+    found, read = load_pinned(tmp_path / "p.json"), json.loads((tmp_path / "p.json").read_text())
+    found.check_model(SPEC)
+    largest = [row[2] for row in found.pinned]
+    assert largest == sorted(largest, reverse=True) and largest[-1] > read["criterion"]["threshold"] and found.mask.sum() == 4
+    assert read["criterion"] | {"threshold": 0, "used": 0} == {
+        "quantile": 0.9, "share": 0.1, "layers": 1.0, "threshold": 0, "prompts": 2, "tokens": 20 + 13, "used": 0,
+    }  # fmt: skip
+    assert LAYERS * ACTIVE <= read["criterion"]["used"] <= LAYERS * EXPERTS
+    done = pin(place, tmp_path / "q.json", "--prompt", PROMPT_TEXT, "--layers", "0.5", "--quantile", "0.5")
+    assert done.code == 0 and {row[0] for row in load_pinned(tmp_path / "q.json").pinned} == {0}, done.err
+
+
+def pinned_file(path: Path, pinned: list[tuple[int, int]], spec: ModelSpec = SPEC) -> Path:
+    router, _ = spec.moe
+    rows = tuple((layer, expert, 1.0) for layer, expert in pinned)
+    path.write_text(PinnedExperts("a test", model_hash(spec), len(spec.moe_layers), router.experts, rows).to_json())
+    return path
+
+
+def test_pinned_experts_change_no_text_and_hit_as_replay_says(place, made, trace, tmp_path):
+    """Three experts of each layer that the prompt uses and the rest of the run hardly does: without pins they would not stay."""
+    resident, expected = made("resident")
+    ids, phase = load(trace).ids, load(trace).phase
+    uses = [[((ids[phase == p][:, layer] == e).any(1)).sum() for e in range(EXPERTS)] for p in (PROMPT, DECODE) for layer in range(LAYERS)]
+    prompt, later = np.array(uses).reshape(2, LAYERS, EXPERTS)
+    rarest = np.argsort(np.where(prompt > 0, later, TOKENS), axis=1, kind="stable")[:, :3]
+    file = pinned_file(tmp_path / "p.json", [(layer, int(e)) for layer in range(LAYERS) for e in rarest[layer]])
+    done = run(place, *RUNS["fused, lru"], "--pin-experts", file, "--json", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert done.code == 0 and done.out == resident.out and found["requests"] == expected["requests"], done.err
+    assert found["pinned_experts"] == 6 and "lru, fused, 6 pinned: " in done.err and made("fused, lru")[1]["pinned_experts"] == 0
+    done = commands.call(trace_script, "replay", trace, "--slots", SLOTS, "--policy", "lru", "--pin", file, "--json", tmp_path / "s.json")
+    said = json.loads((tmp_path / "s.json").read_text())
+    assert done.code == 0 and said["hit_rate"] == found["hit_rate"] and said["pinned_experts"] == 6, done.err
+    assert said["hit_rate"] < made("fused, lru")[1]["hit_rate"] and said["opt_hit_rate"] == made("fused, lru")[1]["opt_hit_rate"]
+
+
+@pytest.mark.parametrize("policy", ["static", "eam"])
+def test_replay_pins_what_a_policy_knows_nothing_of(trace, tmp_path, policy):
+    file = pinned_file(tmp_path / "p.json", [(0, 1)])
+    profile = ["--profile", trace] if policy == "eam" else []
+    done = commands.call(trace_script, "replay", trace, "--slots", SLOTS, "--policy", policy, "--pin", file, *profile)
+    assert done.code == 0 and policy in done.out, done.err
+
+
+PINS = {
+    "no_prompt": ([], "give either --prompt or --prompt-file"),
+    "no_file": (["--prompt-file", "none"], "none: No such file or directory"),
+    "quantile": (["--prompt", "a", "--quantile", "2"], "quantile = 2.0 of super experts: give 0 to 1"),
+    "layers": (["--prompt", "a", "--layers", "0"], "layers = 0.0 of super experts: give more than 0"),
+    "too_long": (["--prompt", "a" * 128], "prompt 0 has 129 tokens"),
+    "suffix": (["--prompt", "a", "--out", "p.npz"], "a list of pinned experts goes to a .json file, got p.npz"),
+    "dtype": (["--prompt", "a", "--dtype", "float8"], "unsupported dtype 'float8'"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), PINS.values(), ids=PINS.keys())
+def test_wrong_arguments_of_pin(place, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trace_script, "open_model", None)  # nothing is loaded
+    check_refused(pin(place, tmp_path / "x.json", *args), message)
+    assert not any(tmp_path.iterdir())
+
+
+PIN_REPLAYS = {
+    "another_model": ("lru", [(0, 1)], "qwen3_moe (2 layers of 16 experts, spec "),
+    "too_many": ("lru", [(1, e) for e in range(9)], "9 experts are pinned in 8 slots of layer 1: pin fewer"),
+    "opt": ("opt", [(0, 1)], "opt is the bound of what a policy can do without pinned experts"),
+}
+
+
+@pytest.mark.parametrize(("policy", "pinned", "message"), PIN_REPLAYS.values(), ids=PIN_REPLAYS.keys())
+def test_pins_that_replay_refuses(trace, tmp_path, policy, pinned, message):
+    other = dataclasses.replace(SPEC, vocab=SPEC.vocab + 1) if "spec" in message else SPEC
+    file = pinned_file(tmp_path / "p.json", pinned, other)
+    check_refused(commands.call(trace_script, "replay", trace, "--slots", SLOTS, "--policy", policy, "--pin", file), message)
+
+
 def record_trace(place: Path, out: Path, *args) -> commands.Done:
     return commands.call(trace_script, "record", place / "hf", "--cache", place / "cache", "--out", out, *args)
 
@@ -325,6 +416,13 @@ ARGUMENTS = {
     "host_memory_banana": (["--expert-memory", "100%", "--host-memory", "banana"], "'banana' is not an amount of memory"),
     "fill_of_a_gpu": ([*HALF, "--expert-fill", "mosaic_tma"], "--expert-fill mosaic_tma is for NVIDIA GPUs, and this device is cpu"),
     "fill_and_host_driven": ([*HALF, "--expert-fill", "while", "--expert-mode", "host-driven"], "--expert-fill while is for compiled steps"),
+    "pins_and_no_memory": (["--pin-experts", "pins.json"], "--pin-experts is for streamed experts: give --expert-memory too"),
+    "pins_on_a_split": ([*HALF, "--split", "data=1", "--pin-experts", "pins.json"], "is for experts on one device: leave it or the split out"),
+    "no_pins": ([*HALF, "--pin-experts", "none.json"], "none.json: No such file or directory"),
+    "pins_that_are_none": ([*HALF, "--pin-experts", "text.npz"], "text.npz: not a file of pinned experts: Expecting value"),
+    "pins_of_another_model": ([*HALF, "--pin-experts", "other.json"], "other.json: pins experts of a test (2 layers of 16 experts, spec "),
+    "too_many_pins": (["--expert-memory", MEMORY, "--pin-experts", "pins.json"], "pins.json: 9 experts are pinned in 8 slots of layer 1: pin fewer"),
+    "pins_and_opt": ([*HALF, "--pin-experts", "pins.json", "--expert-policy", "opt", "--expert-trace", "TRACE"], "choose another one"),
     "no_predictor": ([*HALF, "--prefetch", "4"], "--prefetch goes with --expert-predictor"),
     "no_prefetch": ([*HALF, "--prefetch", "0", "--expert-predictor", "gate"], "staging = 0 of prefetching: give at least 1"),
     "prefetch_and_fused": ([*HALF, "--prefetch", "4", "--expert-mode", "fused"], "--prefetch needs --expert-mode host-driven, not fused"),
@@ -356,8 +454,10 @@ def test_wrong_options(place, trace, tmp_path, monkeypatch, args, message):
     Path("text.npz").write_text("no trace")
     Path("cut.npz").write_bytes(trace.read_bytes()[:-300])
     save("other.npz", traces.random_trace(0))
+    pinned_file(Path("pins.json"), [(1, e) for e in range(9)])
+    pinned_file(Path("other.json"), [(0, 1)], dataclasses.replace(SPEC, vocab=SPEC.vocab + 1))
     before = files(tmp_path)
-    check_refused(run(place, *args), message)
+    check_refused(run(place, *(str(trace) if arg == "TRACE" else arg for arg in args)), message)
     assert files(tmp_path) == before
 
 

@@ -5,9 +5,12 @@ import json
 import math
 
 import pytest
+import tokenizers
 
+from checkpoints.load import read_spec
 from jaxmoe.offload.trace import load, save
 from jaxmoe.report import trace_report
+from tests.checkpoints import hf_folders
 from tests.offload import traces
 from tests.offload.test_trace import CSV
 from tests.scripts import commands
@@ -52,8 +55,34 @@ def test_advise_writes_its_json(small, tmp_path):
     assert made["best"] in made["ways"] and made["slots"] == 4 and made["versions"]["jax"]
     done = commands.call(trace_script, "advise", small, "--slots", 4, "--link-gbps", 0.001, "--step-ms", 5, "--steps", 8, "--alone", "--json", out)
     assert done.code == 0 and json.loads(out.read_text())["best"]["tokens_per_second"] != made["best"]["tokens_per_second"], done.err
-    done = commands.call(trace_script, "advise", small, "--link-gbps", 1, "--step-ms", 5)
-    assert done.code == 2 and "give either --slots or --expert-memory" in done.err
+    done = commands.call(trace_script, "advise", small, "--link-gbps", 0.001, "--step-ms", 5, "--steps", 8, "--json", out)
+    made = json.loads(out.read_text())
+    assert done.code == 0 and [one["slots"] for one in made["sizes"]] == [3, 6, 9] and "generate.py --expert-memory" in done.out, done.err
+    assert made["best"].items() <= next(one for one in made["sizes"] if one["slots"] == made["slots"]).items() and made["by_bits"]["8"]
+
+
+def test_advise_records_a_trace_and_times_the_model(tmp_path):
+    folder, out = hf_folders.tiny(tmp_path / "hf", "olmoe", num_experts=8, vocab_size=96), tmp_path / "a.json"
+    characters = {chr(ord(" ") + i): i for i in range(96)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(characters, unk_token=" ")).save(str(folder / "tokenizer.json"))
+    own = ("--prompt", "a", "--max-new-tokens", 24, "--cache", tmp_path / "cache", "--link-gbps", 0.1)
+    done = commands.call(trace_script, "advise", "--model", folder, *own, "--slots", 4, "--json", out)
+    assert done.code == 0, done.err
+    made, spec = json.loads(out.read_text()), read_spec(folder)
+    assert "gate" in {way["predictor"] for way in made["ways"]} and made["by_bits"]["8"] and made["machine"]["link_gbps"] == 0.1
+    assert 0 < made["machine"]["step_seconds"] < 1 and made["bytes"] == 4 * sum(spec.with_precision("float32").expert_bytes())
+
+
+@pytest.mark.parametrize("args, what", [
+    (("--link-gbps", 1, "--step-ms", 5), "give a trace, or --model to record one of"),
+    (("SMALL", "--link-gbps", 1), "give --step-ms, or --model to measure it"),
+    (("SMALL", "--step-ms", 1), "cross no link that could be measured: give --link-gbps"),
+    (("SMALL", "--link-gbps", 1, "--step-ms", 5, "--slots", 4, "--expert-memory", "1GB"), "give either --slots or --expert-memory, or neither"),
+    (("SMALL", "--link-gbps", 1, "--step-ms", 5, "--expert-memory", "auto"), "--expert-memory auto needs --model"),
+])  # fmt: skip
+def test_advise_says_what_it_lacks(small, args, what):
+    done = commands.call(trace_script, "advise", *(small if one == "SMALL" else one for one in args))
+    assert done.code == 2 and what in done.err and done.err.strip().count("\n") == 0
 
 
 def test_replay_looks_ahead(small, tmp_path):
