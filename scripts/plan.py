@@ -98,6 +98,8 @@ class Arguments:
     """With slots in host memory: slots for experts that pass through."""
     resident: bool = False
     """Never put experts into host memory."""
+    expert_copies: int = 0
+    """Copies of experts in each MoE layer, over all devices, that there is to be room for (scripts/place.py --method eplb --extra)."""
     trace: Path | None = None
     """A recorded routing trace of the model (scripts/trace.py record): experts are asked for as it has it, in the place of evenly."""
     devices: int | None = None
@@ -212,7 +214,7 @@ def workload_of(args: Arguments, spec: ModelSpec) -> Workload:
     """What is to be done."""
     prompt = max(1, min(512, spec.max_positions - args.new)) if args.prompt is None else args.prompt
     rows, kv_dtype = 1 if args.rows is None else args.rows, args.kv_dtype or args.dtype
-    return Workload(rows, prompt, args.new, args.prefill_tokens, args.dtype, kv_dtype, args.slots, args.staging)
+    return Workload(rows, prompt, args.new, args.prefill_tokens, args.dtype, kv_dtype, args.slots, args.staging, args.expert_copies)
 
 
 def search_of(args: Arguments) -> Search:

@@ -163,7 +163,8 @@ def arms(spec: ModelSpec, good: Sequence[Layout], workload: Workload, search: Se
     found = []
     for layout in good:
         rows = tuple(layout.shards * 2**i for i in range(MOST_ROWS.bit_length())) if search.any_rows else (workload.rows,)
-        if _rows_fit(layout, rows[0]) and _slots_fit(spec, layout, workload) and (_streams(layout) or (workload.resident and not streamed)):
+        fits = _rows_fit(layout, rows[0]) and _slots_fit(spec, layout, workload) and _copies_fit(spec, layout, workload)
+        if fits and (_streams(layout) or (workload.resident and not streamed)):
             ways = _slots(spec, layout) if streamed else [(workload.slots,)]
             found += [Arm(layout, workload, rows, slots) for slots in ways]
     return found
@@ -189,6 +190,9 @@ def why_none(spec: ModelSpec, machine: Machine, good: Sequence[Layout], workload
         ranges = [slots_range(spec, layout) for layout in good]
         low, high = min(r[0] for r in ranges if r), max(r[1] for r in ranges if r)
         return ValueError(f"slots = {workload.slots}: {spec.family} needs {low} to {high}")
+    if not any(_copies_fit(spec, layout, workload) for layout in good):
+        experts = spec.moe[0].experts if spec.moe_layers else 0
+        return SplitError(f"copies = {workload.copies}: no split divides {experts} experts and so many copies among several devices")
     return SplitError("exchange = 'weights' sends experts from device to device, with slots they are in host memory: choose another exchange")
 
 
@@ -200,6 +204,14 @@ def _slots_fit(spec: ModelSpec, layout: Layout, workload: Workload) -> bool:
     """Whether the workload's own slots, where it has any, are enough for a token and not more than a device has experts."""
     between = slots_range(spec, layout)
     return workload.slots is None or between is None or between[0] <= workload.slots <= between[1]
+
+
+def _copies_fit(spec: ModelSpec, layout: Layout, workload: Workload) -> bool:
+    """Whether the workload's copies of experts, where it has any, divide among the devices."""
+    if not workload.copies:
+        return True
+    devices = layout.size(layout.experts)
+    return bool(spec.moe_layers) and devices > 1 and (spec.moe[0].experts + workload.copies) % devices == 0
 
 
 def _streams(layout: Layout) -> bool:

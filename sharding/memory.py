@@ -113,7 +113,7 @@ def device_bytes(
     most: Temporaries = max((temporaries(own, spec.vocab, layout, workload, backend, p) for p in phases), key=sum)
     pool, staging, tables, store = _experts(own, layout, workload, backend)
     return Bytes(
-        weights=_weights(own, layout, backend),
+        weights=_weights(own, layout, backend, workload.copies),
         experts=pool,
         kv=sum(x.nbytes(backend) for x in layer_states(own, layout, workload)),
         tables=tables,
@@ -130,8 +130,8 @@ def _as_run(spec: ModelSpec, workload: Workload) -> ModelSpec:
     return dataclasses.replace(spec, precision=dataclasses.replace(spec.precision, kv=workload.kv_dtype), extra_heads=())
 
 
-def weights(own: ModelSpec, layout: Layout) -> Iterator[Held]:
-    """Every leaf of a device's parameters, those of a segment's repeats stacked; `own` is its local spec."""
+def weights(own: ModelSpec, layout: Layout, copies: int = 0) -> Iterator[Held]:
+    """Every leaf of a device's parameters, those of a segment's repeats stacked; `own` is its local spec. `copies` of experts have biases too."""
     once, first = [], 0
     for segment in own.segments:
         once.append(Segment(segment.pattern, 1, first))
@@ -144,7 +144,7 @@ def weights(own: ModelSpec, layout: Layout) -> Iterator[Held]:
             for branch in tree.values():
                 yield from leaves(branch, repeats)
             return
-        shape = tuple(n // share if axis == "experts" else n for n, axis in zip(tree.shape, tree.axes, strict=True))
+        shape = tuple((n + copies) // share if axis == "experts" else n for n, axis in zip(tree.shape, tree.axes, strict=True))
         stacked = ((), ()) if repeats is None else ((repeats,), ("layers",))
         yield Held((*stacked[0], *shape), tree.dtype.itemsize, (*stacked[1], *tree.axes))
 
@@ -157,8 +157,8 @@ def weights(own: ModelSpec, layout: Layout) -> Iterator[Held]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _weights(own: ModelSpec, layout: Layout, backend: Backend) -> int:
-    return sum(leaf.nbytes(backend) for leaf in weights(own, layout))
+def _weights(own: ModelSpec, layout: Layout, backend: Backend, copies: int) -> int:
+    return sum(leaf.nbytes(backend) for leaf in weights(own, layout, copies))
 
 
 def layer_states(own: ModelSpec, layout: Layout, workload: Workload) -> Iterator[Held]:
@@ -185,12 +185,14 @@ def _experts(own: ModelSpec, layout: Layout, workload: Workload, backend: Backen
     if not own.moe_layers:
         return 0, 0, 0, 0
     router, expert = own.moe
-    layers, experts = len(own.moe_layers), router.experts // layout.size(layout.experts)
+    layers, experts = len(own.moe_layers), workload.held_experts(router.experts, layout)
     width = WIDTH[workload.dtype]
     shapes = formats.expert_shapes(own.width, expert.width, EXPERT_LAYOUTS[backend])
     if workload.slots is None:
         axes = ("layers", "experts")
-        return sum(Held((layers, experts, *s), width, (*axes, *(None,) * len(s))).nbytes(backend) for s in shapes), 0, 0, 0
+        # Where each expert stands, by turns among its copies: two is what most have at most.
+        where = Held((layers, router.experts, 2), 4).nbytes(backend) if workload.copies else 0
+        return sum(Held((layers, experts, *s), width, (*axes, *(None,) * len(s))).nbytes(backend) for s in shapes), 0, where, 0
     # Tables of the policy 'lfu': where each expert is, its count and its last use; of each layer a clock and three counters.
     slots, passing = layers * workload.slots, max(1, workload.staging)
     total = sum(Held((slots + passing, *s), width).nbytes(backend) for s in shapes)

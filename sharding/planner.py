@@ -191,7 +191,7 @@ def _attempt(
 ) -> tuple[Found | None, list[Candidate]]:  # fmt: skip
     """What was found, and what fits but is too slow."""
     search, spec, slow = run.search, run.spec, list[Candidate]()
-    may_stream = not search.resident and workload.slots is None and bool(spec.moe_layers)
+    may_stream = not search.resident and workload.slots is None and not workload.copies and bool(spec.moe_layers)
     for streamed in (False, True) if may_stream else (False,):
         ways = arms(spec, good, workload, search, streamed)
         if not ways and not streamed:

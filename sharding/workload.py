@@ -40,6 +40,7 @@ class Workload:
         kv_dtype: of cached keys and values.
         slots: experts of each MoE layer that a device has room for, the others staying in its host's memory; None for all of its experts.
         staging: further slots of a device that all layers share, for experts that pass through; without `slots` there are none.
+        copies: of experts of each MoE layer that stand beside the model's own, over all devices (`sharding.placement.replicas`).
 
     Raises:
         ValueError: a field that is not what it has to be; the message names it and its value.
@@ -53,15 +54,18 @@ class Workload:
     kv_dtype: Dtype = "bfloat16"
     slots: int | None = None
     staging: int = 2
+    copies: int = 0
 
     def __post_init__(self):
-        least = {"rows": 1, "prompt": 1, "new_tokens": 1, "prefill_tokens": 1, "slots": 1, "staging": 0}
+        least = {"rows": 1, "prompt": 1, "new_tokens": 1, "prefill_tokens": 1, "slots": 1, "staging": 0, "copies": 0}
         for field, smallest in least.items():
             n = getattr(self, field)
             if field == "slots" and n is None:
                 continue
             if isinstance(n, bool) or not isinstance(n, int) or n < smallest:
                 raise ValueError(f"{field} = {n!r}: a workload needs a whole number here, at least {smallest}")
+        if self.copies and self.slots is not None:
+            raise ValueError(f"copies = {self.copies} with slots = {self.slots}: copies are of experts that all stay on their devices")
         check_prefill_tokens(self.prefill_tokens)
         for field in ("dtype", "kv_dtype"):
             if getattr(self, field) not in get_args(Dtype):
@@ -76,6 +80,17 @@ class Workload:
     def resident(self) -> bool:
         """Whether all experts stay on the devices."""
         return self.slots is None
+
+    def held_experts(self, experts: int, layout: Layout) -> int:
+        """Experts of each MoE layer that a device has, copies among them.
+
+        Raises:
+            SplitError: copies that don't divide among the devices, or that there is only one device for.
+        """
+        devices = layout.size(layout.experts)
+        if self.copies and (devices == 1 or (experts + self.copies) % devices):
+            raise SplitError(f"copies = {self.copies}: {experts} experts and copies don't divide among {devices} devices ({layout.split})")
+        return (experts + self.copies) // devices
 
     def local_rows(self, layout: Layout) -> int:
         """Sequences of each group of devices.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
@@ -22,6 +23,7 @@ from jaxmoe.engine import mesh, steps
 from jaxmoe.engine.mesh import Devices
 from jaxmoe.engine.model import Offload, slot_bank
 from jaxmoe.experts import ResidentBank, host_store
+from jaxmoe.experts.placed import PlacedBank
 from jaxmoe.spec import Leaf, ModelSpec, abstract_params, stack_layers
 from pallas_kernels.dispatch import Kernels
 from sharding.split import AXES, Layout, local_spec
@@ -59,7 +61,7 @@ def abstract_step(spec: ModelSpec, on: Devices, workload: Workload, kernels: Ker
     """
     spec = spec.with_precision(workload.dtype).for_positions(workload.positions)
     spec = dataclasses.replace(spec, precision=dataclasses.replace(spec.precision, kv=workload.kv_dtype))
-    params = _abstract_params(spec, on)
+    params = _abstract_params(spec, on, workload.copies)
     bank, init = _abstract_bank(spec, on, workload, kernels)
     state = _abstract_state(spec, on, workload, init)
     if phase == "prefill":
@@ -81,10 +83,12 @@ def _held(x: Any, on: Devices, axes: tuple[str | None, ...]) -> jax.ShapeDtypeSt
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh.held(x, on, axes))
 
 
-def _abstract_params(spec: ModelSpec, on: Devices) -> dict:
+def _abstract_params(spec: ModelSpec, on: Devices, copies: int) -> dict:
+    def size(n: int, axis: str | None) -> int:
+        return n * on.layout.copies(n) if axis == "kv_heads" else n + copies if axis == "experts" else n
+
     def whole(leaf: Leaf) -> jax.ShapeDtypeStruct:
-        shape = [n * on.layout.copies(n) if axis == "kv_heads" else n for n, axis in zip(leaf.shape, leaf.axes, strict=True)]
-        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+        return jax.ShapeDtypeStruct(tuple(map(size, leaf.shape, leaf.axes)), leaf.dtype)
 
     def stack(leaves: list) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((len(leaves), *leaves[0].shape), leaves[0].dtype)
@@ -101,10 +105,15 @@ def _abstract_bank(spec: ModelSpec, on: Devices, workload: Workload, kernels: Ke
         router, experts = spec.moe
         dtype, layers = formats.leaf_dtype(spec.precision.params), len(spec.moe_layers)
         shapes = formats.expert_shapes(spec.width, experts.width, layout)
-        w_in, w_out = (jax.ShapeDtypeStruct((layers, router.experts, *shape), dtype) for shape in shapes)
+        workload.held_experts(router.experts, on.layout)
+        w_in, w_out = (jax.ShapeDtypeStruct((layers, router.experts + workload.copies, *shape), dtype) for shape in shapes)
         axes = formats.expert_axis_names(layout)
         w_in, w_out = (_held(x, on, ("layers", "experts", *names)) for x, names in zip((w_in, w_out), axes, strict=True))
-        return ResidentBank(w_in, w_out, experts.activation, layout), lambda: ()  # type: ignore[arg-type]
+        bank = ResidentBank(w_in, w_out, experts.activation, layout)  # type: ignore[arg-type]
+        if not workload.copies:
+            return bank, lambda: ()
+        where = jax.ShapeDtypeStruct((layers, router.experts, 2), jnp.int32)
+        return PlacedBank(bank, placed(where, on, P(on.layout.stage or None))), lambda: ()  # type: ignore[arg-type]
     own = mesh.bank_spec(spec, on.layout)
     local = slot_bank(own, None, Offload(workload.slots, max(1, workload.staging)), layout)
     records = len(own.moe_layers) * own.moe[0].experts * on.layout.split.devices

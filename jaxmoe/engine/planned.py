@@ -77,6 +77,7 @@ def choose_devices(
         on = devices_for(spec, read.split)
         _check_streamed(on, offload)
         _check_placed(placed, placement, on, offload)
+        _check_copies(plan, work, spec, placed)
         return Planned(spec, on, offload, placed, work.prefill_tokens, work.positions)
     if split is None:
         return Planned(spec)
@@ -95,6 +96,14 @@ def _check_work(plan: Path, work: Workload, rows: int, positions: int) -> None:
     if positions > work.positions:
         tokens = f"{work.prompt} + {work.new_tokens} tokens"
         raise ValueError(f"--plan {plan} is for {tokens}, a request needs {positions}: plan with more --prompt or --new")
+
+
+def _check_copies(plan: Path, work: Workload, spec: ModelSpec, placed: Placement | Replicas | None) -> None:
+    """Refuses more copies of experts than a plan has room for."""
+    copies = 0 if placed is None else placed.order.shape[1] - spec.moe[0].experts
+    if copies > work.copies:
+        room = f"--plan {plan} has room for {work.copies} copies of experts a layer"
+        raise ValueError(f"{room}, the placement has {copies}: plan with --expert-copies {copies}")
 
 
 def _read_placement(path: Path) -> Placement | Replicas:

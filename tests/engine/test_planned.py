@@ -164,6 +164,9 @@ def test_a_placement_gives_the_same_bits(checkpoint, spec, expected, tmp_path):
         assert np.array_equal(a.view(np.uint32), b.view(np.uint32)), "a copy of an expert gives its bits"
     with_plan = choose(spec, None, write_plan(tmp_path / "plan.json", spec), placement=placement)
     assert with_plan.placement.devices == 2
+    with pytest.raises(ValueError, match="has room for 2 copies of experts a layer, the placement has 4: plan with --expert-copies 4"):
+        choose(spec, None, write_plan(tmp_path / "plan.json", spec, copies=2), placement=tmp_path / "replicas.json")
+    assert choose(spec, None, write_plan(tmp_path / "plan.json", spec, copies=4), placement=tmp_path / "replicas.json").placement.devices == 2
 
 
 # --- refusals

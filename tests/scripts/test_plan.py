@@ -131,6 +131,8 @@ def test_a_recorded_routing(config, tmp_path):
         (("olmoe_1b_7b", "--slo", "ttft=1"), "--slo 'ttft=1': 'ttft=1' is not a limit"),
         (("olmoe_1b_7b", "--slo", "ttft=1s,ttft=2s"), "is not a limit"),
         (("olmoe_1b_7b", "--rows", "0"), "rows = 0"),
+        (("olmoe_1b_7b", "--hardware", "h100:2", "--expert-copies", "3"), "copies = 3: no split divides 64 experts"),
+        (("olmoe_1b_7b", "--expert-copies", "-1"), "copies = -1"),
         (("olmoe_1b_7b", "--prompt", "100000"), "goes up to 4096 positions"),
         (("olmoe_1b_7b", "--hardware", "h100:2", "--split", "tensor=x"), "tensor = 'x'"),
         (("olmoe_1b_7b", "--hardware", "h100:2", "--split", "tensor=4"), "takes 4 devices"),

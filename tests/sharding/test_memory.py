@@ -12,7 +12,7 @@ from jaxmoe.spec.published import published
 from jaxmoe.spec.types import Segment
 from pallas_kernels.dispatch import Kernels
 from sharding.memory import Bytes, device_bytes
-from sharding.split import layout_of, parse_split
+from sharding.split import SplitError, layout_of, parse_split
 from sharding.workload import Workload
 
 
@@ -38,6 +38,7 @@ CASES = [
     ("qwen3_next_80b_a3b", "expert=4,tensor=2", Workload(rows=8)),
     ("mixtral_8x7b", "tensor=8,stage=1", Workload(rows=1)),
     ("olmoe_1b_7b", "expert=4", Workload(rows=8, slots=8, staging=3)),
+    ("gpt_oss_20b", "expert=8", Workload(rows=8, copies=16)),
 ]
 
 
@@ -50,11 +51,23 @@ def test_arguments_are_those_of_the_step(model, split, workload):
     assert found.weights == nbytes(params)
     assert found.kv == nbytes(state.layers)
     if workload.slots is None:
-        assert (found.experts, found.staging, found.host_store) == (nbytes(bank), 0, 0)
+        assert (found.experts + found.tables, found.staging, found.host_store) == (nbytes(bank), 0, 0)
+        assert bool(found.tables) == bool(workload.copies)
     else:
         assert found.experts + found.staging == nbytes(state.bank.pools)
         assert found.host_store == nbytes(bank)
         assert found.tables == nbytes(dataclasses.replace(state.bank, pools=()))
+
+
+def test_copies_divide_among_the_devices():
+    layout = layout_of(small("olmoe_1b_7b"), parse_split("expert=4"))
+    assert [Workload(rows=4, copies=n).held_experts(64, layout) for n in (0, 4, 8)] == [16, 17, 18]
+    with pytest.raises(SplitError, match="copies = 6: 64 experts and copies don't divide among 4 devices"):
+        Workload(rows=4, copies=6).held_experts(64, layout)
+    with pytest.raises(SplitError, match="copies = 4: .* among 1 devices"):
+        Workload(rows=4, copies=4).held_experts(64, layout_of(small("olmoe_1b_7b"), parse_split("tensor=4")))
+    with pytest.raises(ValueError, match="copies = 4 with slots = 8"):
+        Workload(rows=4, copies=4, slots=8)
 
 
 def test_items_add_up_and_come_by_size():
