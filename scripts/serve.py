@@ -66,6 +66,8 @@ class Arguments:
     """How experts are brought: in the compiled steps, or sent by the host."""
     expert_trace: Path | None = None
     """A routing trace of the model (scripts/trace.py record): shares slots out over the layers."""
+    pin_experts: Path | None = None
+    """Experts that never leave the device once they are there, a file of scripts/trace.py pin."""
     expert_regret: bool = False
     """Count in /metrics what the best policy would have loaded, too."""
     link_gbps: float | None = None
@@ -150,7 +152,7 @@ def asked(args: Arguments):
     margin = math.inf if args.preempt_margin is None else args.preempt_margin
     policy = Policy(objective=args.schedule_policy, preemption=args.preemption, group=args.decode_group, margin=margin)
     mode, gbps, trace = args.expert_mode, args.link_gbps, args.expert_trace
-    return Serving(memory, policy, args.prefill_mode, mode, gbps, trace, args.max_waiting, args.expert_regret)
+    return Serving(memory, policy, args.prefill_mode, mode, gbps, trace, args.max_waiting, args.expert_regret, args.pin_experts)
 
 
 def no_bytes(amount: str | None) -> bool:

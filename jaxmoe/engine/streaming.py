@@ -32,9 +32,9 @@ from jaxmoe.offload.predictors import PREDICTORS, find_predictor
 from jaxmoe.offload.prefetch import Prefetch
 from jaxmoe.offload.replay import replay
 from jaxmoe.offload.staging import Staging
-from jaxmoe.offload.super_experts import load as load_pinned
+from jaxmoe.offload.super_experts import read_pinned
 from jaxmoe.offload.trace import PROMPT, Trace, as_teacher_forced, check_model, load_or_import
-from jaxmoe.residency import Knowledge, Shape, find_policy
+from jaxmoe.residency import Knowledge, find_policy
 from jaxmoe.residency.policies import DEFAULT
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
@@ -151,7 +151,7 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
     if policy.allocate is not None and not found.all_resident:
         slots = policy.allocate(sum(found.slots), shapes.layers, shapes.experts, shapes.active)
         found = dataclasses.replace(found, slots=slots)
-    pinned = None if asked.pinned is None else _pinned(asked.pinned, asked.policy, spec, found)
+    pinned = None if asked.pinned is None else read_pinned(asked.pinned, spec, asked.policy, None if found.all_resident else found.slots)
     check_fits_host(spec, asked.host_memory, shapes.all_bytes, found.all_resident)
     return Plan(asked, mode, found, trace, pinned)
 
@@ -241,20 +241,6 @@ def _check_trace(trace: Trace, asked: Streaming, spec: ModelSpec) -> None:
         check_model(trace, spec)
     except ValueError as error:
         raise ValueError(f"{asked.trace}: {error}") from error
-
-
-def _pinned(path: Path, policy: str, spec: ModelSpec, found: budget.BudgetPlan) -> np.ndarray | None:
-    """Which experts [L, E] a file pins; None if it pins none."""
-    read = load_pinned(path)
-    try:
-        read.check_model(spec)
-        if policy == "opt":
-            raise ValueError("pins experts, and the policy opt is the bound of what a policy can do without: choose another one")
-        if not found.all_resident:
-            find_policy(policy).check_pinned(Shape(read.layers, read.experts, tuple(found.slots)), read.mask)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return read.mask if read.pinned else None
 
 
 def _known(plan: Plan) -> Knowledge:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxmoe.offload.trace import Trace, model_hash
+from jaxmoe.residency import Shape, find_policy
 from jaxmoe.spec import ModelSpec
 from sharding.placement.rows import read_hash, read_object, whole
 
@@ -215,3 +216,30 @@ def load(path: str | Path) -> PinnedExperts:
         return PinnedExperts.from_json(raw.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def read_pinned(path: str | Path, spec: ModelSpec, policy: str, slots: Sequence[int] | None) -> Bool[np.ndarray, "L E"] | None:
+    """Which experts a file pins, for a policy that has so many slots a layer.
+
+    Args:
+        path: of the file.
+        spec: the model.
+        policy: a name of `jaxmoe.residency.POLICIES`.
+        slots: of each layer; None where all experts are on the device anyway, or it is not known yet.
+
+    Returns:
+        The mask; None if none is pinned.
+
+    Raises:
+        OSError, ValueError: as `load`; another model's, a policy that can't pin, or more experts than there are slots.
+    """
+    read = load(path)
+    try:
+        read.check_model(spec)
+        if policy == "opt":
+            raise ValueError("pins experts, and the policy opt is the bound of what a policy can do without: choose another one")
+        if slots is not None:
+            find_policy(policy).check_pinned(Shape(read.layers, read.experts, tuple(slots)), read.mask)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return read.mask if read.pinned else None

@@ -16,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 Tables = dict[str, Array]
@@ -115,7 +116,7 @@ class Policy:
             value = getattr(knowledge, name)
             if value is not None and value.shape[-2:] != (shape.layers, shape.experts):
                 raise ValueError(f"the {name} has {list(value.shape[-2:])} layers and experts, the model {[shape.layers, shape.experts]}")
-        if knowledge.pinned is not None:
+        if knowledge.pinned is not None and not isinstance(knowledge.pinned, jax.core.Tracer):  # while shapes are found, there are no numbers
             self.check_pinned(shape, knowledge.pinned)
         tables = self.init(shape, knowledge)
         if self.foresees:
@@ -128,7 +129,7 @@ class Policy:
         Raises:
             ValueError: it says how many, and where.
         """
-        counts = [int(n) for n in jnp.asarray(pinned_LE, bool).sum(1)]
+        counts = [int(n) for n in np.asarray(pinned_LE, bool).sum(1)]
         pairs = [(sum(counts), sum(shape.slots))] if self.shared else [*zip(counts, shape.slots, strict=True)]
         for layer, (pinned, slots) in enumerate(pairs):
             if pinned > slots:

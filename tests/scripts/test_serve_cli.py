@@ -10,6 +10,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import openai
 import pytest
 from safetensors.numpy import load_file
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 from checkpoints.load import load_hf_or_checkpoint, read_spec
 from jaxmoe.engine.serving import build
 from jaxmoe.engine.serving.paths import RequestPaths
+from jaxmoe.offload.super_experts import Criterion, pinned_experts
 from jaxmoe.report.serve_storm import Target, storm
 from pallas_kernels.dispatch import Kernels
 from tests.checkpoints import hf_folders
@@ -179,6 +181,9 @@ def test_options_reach_the_engine(tmp_path):
     more = {"schedule_policy": "expert-aware", "preempt_margin": 5.0, "max_decode_seqs": 2, "decode_group": "greedy", "expert_regret": True}
     spec, kernels = read_spec(serve.DEFAULT_MODEL).with_precision("float32"), Kernels("cpu")
     checkpoint = load_hf_or_checkpoint(serve.DEFAULT_MODEL, tmp_path)
+    pinned = pinned_experts(spec, "m", np.eye(8, 32, dtype=np.float32), Criterion(0.9, 0.1))
+    (tmp_path / "pinned.json").write_text(pinned.to_json())
+    more["pin_experts"] = tmp_path / "pinned.json"
     made = {}
     for name, options in (("plain", how), ("all", how | more)):
         plan = build.make_serving_plan(serve.asked(serve.Arguments(**options)), spec, kernels)
@@ -187,6 +192,12 @@ def test_options_reach_the_engine(tmp_path):
     assert (engine.policy.margin, engine.policy.group, engine.policy.objective) == (5.0, "greedy", "expert-aware")
     assert (engine.spec.batch, engine.spec.slots) == (2, 6) and engine.runner.record and engine.runner.regret is not None
     assert isinstance(engine._paths, RequestPaths)
+    assert len(pinned.pinned) == 8 and np.array_equal(engine.runner.model.bank.knowledge.pinned, pinned.mask)
     plain = made["plain"]
     assert plain.spec.batch == 6 and not plain.runner.record and plain.runner.regret is None and plain._paths is None
-    assert plain.policy.margin == math.inf and plain.policy.group is None
+    assert plain.policy.margin == math.inf and plain.policy.group is None and plain.runner.model.bank.knowledge.pinned is None
+    many = np.zeros((8, 32), np.float32)
+    many[0, :9] = 1
+    (tmp_path / "pinned.json").write_text(pinned_experts(spec, "m", many, Criterion(0.9, 0.1)).to_json())
+    with pytest.raises(ValueError, match="pinned.json: 9 experts are pinned in 8 slots of layer 0"):
+        build.make_serving_plan(serve.asked(serve.Arguments(**how | more)), spec, kernels)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from checkpoints.load import Checkpoint
 from jaxmoe.decode.grammar import GrammarCompiler
@@ -28,6 +29,7 @@ from jaxmoe.nn.transformer import layer_groups
 from jaxmoe.offload import bounds
 from jaxmoe.offload.knowledge import knowledge
 from jaxmoe.offload.link import Link
+from jaxmoe.offload.super_experts import read_pinned
 from jaxmoe.offload.trace import PROMPT, as_teacher_forced, check_model, load_or_import
 from jaxmoe.residency import find_policy
 from jaxmoe.spec import DeltaSpec, ModelSpec
@@ -50,6 +52,7 @@ class Serving:
         mode: 'fused' brings experts inside the compiled steps, 'host-driven' has the host send them.
         link_gbps: emulate a link of this speed; needs the host-driven mode.
         trace: a routing trace of the model, by which slots are shared out over the layers.
+        pinned: a file of experts that never leave once they are there (`jaxmoe.offload.super_experts`).
         max_waiting: requests that may wait before others are turned away.
         regret: count what the best policy would have loaded; takes some of the host's time.
     """
@@ -62,6 +65,7 @@ class Serving:
     trace: Path | None = None
     max_waiting: int | None = 1024
     regret: bool = False
+    pinned: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +135,12 @@ def make_serving_plan(asked: Serving, spec: ModelSpec, kernels: Kernels, free: i
         counted = as_teacher_forced(trace) if (trace.phase == PROMPT).all() else trace
         curves = bounds.marginal_hits(counted)
         memory = dataclasses.replace(memory, knowledge=knowledge(trace, find_policy(memory.policy)))
+    if asked.pinned is not None:
+        mask = read_pinned(asked.pinned, spec, memory.policy, None)
+        memory = dataclasses.replace(memory, knowledge=dataclasses.replace(memory.knowledge, pinned=None if mask is None else jnp.asarray(mask)))
     fitted = fit(spec, memory, kernels, _free_bytes() if free is None else free, curves)
+    if asked.pinned is not None and not fitted.resident:
+        read_pinned(asked.pinned, spec, memory.policy, fitted.slots)  # refuses more than there are slots
     check_host(fitted, available_host_memory(), jax.devices()[0].platform == "cpu")
     prefill: PrefillMode = asked.prefill or ("chunked" if fitted.resident else "layered")
     policy = dataclasses.replace(asked.policy, prefill=prefill)
