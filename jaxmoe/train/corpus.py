@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import rich.console
@@ -200,59 +200,18 @@ def build_corpus(
     for name in SPLITS:
         (out_folder / name).mkdir(parents=True, exist_ok=True)
     chosen = domains() if chosen is None else tuple(chosen)
-    texts: dict[str, dict[str, list[Document]]] = {}
-    left_out: dict[str, dict[str, int]] = {}
-    missing: dict[str, str] = {}
     with rich.progress.Progress(console=console) as progress:
-        reading = progress.add_task("reading", total=len(chosen))
-        for domain in chosen:
-            progress.update(reading, description=f"reading {domain.name}")
-            try:
-                documents = load(domain, root)
-            except MissingText as error:
-                if not allow_missing:
-                    raise
-                missing[domain.name] = str(error)
-            else:
-                train, held = split(documents, held_out)
-                kept = {
-                    "train": capped(train, cap_bytes),
-                    "held_out": capped(held, int(cap_bytes * held_out / (1 - held_out))),
-                }
-                unused = len(documents) - sum(map(len, kept.values()))
-                texts[domain.name] = kept
-                left_out[domain.name] = {
-                    "documents": unused,
-                    "bytes": _bytes(documents) - sum(map(_bytes, kept.values())),
-                }
-            progress.advance(reading)
-        if not texts:
-            raise MissingText("no domain has any text here: " + "; ".join(missing.values()))
+        read, missing = _read_domains(chosen, root, cap_bytes, held_out, allow_missing, progress)
         task = progress.add_task("tokenizer", total=None)
         if tokenizer_file is None:
-            sample = [text for kept in texts.values() for _, text in capped(kept["train"], sample_bytes)]
+            sample = [text for one in read.values() for _, text in capped(one.kept["train"], sample_bytes)]
             tokenizer = train_tokenizer(sample, vocab_size)
         else:
             tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_file))
         save_tokenizer(tokenizer, out_folder)
         tokenizer.encode_special_tokens = True  # such words in a text are text
         progress.update(task, total=1, completed=1)
-        encoding = progress.add_task("encoding", total=len(texts))
-        entries: dict[str, dict[str, Any]] = {}
-        for domain in chosen:
-            if domain.name in texts:
-                progress.update(encoding, description=f"encoding {domain.name}")
-                entry: dict[str, Any] = {
-                    "licence": domain.licence,
-                    "description": domain.description,
-                    "packages": package_versions(domain),
-                }
-                for name in SPLITS:
-                    entry[name] = _write_stream(
-                        out_folder / name / f"{domain.name}.npy", tokenizer, texts[domain.name][name]
-                    )
-                entries[domain.name] = entry | {"left_out": left_out[domain.name]}
-                progress.advance(encoding)
+        entries = _encode_domains([d for d in chosen if d.name in read], read, tokenizer, out_folder, progress)
     manifest = {
         "format": 1,
         "vocab_size": tokenizer.get_vocab_size(),
@@ -269,6 +228,56 @@ def build_corpus(
     }
     _write_json(out_folder / "corpus.json", manifest)
     return manifest
+
+
+class _Read(NamedTuple):
+    """A domain's documents by the names of `SPLITS`, and how much of it is in neither."""
+
+    kept: dict[str, list[Document]]
+    left_out: dict[str, int]
+
+
+def _read_domains(
+    chosen: Sequence[Domain], root: Path, cap_bytes: int, held_out: float, allow_missing: bool, progress: rich.progress.Progress
+) -> tuple[dict[str, _Read], dict[str, str]]:
+    """Domains by name, and why others are missing."""
+    read: dict[str, _Read] = {}
+    missing: dict[str, str] = {}
+    task = progress.add_task("reading", total=len(chosen))
+    for domain in chosen:
+        progress.update(task, description=f"reading {domain.name}")
+        try:
+            documents = load(domain, root)
+        except MissingText as error:
+            if not allow_missing:
+                raise
+            missing[domain.name] = str(error)
+        else:
+            train, held = split(documents, held_out)
+            most = int(cap_bytes * held_out / (1 - held_out))
+            kept = {"train": capped(train, cap_bytes), "held_out": capped(held, most)}
+            unused = {"documents": len(documents) - sum(map(len, kept.values())), "bytes": _bytes(documents) - sum(map(_bytes, kept.values()))}
+            read[domain.name] = _Read(kept, unused)
+        progress.advance(task)
+    if not read:
+        raise MissingText("no domain has any text here: " + "; ".join(missing.values()))
+    return read, missing
+
+
+def _encode_domains(
+    chosen: Sequence[Domain], read: Mapping[str, _Read], tokenizer: tokenizers.Tokenizer, out_folder: Path, progress: rich.progress.Progress
+) -> dict[str, dict[str, Any]]:
+    """Writes their token streams; what the manifest says of each."""
+    entries: dict[str, dict[str, Any]] = {}
+    task = progress.add_task("encoding", total=len(chosen))
+    for domain in chosen:
+        progress.update(task, description=f"encoding {domain.name}")
+        entry: dict[str, Any] = {"licence": domain.licence, "description": domain.description, "packages": package_versions(domain)}
+        for name in SPLITS:
+            entry[name] = _write_stream(out_folder / name / f"{domain.name}.npy", tokenizer, read[domain.name].kept[name])
+        entries[domain.name] = entry | {"left_out": read[domain.name].left_out}
+        progress.advance(task)
+    return entries
 
 
 def _bytes(documents: Iterable[Document]) -> int:
