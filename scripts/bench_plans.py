@@ -39,7 +39,9 @@ class Arguments:
     again: bool = False
     """Compile cases again that have a record."""
     compare: bool = False
-    """Compile nothing: compare with the records that are there, and put today's predictions into them."""
+    """Compile nothing: compare with the records that are there."""
+    predict_again: bool = False
+    """Put today's predictions into the records."""
     one: str | None = None
     """Compile this case, by its whole name, in this process."""
 
@@ -96,7 +98,7 @@ def run(args: Arguments) -> bool:
         new = [case for case in wanted if args.again or not plan_bench.path_of(case, args.out).exists()]
         failed = {case.name: why for case in track(new, "compiling", console=console) if (why := compile_apart(case, args.out))}
     rows = [row for case in wanted if (row := plan_bench.read(case, args.out)) is not None]
-    for row in rows if args.compare else ():
+    for row in rows if args.predict_again else ():
         plan_bench.predict_again(row, args.out)
     Console(width=max(console.width, 170)).print(table(rows))
     if rows:

@@ -15,7 +15,7 @@ import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -142,8 +142,8 @@ class Advise:
     """What it reads, to record a trace."""
     prompt_file: Path | None = None
     """A file with one prompt a line: a batch."""
-    max_new_tokens: int = 128
-    """Tokens to generate per prompt, at most."""
+    max_new_tokens: int | None = None
+    """Tokens to generate per prompt, at most; 128 if not given."""
     dtype: str | None = None
     """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
     link_gbps: float | None = None
@@ -159,7 +159,7 @@ class Advise:
     alone: bool = False
     """Take each sequence of a trace of a batch by itself."""
     steps: int = 256
-    """Decode steps that are looked at; the first half chooses, the second checks."""
+    """Decode steps that are looked at: the first eighth fills caches, then every other block chooses, and the others check."""
     json: Path | None = None
     """Write the comparison to this file."""
     cache: Path = CACHE
@@ -193,6 +193,7 @@ def replay_trace(args: Replay, console: Console) -> None:
     """Prints, and writes if asked to, what a policy did beside the optimum."""
     from jaxmoe.offload.knowledge import knowledge
     from jaxmoe.offload.replay import OPT, optimum, replay
+    from jaxmoe.offload.super_experts import read_mask
     from jaxmoe.offload.trace import load_or_import
     from jaxmoe.report import record, trace_report
     from jaxmoe.residency import Knowledge, find_policy
@@ -209,7 +210,7 @@ def replay_trace(args: Replay, console: Console) -> None:
     if args.pin is not None and args.policy == OPT:
         raise ValueError(f"--pin {args.pin}: opt is the bound of what a policy can do without pinned experts: choose another policy")
     trace = load_or_import(args.trace)
-    pinned = None if args.pin is None else read_pinned(args.pin, trace)
+    pinned = None if args.pin is None else read_mask(args.pin, lambda read: read.check_trace(trace))
     other = None if args.profile is None else read_other(args.profile, trace)
     if other is None and "patterns" in policy.needs:
         raise ValueError("the eam policy goes by another trace of the model: give --profile")
@@ -234,7 +235,6 @@ def pin_experts(args: Pin, console: Console) -> None:
     record.check_path(args.out, "a list of pinned experts")
     criterion = Criterion(args.quantile, args.share, args.layers)
 
-    import jax
     from rich.table import Table
 
     from checkpoints.load import read_spec
@@ -252,7 +252,6 @@ def pin_experts(args: Pin, console: Console) -> None:
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     check_requests(spec, [Request(tuple(own), 1) for own in ids])
     model = open_model(args)
-    jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
     with Console(stderr=True).status("reading") as status:
         largest_LE = measure_experts(model, ids, lambda done, total: status.update(f"{done} of {total} prompts"))
     tokens, used = sum(map(len, ids)), int((largest_LE > 0).sum())
@@ -264,18 +263,6 @@ def pin_experts(args: Pin, console: Console) -> None:
     console.print(table)
     about = f"{len(found.pinned)} of {largest_LE.size} experts are above {found.criterion['threshold']:.4g}; {tokens} tokens used {used}"
     console.print(f"{args.out}: {model.spec.family}, {about}", highlight=False, markup=False, soft_wrap=True)
-
-
-def read_pinned(path: Path, trace):
-    """Which experts [L, E] a file pins, of the trace's model; None if it pins none."""
-    from jaxmoe.offload.super_experts import load
-
-    read = load(path)
-    try:
-        read.check_trace(trace)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return read.mask if read.pinned else None
 
 
 def read_other(path: Path, trace):
@@ -332,73 +319,109 @@ def report_trace(args: Report, console: Console) -> None:
 
 def advise_trace(args: Advise, console: Console) -> None:
     """Prints, and writes if asked to, all ways compared and the one advised."""
+    check_advise(args)  # before anything takes long
+
     from jaxmoe.experts.planes import plane_format
     from jaxmoe.offload import advise
     from jaxmoe.offload.sequences import by_sequence
     from jaxmoe.offload.trace import concatenate
     from jaxmoe.report import advice, record
-    from jaxmoe.train import path_predictor
+    from jaxmoe.report.expert_report import measure_link
 
-    if args.json is not None:
-        record.check_path(args.json)
-    if args.slots is not None and args.expert_memory is not None:
-        raise ValueError("give either --slots or --expert-memory, or neither")
-    if len({file.name for file in args.predictor_file}) < len(args.predictor_file):
-        raise ValueError("--predictor-file is given twice: give each once")
-    link = link_speed(args)
-    trace, spec, step = read_or_record(args)
+    trace, spec, trained, step = read_or_record(args)
+    link = args.link_gbps or measure_link(int(trace.expert_bytes.max()))
+    if link is None:
+        raise ValueError("no link to measure")  # `check_advise` has seen to it
     machine = advise.Machine(link, step)
     trace = concatenate(by_sequence(trace)) if args.alone else trace
-    trained = {params.kind: params for params in (path_predictor.load(file, trace.meta) for file in args.predictor_file)}
     try:
-        shares = advise.bits_shares() if spec is None else advise.bits_shares(plane_format(spec))
+        shares = {} if spec is None else advise.bits_shares(plane_format(spec))
     except ValueError:  # widths that few bits don't come at
         shares = {}
     slots = slots_asked(args, trace, spec)
     with Console(stderr=True).status("replaying") as status:
         made = advise.compare(trace, slots, machine, trained, most_steps=args.steps, shares=shares, progress=status.update)
     found = advise.enough(made)
+    files = {kind: file for file, kind in zip(args.predictor_file, trained, strict=True)}
     console.print(advice.table(found))
     if len(made) > 1:
         console.print(advice.sizes_table(made, found))
     console.print(found.describe(), highlight=False, markup=False, soft_wrap=True)
     about = f"for a link of {machine.link_gbps:.3g} GB/s and steps of {1e3 * machine.step_seconds:.3g} ms"
-    console.print(f"{about}: generate.py --expert-memory {found.percent}% {found.options}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{about}: generate.py {found.options(files)}", highlight=False, markup=False, soft_wrap=True)
     if args.json is not None:
-        record.write_record(args.json, advice.as_json(found, made) | {"versions": record.versions()})
+        record.write_record(args.json, advice.as_json(found, made, files) | {"versions": record.versions()})
 
 
-def link_speed(args: Advise) -> float:
-    """As given, or measured."""
-    if args.link_gbps is not None:
-        return args.link_gbps
+def check_advise(args: Advise) -> None:
+    """Refuses what lacks something, or has something that nothing would read."""
     import jax
 
-    from sharding.measure import host_rate
+    from jaxmoe.offload import advise, budget
+    from jaxmoe.report import record
 
-    if jax.devices()[0].platform == "cpu":
-        raise ValueError("a CPU's experts cross no link that could be measured: give --link-gbps, of the machine that the advice is for")
-    return host_rate() / 1e9
-
-
-def read_or_record(args: Advise) -> tuple:
-    """The trace, the model's spec where there is a model, and seconds of a decode step."""
-    from jaxmoe.offload.trace import check_model, load_or_import
-
+    if args.json is not None:
+        record.check_path(args.json)
     if args.trace is None and args.model is None:
         raise ValueError("give a trace, or --model to record one of")
     if args.step_ms is None and args.model is None:
         raise ValueError("give --step-ms, or --model to measure it")
-    given = None if args.trace is None else load_or_import(args.trace)
-    if args.model is None:
-        assert given is not None and args.step_ms is not None
-        return given, None, args.step_ms / 1e3
-    if given is not None and args.prompt is None and args.prompt_file is None:
-        args = dataclasses.replace(args, prompt="The", max_new_tokens=32)  # any text has the same steps
-    trace, spec, measured = run_model(args, timed=True)
-    if given is not None:
-        check_model(given, spec)
-    return trace if given is None else given, spec, measured if args.step_ms is None else args.step_ms / 1e3
+    if args.model is None and args.dtype is not None:
+        raise ValueError(f"--dtype {args.dtype} goes with --model")
+    recorded = {"--prompt": args.prompt, "--prompt-file": args.prompt_file, "--max-new-tokens": args.max_new_tokens}
+    for option, value in recorded.items() if args.trace is not None else ():
+        if value is not None:
+            raise ValueError(f"{option} {value} is for recording a trace, and {args.trace} is one: leave out either")
+    if args.trace is None:
+        read_prompts(args)
+    if args.slots is not None and args.expert_memory is not None:
+        raise ValueError("give either --slots or --expert-memory, or neither")
+    if args.expert_memory is not None and budget.parse_memory(args.expert_memory).kind == "auto" and args.model is None:
+        raise ValueError("--expert-memory auto needs --model, whose other weights take memory too")
+    if len({file.name for file in args.predictor_file}) < len(args.predictor_file):
+        raise ValueError("--predictor-file is given twice: give each once")
+    if args.link_gbps is None and jax.default_backend() == "cpu":
+        raise ValueError("a CPU's experts cross no link that could be measured: give --link-gbps, of the machine that the advice is for")
+    advise.Machine(1.0 if args.link_gbps is None else args.link_gbps, 1.0 if args.step_ms is None else args.step_ms / 1e3)
+
+
+def read_or_record(args: Advise) -> tuple:
+    """The trace, the model's spec where there is a model, trained predictors by name, and seconds of a decode step."""
+    from checkpoints.load import read_spec
+    from jaxmoe.engine import observing
+    from jaxmoe.offload.trace import check_model, load_or_import, model_meta
+    from jaxmoe.train import path_predictor
+
+    trace = None if args.trace is None else load_or_import(args.trace)
+    spec = None if args.model is None else read_spec(args.model).with_precision(dtype_of(args))
+    meta = model_meta(spec, spec.family, "") if trace is None else trace.meta
+    trained = {params.kind: params for params in (path_predictor.load(file, meta) for file in args.predictor_file)}
+    if trace is not None and spec is not None:
+        try:
+            check_model(trace, spec)
+        except ValueError as error:
+            raise ValueError(f"{args.trace}: {error}") from error
+        trace = dataclasses.replace(trace, meta=trace.meta | {"expert_bytes": list(spec.expert_bytes())})  # in the dtype that is to run
+    if trace is not None and args.step_ms is not None:
+        return trace, spec, trained, args.step_ms / 1e3
+    tokenizer, requests = requests_of(args, 128 if args.max_new_tokens is None else args.max_new_tokens, 1 if trace is None else rows_of(trace))
+    model = open_model(args)
+    with Console(stderr=True).status("generating") as status:
+        trace = observing.observed(model, requests, tokenizer.eos_ids, ahead=True) if trace is None else trace
+        status.update("timing")
+        alike = requests[:1] if args.alone else requests
+        step = observing.step_seconds(model, alike) if args.step_ms is None else args.step_ms / 1e3
+    return trace, spec, trained, step
+
+
+def rows_of(trace) -> int:
+    """Sequences that most decode steps of a trace have."""
+    import numpy as np
+
+    from jaxmoe.offload.trace import PROMPT
+
+    _, counts = np.unique(trace.step[trace.phase != PROMPT], return_counts=True)
+    return int(np.median(counts)) if len(counts) else 1
 
 
 def slots_asked(args: Advise, trace, spec) -> tuple[int, ...]:
@@ -410,12 +433,9 @@ def slots_asked(args: Advise, trace, spec) -> tuple[int, ...]:
         return (args.slots,)
     if args.expert_memory is None:
         return advise.sizes_to_compare(trace)
-    amount, free = budget.parse_memory(args.expert_memory), None
-    if amount.kind == "auto":
-        if spec is None:
-            raise ValueError("--expert-memory auto needs --model, whose other weights take memory too")
-        free = free_device_bytes(budget.ExpertShapes.from_spec(spec), spec.max_positions)
-    return (advise.slots_for(trace, amount.resolve(int(trace.expert_bytes.sum()) * trace.experts, free)),)
+    amount = budget.parse_memory(args.expert_memory)
+    free = free_device_bytes(budget.ExpertShapes.from_spec(spec), spec.max_positions) if amount.kind == "auto" else None
+    return (advise.slots_for(trace, amount, free),)
 
 
 def read_prompts(args: Record | Advise | Pin) -> list[str]:
@@ -435,73 +455,66 @@ def read_prompts(args: Record | Advise | Pin) -> list[str]:
     return prompts
 
 
-def open_model(args: Record | Advise | Pin):
-    """Converts if need be, then restores the model."""
-    from checkpoints.load import load_hf_or_checkpoint
-    from jaxmoe.engine.model import load_model
-    from pallas_kernels.dispatch import Kernels
-
-    try:
-        kernels = Kernels.default()
-    except RuntimeError as error:  # JAX_PLATFORMS names a device that is not there
-        raise ValueError(str(error)) from error
-    checkpoint = load_hf_or_checkpoint(args.model, args.cache / "converted", None)
-    dtype = args.dtype or ("float32" if kernels.backend == "cpu" else checkpoint.spec.precision.params)
-    return load_model(checkpoint, dtype, kernels)
-
-
-def run_model(args: Any, teacher_forced: bool = False, timed: bool = False) -> tuple:
-    """Generates greedily, or reads the prompts alone; gives the trace, the model's spec, and, `timed`, seconds of a decode step.
-
-    With that the trace also has what the model's routers foretell of later layers, where they can be asked.
-    """
-    prompts = read_prompts(args)
-
+def dtype_of(args: Record | Advise | Pin) -> str:
+    """In which the model runs."""
     import jax
 
     from checkpoints.load import read_spec
     from jaxmoe import formats
+
+    if args.dtype is not None:
+        formats.leaf_dtype(args.dtype)
+        return args.dtype
+    assert args.model is not None
+    return "float32" if jax.default_backend() == "cpu" else read_spec(args.model).precision.params
+
+
+def open_model(args: Record | Advise | Pin):
+    """Converts if need be, then restores the model, all experts on the device."""
+    import jax
+
+    from checkpoints.load import load_hf_or_checkpoint, read_spec
+    from jaxmoe.engine.model import load_model
+    from jaxmoe.engine.observing import check_room
+    from jaxmoe.report.opening import find_kernels
+
+    assert args.model is not None
+    kernels, dtype = find_kernels(), dtype_of(args)
+    check_room(read_spec(args.model).with_precision(dtype))
+    jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
+    return load_model(load_hf_or_checkpoint(args.model, args.cache / "converted", None), dtype, kernels)
+
+
+def requests_of(args: Record | Advise, count: int, rows: int = 1) -> tuple:
+    """The tokenizer, and a request of `count` new tokens for every prompt; `rows` of any text where there is none."""
+    from checkpoints.load import read_spec
     from jaxmoe.engine import steps
-    from jaxmoe.engine.generate import Engine, Request, check_requests
-    from jaxmoe.engine.predicting import can_ask_ahead
+    from jaxmoe.engine.generate import Request, check_requests
     from jaxmoe.engine.text import Tokenizer
 
     assert args.model is not None
-    if args.dtype is not None:
-        formats.leaf_dtype(args.dtype)
+    prompts = ["The"] * rows if args.prompt is None and args.prompt_file is None else read_prompts(args)
     if len(prompts) > steps.ROW_BUCKETS[-1]:
         raise ValueError(f"{len(prompts)} prompts are more than the {steps.ROW_BUCKETS[-1]} that one run takes: split the file")
     spec = read_spec(args.model)  # first, so that a folder that holds no model is refused as such, not for its lack of a tokenizer
     tokenizer = Tokenizer(args.model)
-    count = 1 if teacher_forced else args.max_new_tokens
     requests = [Request(tuple(tokenizer.encode(prompt)), count) for prompt in prompts]
     check_requests(spec, requests)
-    model = open_model(args)
-    jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
-    longest = max(len(request.prompt_ids) + count for request in requests)
-    own: dict = {"greedy": True, "eos": tokenizer.eos_ids}
-    engine = Engine(model, len(requests), longest, **own, record=True, gates=timed and can_ask_ahead(model.spec))
-    with Console(stderr=True).status("generating") as status:
-        engine.generate(requests, tokenizer)
-        if not timed:
-            return engine.trace(), model.spec, None
-        status.update("timing")
-        alike = requests[:1] if args.alone else requests
-        plain = Engine(model, len(alike), longest, **own)
-        plain.warm_up(requests=alike)
-        _, timings = plain.generate(alike, tokenizer)
-    if not timings.decode_steps:
-        raise ValueError("nothing was decoded: the answers ended with their first token; give another prompt")
-    return engine.trace(), model.spec, timings.decode_seconds / timings.decode_steps
+    return tokenizer, requests
 
 
 def record_trace(args: Record, console: Console) -> None:
-    """Writes what was routed where."""
+    """Generates greedily, or reads the prompts alone, and writes what was routed where."""
+    from jaxmoe.engine import observing
     from jaxmoe.offload.trace import as_teacher_forced, save
 
     read_prompts(args)  # before what is wrong with the file
     check_out(args.out)
-    trace, _, _ = run_model(args, args.teacher_forced)
+    dtype_of(args)
+    tokenizer, requests = requests_of(args, 1 if args.teacher_forced else args.max_new_tokens)
+    model = open_model(args)
+    with Console(stderr=True).status("generating"):
+        trace = observing.observed(model, requests, tokenizer.eos_ids)
     save(args.out, as_teacher_forced(trace) if args.teacher_forced else trace)
     console.print(describe(trace, args.out), highlight=False, markup=False, soft_wrap=True)
 

@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple
 from jaxmoe import formats
 from jaxmoe.formats import ExpertLayout
 from jaxmoe.spec import ModelSpec, abstract_params
-from jaxmoe.spec.types import DeltaSpec, Segment
+from jaxmoe.spec.types import DeltaSpec, LayerSpec, Segment
 from sharding.padding import held_order, padded_size
+from sharding.placement.replicas import MOST_TURNS
 from sharding.split import Layout, local_spec
 from sharding.temporaries import Temporaries, coherent, places, step_of, temporaries
 from sharding.workload import WIDTH, Workload
@@ -110,7 +111,8 @@ def device_bytes(
     spec = _as_run(spec, workload)
     own = local_spec(spec, layout)
     phases: tuple[Literal["prefill", "decode"], ...] = ("prefill", "decode") if phase == "both" else (phase,)
-    most: Temporaries = max((temporaries(own, spec.vocab, layout, workload, backend, p) for p in phases), key=sum)
+    wide = _with_copies(own, workload.copies)
+    most: Temporaries = max((temporaries(wide, spec.vocab, layout, workload, backend, p) for p in phases), key=sum)
     pool, staging, tables, store = _experts(own, layout, workload, backend)
     return Bytes(
         weights=_weights(own, layout, backend, workload.copies),
@@ -123,6 +125,17 @@ def device_bytes(
         batch=_batch(workload, layout, backend, phase),
         host_store=store,
     )
+
+
+def _with_copies(own: ModelSpec, copies: int) -> ModelSpec:
+    """A device's model as exchanges make room for it: with experts' copies as experts."""
+    if not copies:
+        return own
+
+    def layer(x: LayerSpec) -> LayerSpec:
+        return x if x.router is None else dataclasses.replace(x, router=dataclasses.replace(x.router, experts=x.router.experts + copies))
+
+    return dataclasses.replace(own, segments=tuple(dataclasses.replace(s, pattern=tuple(map(layer, s.pattern))) for s in own.segments))
 
 
 def _as_run(spec: ModelSpec, workload: Workload) -> ModelSpec:
@@ -190,8 +203,8 @@ def _experts(own: ModelSpec, layout: Layout, workload: Workload, backend: Backen
     shapes = formats.expert_shapes(own.width, expert.width, EXPERT_LAYOUTS[backend])
     if workload.slots is None:
         axes = ("layers", "experts")
-        # Where each expert stands, by turns among its copies: two is what most have at most.
-        where = Held((layers, router.experts, 2), 4).nbytes(backend) if workload.copies else 0
+        # Where each expert stands, by turns among its copies, of which there may be so many.
+        where = Held((layers, router.experts, MOST_TURNS), 4).nbytes(backend) if workload.copies else 0
         return sum(Held((layers, experts, *s), width, (*axes, *(None,) * len(s))).nbytes(backend) for s in shapes), 0, where, 0
     # Tables of the policy 'lfu': where each expert is, its count and its last use; of each layer a clock and three counters.
     slots, passing = layers * workload.slots, max(1, workload.staging)

@@ -33,10 +33,10 @@ def _known(options: dict[str, bool | int]) -> dict[str, bool | int]:
 OPTIONS = _LITTLE | _known(_PLAIN_FUSIONS)
 
 
-def environment(flags: str = "") -> dict[str, str]:
+def environment(flags: str | None = None) -> dict[str, str]:
     """An environment in which another process compiles so whatever it compiles; with other flags in the place of this process's."""
     little = [f"--{name}={str(value).lower()}" for name, value in OPTIONS.items()]
-    return {**os.environ, "XLA_FLAGS": " ".join([flags or os.environ.get("XLA_FLAGS", ""), *little]).strip()}
+    return {**os.environ, "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", "") if flags is None else flags, *little]).strip()}
 
 
 @dataclasses.dataclass(frozen=True)

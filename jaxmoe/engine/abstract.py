@@ -26,6 +26,7 @@ from jaxmoe.experts import ResidentBank, host_store
 from jaxmoe.experts.placed import PlacedBank
 from jaxmoe.spec import Leaf, ModelSpec, abstract_params, stack_layers
 from pallas_kernels.dispatch import Kernels
+from sharding.placement.replicas import MOST_TURNS
 from sharding.split import AXES, Layout, local_spec
 from sharding.workload import Workload
 
@@ -112,7 +113,7 @@ def _abstract_bank(spec: ModelSpec, on: Devices, workload: Workload, kernels: Ke
         bank = ResidentBank(w_in, w_out, experts.activation, layout)  # type: ignore[arg-type]
         if not workload.copies:
             return bank, lambda: ()
-        where = jax.ShapeDtypeStruct((layers, router.experts, 2), jnp.int32)
+        where = jax.ShapeDtypeStruct((layers, router.experts, MOST_TURNS), jnp.int32)
         return PlacedBank(bank, placed(where, on, P(on.layout.stage or None))), lambda: ()  # type: ignore[arg-type]
     own = mesh.bank_spec(spec, on.layout)
     local = slot_bank(own, None, Offload(workload.slots, max(1, workload.staging)), layout)

@@ -122,6 +122,8 @@ def load_model(
     On the CPU a tied embedding gets a transposed copy as the output matrix: XLA there multiplies few rows with [V, D] at half the speed of [D, V].
     """
     spec = checkpoint.spec.with_precision(dtype)
+    if placement is not None:
+        _check_placement(spec, on, placement)
     unroll = kernels.backend == "cpu" and not on.layout.stage if unroll is None else unroll
     layered = checkpoint.restore_params(spec, mesh.leaf_sharding(on, placement is not None))
     if placement is not None and spec.moe[1].bias:
@@ -158,8 +160,6 @@ def resident_bank(
 ) -> ResidentBank | PlacedBank:
     """All experts on the device, or each device's on it."""
     order = None if placement is None else placement.order
-    if placement is not None:
-        _check_placement(spec, on, placement)
     whole = on.mesh is None and kernels.backend != "tpu"
     place = None if whole else lambda leaf: mesh.held(leaf, on, leaf.axes)
     arrays = checkpoint.restore_bank(spec, sharding=place, layout=kernels.expert_layout, order=order)
@@ -170,6 +170,8 @@ def resident_bank(
 
 
 def _check_placement(spec: ModelSpec, on: Devices, placement: Placement | Replicas) -> None:
+    if on.mesh is None:
+        raise ValueError(f"a placement of experts on {placement.devices} devices is for a model that is divided among them: leave it out")
     placement.check_model(len(spec.moe_layers), spec.moe[0].experts, None)
     if placement.devices != on.layout.split.expert:
         raise ValueError(f"the placement is for {placement.devices} devices, the split {on.layout.split} has expert = {on.layout.split.expert}")

@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from jaxmoe import formats
-from jaxmoe.experts.planes import GROUP, PlaneFormat
-from jaxmoe.offload import event_model
+from jaxmoe.experts.planes import PlaneFormat
+from jaxmoe.offload import budget, event_model
 from jaxmoe.offload.event_model import Candidates, Costs, Setting
 from jaxmoe.offload.knowledge import high_steps, knowledge, new_texts
 from jaxmoe.offload.predictors import find_predictor, foresee_layers, sizes_of
@@ -109,7 +109,7 @@ class Way:
 
 @dataclasses.dataclass(frozen=True)
 class Advice:
-    """What there is to say of one number of slots.
+    """What there is to say of one number of slots; with as many as there are experts, nothing is streamed.
 
     Attributes:
         best: the way advised.
@@ -117,9 +117,9 @@ class Advice:
         slots: of each layer.
         x: copy time over layer time.
         machine: what it is for.
-        bytes: of the device for these slots.
-        layers, experts: of the model, L and E.
-        by_bits: tokens per second of the way advised if missing experts came at so many bits instead of as they are stored.
+        bytes: of the device for these slots and for `STAGING`, none where all experts have slots.
+        all_bytes: of all experts.
+        by_bits: tokens per second of the policy advised, without prefetching, if missing experts came at so many bits instead of as they are stored.
     """
 
     best: Way
@@ -128,8 +128,7 @@ class Advice:
     x: float
     machine: Machine
     bytes: int
-    layers: int
-    experts: int
+    all_bytes: int
     by_bits: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
@@ -144,22 +143,23 @@ class Advice:
         ]
         if self.by_bits:
             shown = ", ".join(f"{speed / way.tokens_per_second:.2f}x at {bits} bits" for bits, speed in self.by_bits.items())
-            lines.append(f"experts as they are stored, for the same text; missing ones in fewer bits (--lossy bits=N) would bring {shown}")
+            how = "missing ones in fewer bits, without prefetching (--expert-mode host-driven --lossy bits=N), would bring"
+            lines.append(f"experts as they are stored, for the same text; {how} {shown}")
         return "\n".join(lines)
 
     @property
     def percent(self) -> int:
-        """Of all experts' bytes, what buys the slots and `STAGING`."""
-        every = self.bytes / self.slots
-        return min(100, math.ceil(100 * (self.bytes + STAGING * every / self.layers) / (every * self.experts)))
+        """Of all experts' bytes, what buys the slots."""
+        return min(100, math.ceil(100 * self.bytes / self.all_bytes))
 
-    @property
-    def options(self) -> str:
-        """The advice as options of `generate.py`, beside the link's and the memory's."""
-        way = self.best
-        sent = f" --expert-mode host-driven --expert-predictor {way.predictor} --prefetch {way.staging}"
-        ahead = "" if way.predictor is None else sent
-        return f"--expert-policy {way.policy}{ahead}"
+    def options(self, files: Mapping[str, Any] | None = None) -> str:
+        """The advice as options of `generate.py`, beside the link's; `files` of trained predictors, by name."""
+        way, memory = self.best, f"--expert-memory {self.percent}%"
+        if self.bytes == self.all_bytes:
+            return memory
+        sent = f" --expert-mode host-driven --expert-predictor {way.predictor} --prefetch {way.staging}" if way.predictor else ""
+        file = f" --predictor-file {files[way.predictor]}" if files and way.predictor and way.predictor in files else ""
+        return f"{memory} --expert-policy {way.policy}{sent}{file}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,22 +175,20 @@ class _Part:
         return [candidates[i] for i in self.of]
 
 
-def slots_for(trace: Trace, bytes: int) -> int:
-    """Slots of each layer that a budget buys, all layers alike.
+def slots_for(trace: Trace, amount: budget.Amount, free: int | None = None) -> int:
+    """Slots of each layer that an amount of memory buys beside `STAGING`, all layers alike.
+
+    Args:
+        trace: of the model.
+        amount: of device memory for experts.
+        free: what the device has for them, for 'auto'.
 
     Raises:
-        ValueError: fewer than a token needs.
+        budget.BudgetError: fewer than a token needs.
     """
-    slots = min(trace.experts, int(bytes // trace.expert_bytes.sum()))
-    if slots < trace.meta["active"]:
-        least = int(trace.expert_bytes.sum()) * trace.meta["active"]
-        raise ValueError(f"{bytes:,} bytes buy {slots} slots a layer, and a token uses {trace.meta['active']} experts: give at least {least:,}")
-    return slots
-
-
-def advise(trace: Trace, slots: int, machine: Machine, **more: Any) -> Advice:
-    """Compares all ways on a trace, with one number of slots; see `compare`."""
-    return compare(trace, (slots,), machine, **more)[0]
+    sizes = tuple(trace.expert_bytes.tolist())
+    shapes = budget.ExpertShapes(trace.meta["model"], trace.layers, trace.experts, trace.meta["active"], sizes, 0, 0, 0)
+    return min(budget.solve(shapes, amount, STAGING, free).slots)
 
 
 def sizes_to_compare(trace: Trace) -> tuple[int, ...]:
@@ -206,9 +204,8 @@ def enough(found: Sequence[Advice], share: float = ENOUGH) -> Advice:
     return min(good, key=lambda one: one.slots)
 
 
-def bits_shares(fmt: PlaneFormat | None = None) -> dict[int, float]:
-    """Bytes of an expert at each of `BITS`, as a share of those that it is stored in; of any model stored in bfloat16 if no format is given."""
-    fmt = fmt or PlaneFormat(GROUP, GROUP, dtype="bfloat16")
+def bits_shares(fmt: PlaneFormat) -> dict[int, float]:
+    """Bytes of an expert at each of `BITS`, as a share of those that it is stored in."""
     return {bits: fmt.bytes(bits) / (fmt.weights * formats.leaf_dtype(fmt.dtype).itemsize) for bits in BITS}
 
 
@@ -249,19 +246,29 @@ def compare(
     each_L = [slots_by_layer(n, *used_SLE.shape[1:]) for n in slots]  # refuses what can't be before anything takes long
     candidates = dict(_candidates(trace, trained or {}, decode, progress))
     out = []
+    every = int(trace.expert_bytes.sum())
     for n, slots_L in zip(slots, each_L, strict=True):
-        there = {}
+        there, sent = {}, candidates
         for name in policies:
             progress(f"{n} slots, policy {name}")
-            there[name] = _residents(trace, used_SLE, slots_L, name, None)
-        ways = [way for name in policies for way in _ways(name, there[name], parts, costs, candidates)]
+            there[name] = _residents(trace, used_SLE, slots_L, name, None) if n < trace.experts else np.ones_like(used_SLE)
+        if n == trace.experts:  # nothing is streamed, and no policy is asked
+            there, sent = {policies[0]: there[policies[0]]}, {}
+        ways = [way for name in there for way in _ways(name, there[name], parts, costs, sent)]
         ways.sort(key=lambda way: -way.tokens_per_second)
         fast = [way for way in ways if way.tokens_per_second >= (1 - CLOSE) * ways[0].tokens_per_second]
         best = min(fast, key=lambda way: (way.predictor is not None, policies.index(way.policy)))
-        by_bits = {bits: _with_copy(best, share, there[best.policy], parts[0], costs, candidates) for bits, share in (shares or {}).items()}
+        less = {} if n == trace.experts else shares or {}
+        by_bits = {bits: _with_copy(share, there[best.policy], parts[0], costs) for bits, share in less.items()}
         x = costs.copy / (machine.step_seconds / trace.layers)
-        out.append(Advice(best, tuple(ways), n, x, machine, n * int(trace.expert_bytes.sum()), trace.layers, trace.experts, by_bits))
+        held = every * n + (STAGING * int(trace.expert_bytes.max()) if n < trace.experts else 0)
+        out.append(Advice(best, tuple(ways), n, x, machine, held, every * trace.experts, by_bits))
     return out
+
+
+def _with_copy(share: float, there_SLE: np.ndarray, part: _Part, costs: Costs) -> float:
+    """Tokens per second if an expert had this share of its bytes, without prefetching: that knows experts only as they are stored."""
+    return 1 / event_model.run(part.used, there_SLE[part.at], dataclasses.replace(costs, copy=share * costs.copy)).seconds
 
 
 def _halves(steps: int) -> tuple[np.ndarray, np.ndarray]:
@@ -269,13 +276,6 @@ def _halves(steps: int) -> tuple[np.ndarray, np.ndarray]:
     settled = np.arange(steps)[steps // BLOCKS :]
     blocks = np.array_split(settled, min(BLOCKS, len(settled)))
     return np.concatenate(blocks[::2]), np.concatenate(blocks[1::2])
-
-
-def _with_copy(way: Way, share: float, there_SLE: np.ndarray, part: _Part, costs: Costs, candidates: dict) -> float:
-    """Tokens per second of a way if an expert had this share of its bytes."""
-    ahead = None if way.predictor is None else part.sent(candidates[way.predictor, way.depth])
-    less = dataclasses.replace(costs, copy=share * costs.copy)
-    return 1 / event_model.run(part.used, there_SLE[part.at], less, ahead, Setting(max(1, way.width), max(1, way.staging))).seconds
 
 
 def best_policy(trace: Trace, slots: int, policies: Sequence[str] = POLICIES) -> str:
@@ -323,7 +323,10 @@ def _ways(name: str, there_SLE: np.ndarray, parts: list[_Part], costs: Costs, ca
     hits = float((first.used & there_SLE[first.at]).sum() / first.used.sum())
     out = [Way(name, None, 0, 0, 0, hits, 1 / plain[0], 1 / plain[1], 1.0)]
     best: dict[str, Way] = {}
+    foresees = find_policy(name).foresees
     for (predictor, depth), ahead in candidates.items():
+        if foresees and find_predictor(predictor).ahead:  # the engine would tell the policy too, which is not what was replayed
+            continue
         gain, setting, outcome = event_model.gain(first.used, there_SLE[first.at], costs, first.sent(ahead), SETTINGS)
         later = event_model.run(second.used, there_SLE[second.at], costs, second.sent(ahead), setting)
         way = Way(name, predictor, depth, setting.width, setting.staging, hits, 1 / outcome.seconds, 1 / later.seconds, gain)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ def super_experts(max_abs_LE: Float[np.ndarray, "L E"], criterion: Criterion = C
     """Which experts are super experts.
 
     Args:
-        max_abs_LE: the largest |output| of each expert's down projection over all tokens, before the router's weight; 0 of one that no token had.
+        max_abs_LE: the largest |output| of each expert's down projection over all tokens, before the router's weight (where that scales the
+            experts' input, as in Llama 4, after it); 0 of one that no token had.
             Absolute, for an outlier may be negative.
         criterion: what makes one.
 
@@ -74,9 +75,9 @@ def super_experts(max_abs_LE: Float[np.ndarray, "L E"], criterion: Criterion = C
         raise ValueError(f"layer {layer}: expert {expert} has {values[layer, expert]} as its largest |output|, which is no such number")
     if not values.any():
         raise ValueError("no expert has given anything: there is nothing to tell super experts by")
-    first = int(len(values) * criterion.layers)
+    first = math.floor(len(values) * criterion.layers + 1e-9)  # 0.58 of 50 are 29, if not in binary
     if not first:
-        raise ValueError(f"layers = {criterion.layers} of {len(values)} layers is none: give at least {1 / len(values):.2g}")
+        raise ValueError(f"layers = {criterion.layers} of {len(values)} layers is none: give at least {math.ceil(1000 / len(values)) / 1000}")
     found = values > criterion.threshold(values)
     found[first:] = False
     return found
@@ -218,6 +219,16 @@ def load(path: str | Path) -> PinnedExperts:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
+def read_mask(path: str | Path, check: Callable[[PinnedExperts], None]) -> Bool[np.ndarray, "L E"] | None:
+    """Which experts a file pins, if it passes a check; None if it pins none. Raises OSError and ValueError, which names the file."""
+    read = load(path)
+    try:
+        check(read)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return read.mask if read.pinned else None
+
+
 def read_pinned(path: str | Path, spec: ModelSpec, policy: str, slots: Sequence[int] | None) -> Bool[np.ndarray, "L E"] | None:
     """Which experts a file pins, for a policy that has so many slots a layer.
 
@@ -233,13 +244,12 @@ def read_pinned(path: str | Path, spec: ModelSpec, policy: str, slots: Sequence[
     Raises:
         OSError, ValueError: as `load`; another model's, a policy that can't pin, or more experts than there are slots.
     """
-    read = load(path)
-    try:
+
+    def check(read: PinnedExperts) -> None:
         read.check_model(spec)
         if policy == "opt":
             raise ValueError("pins experts, and the policy opt is the bound of what a policy can do without: choose another one")
         if slots is not None:
             find_policy(policy).check_pinned(Shape(read.layers, read.experts, tuple(slots)), read.mask)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return read.mask if read.pinned else None
+
+    return read_mask(path, check)

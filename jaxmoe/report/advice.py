@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -36,13 +36,13 @@ def sizes_table(found: Sequence[Advice], chosen: Advice) -> Table:
     return out
 
 
-def as_json(found: Advice, sizes: Sequence[Advice] = ()) -> dict[str, Any]:
+def as_json(found: Advice, sizes: Sequence[Advice] = (), files: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """All ways, and the one advised; and what other numbers of slots would bring."""
     def row(way) -> dict[str, Any]:
         return dataclasses.asdict(way) | {"error": way.error}
 
     return {
         "best": row(found.best), "ways": [row(way) for way in found.ways], "slots": found.slots, "bytes": found.bytes, "x": found.x,
-        "by_bits": {str(bits): speed for bits, speed in found.by_bits.items()}, "options": found.options,
+        "by_bits": {str(bits): speed for bits, speed in found.by_bits.items()}, "options": found.options(files),
         "sizes": [{"slots": one.slots, "bytes": one.bytes} | row(one.best) for one in sizes], "machine": dataclasses.asdict(found.machine),
     }  # fmt: skip

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxmoe.engine.mesh import devices_for
+from jaxmoe.engine.mesh import HERE, devices_for
 from jaxmoe.engine.model import load_model
 from sharding.placement import replicate, shuffled
 from sharding.split import parse_split
@@ -35,6 +35,9 @@ def test_the_golden_logits_of_placed_experts_with_biases(split, tmp_path):
     run = goldens.make_run("gpt_oss_yarn", tmp_path)
     spec, on = run.checkpoint.spec, devices_for(run.checkpoint.spec.with_precision("float32"), parse_split(split))
     layers, experts = len(spec.moe_layers), spec.moe[0].experts
+    for layers_of, where, says in ((layers, HERE, "divided among them"), (layers + 1, on, f"{layers + 1} layers of experts, this one has {layers}")):
+        with pytest.raises(ValueError, match=says):
+            load_model(run.checkpoint, "float32", QuickKernels("cpu"), on=where, placement=shuffled(layers_of, experts, 2, seed=1))
     load = np.random.default_rng(0).random((layers, experts)) ** 4
     for placement in (shuffled(layers, experts, 2, seed=1), replicate(load, 2, experts // 2 + 2)):
         model = load_model(run.checkpoint, "float32", QuickKernels("cpu"), on=on, placement=placement).for_positions(goldens.POSITIONS)

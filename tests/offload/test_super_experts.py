@@ -42,6 +42,13 @@ def test_the_largest_are_found_and_later_layers_left_out():
     values[1, 5], values[7, 3] = 500, 1000
     assert np.argwhere(super_experts(values)).tolist() == [[1, 5], [7, 3]]  # of 512, three are above the quantile and one of them is ordinary
     assert np.argwhere(super_experts(values, Criterion(layers=0.75))).tolist() == [[1, 5]]
+    tall = np.ones((50, 4))
+    tall[28, 1] = 99
+    assert super_experts(tall, Criterion(layers=0.58))[28, 1] and not super_experts(tall, Criterion(layers=0.56)).any()
+    for count in (16, 27, 61):
+        with pytest.raises(ValueError, match="of .* layers is none: give at least") as refused:
+            super_experts(np.ones((count, 4)), Criterion(layers=0.01))
+        super_experts(np.ones((count, 4)) + np.eye(count, 4), Criterion(layers=float(str(refused.value).rsplit(" ", 1)[1])))
     assert np.argwhere(super_experts(values, Criterion(share=0.6))).tolist() == [[7, 3]]
     assert times_median(values)[7, 3] == pytest.approx(1000 / 1.5, rel=0.01)
 

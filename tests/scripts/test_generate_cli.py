@@ -250,8 +250,8 @@ def test_converted_folder(model, cache, greedy, tmp_path):
 
 
 def shell(*args, cwd: Path, **options) -> subprocess.CompletedProcess:
-    """From another folder and without PYTHONPATH, as one line in a shell; compiled in less time."""
-    env = {key: value for key, value in environment().items() if key != "PYTHONPATH"}
+    """From another folder, without PYTHONPATH and these tests' devices, as one line in a shell; compiled in less time."""
+    env = {key: value for key, value in environment("").items() if key != "PYTHONPATH"}
     command = [sys.executable, generate.__file__, *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **options)
 
