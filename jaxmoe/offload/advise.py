@@ -132,7 +132,7 @@ class Advice:
     by_bits: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
-        """The advice in two or three lines."""
+        """The advice in a few lines."""
         way = self.best
         ahead = f"prefetch by {way.predictor}, {way.depth} ahead, {way.width} a layer ({way.gain:.2f}x)"
         rates = f"{way.tokens_per_second:.1f} tok/s foretold, {way.held_out:.1f} on steps it was not chosen on ({100 * way.error:+.0f} %)"
@@ -145,6 +145,8 @@ class Advice:
             shown = ", ".join(f"{speed / way.tokens_per_second:.2f}x at {bits} bits" for bits, speed in self.by_bits.items())
             how = "missing ones in fewer bits, without prefetching (--expert-mode host-driven --lossy bits=N), would bring"
             lines.append(f"experts as they are stored, for the same text; {how} {shown}")
+        if way.predictor is not None:
+            lines.append("the host's own work in the host-driven mode is not counted: where steps take a few milliseconds it is most of what they take")
         return "\n".join(lines)
 
     @property

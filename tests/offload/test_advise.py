@@ -122,6 +122,7 @@ def test_a_way_is_written_as_options_that_generate_takes():
     found = Advice(WAY, (WAY,), 4, 1.0, Machine(1.0, 1.0), 50, 100)
     assert found.options() == "--expert-memory 50% --expert-policy lru"
     ahead = dataclasses.replace(found, best=dataclasses.replace(WAY, predictor="path", depth=1, width=2, staging=8))
+    assert "the host's own work" in ahead.describe().splitlines()[-1] and "host" not in found.describe()
     text = ahead.options({"path": "p.npz", "readme": "r.npz"})
     assert text.endswith("--expert-mode host-driven --expert-predictor path --prefetch 8 --predictor-file p.npz")
     generate = commands.load("generate")
