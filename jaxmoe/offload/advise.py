@@ -146,7 +146,7 @@ class Advice:
             how = "missing ones in fewer bits, without prefetching (--expert-mode host-driven --lossy bits=N), would bring"
             lines.append(f"experts as they are stored, for the same text; {how} {shown}")
         if way.predictor is not None:
-            lines.append("the host's own work in the host-driven mode is not counted: where steps take a few milliseconds it is most of what they take")
+            lines.append("the host's own work in the host-driven mode is not counted: steps of few milliseconds take several times as long")
         return "\n".join(lines)
 
     @property
