@@ -90,9 +90,9 @@ def nbytes(tree) -> int:
     return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def parts(model: str, slots: int, rows: int, layout: str, **changes):
-    """Spec and abstract `(params, bank, state)` in bfloat16, layers stacked, experts in `layout`; `changes` are of the config."""
-    spec = ModelSpec.from_hf(CONFIGS[model] | changes).with_precision("bfloat16")
+def parts_of(spec: ModelSpec, slots: int, rows: int, layout: str):
+    """Spec and abstract `(params, bank, state)` in bfloat16, layers stacked, experts in `layout`."""
+    spec = spec.with_precision("bfloat16")
 
     def shape(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
@@ -111,7 +111,7 @@ def parts(model: str, slots: int, rows: int, layout: str, **changes):
 def compiled(target: str, model: str, slots: int, rows: int):
     """The decode step's program, the spec, and the step's abstract `(params, bank, state)`."""
     kernels = Kernels("gpu" if target == "h100" else "tpu")
-    spec, *held = parts(model, slots, rows, kernels.expert_layout)
+    spec, *held = parts_of(ModelSpec.from_hf(CONFIGS[model]), slots, rows, kernels.expert_layout)
     row = np.zeros(rows, np.int32)
     rest = (row, row, row, row, np.full(steps.EOS_SLOTS, -2, np.int32), sampling_params(rows))
     # Sampling is the same for every bank, and takes most compilers as long as all the rest; on GPUs it has to go without branches too.

@@ -4,6 +4,8 @@ with prompts has single tokens that decode beside them, and so all that a decodi
 A pool that is copied shows as temporaries of its size. Sizes matter: with half as many pages XLA copied nothing even where it was free to.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -15,9 +17,13 @@ from jaxmoe.engine import steps
 from jaxmoe.engine.serving import programs
 from jaxmoe.engine.serving.batches import page_tables, prompt_batch
 from jaxmoe.engine.serving.types import ServeSpec
+from jaxmoe.spec import ModelSpec
+from jaxmoe.spec.published import published
+from jaxmoe.spec.types import Segment
 from pallas_kernels.dispatch import Kernels
 from sharding.compile_only import Compiled, compile_with_host
-from tests.engine.test_slots_compile_only import nbytes, parts
+from tests.engine.test_slots_compile_only import CONFIGS, nbytes, parts_of
+from tests.more import more
 
 pytestmark = pytest.mark.compile_only
 
@@ -29,10 +35,22 @@ VOCAB = 4096
 """Fewer tokens than the model has: sampling compiles sooner, and neither pages nor slots depend on them."""
 
 
-def compiled(target: str, kind: str) -> tuple[Compiled, steps.EngineState]:
-    """A program and its abstract state."""
+def first_layers(name: str, layers: int) -> ModelSpec:
+    """A published model's first layers, whole patterns of them."""
+    spec = published(name)
+    segments, first = list[Segment](), 0
+    for segment in spec.segments:
+        repeats = min(segment.repeats, -(-(layers - first) // len(segment.pattern)))
+        segments.append(Segment(segment.pattern, repeats, first))
+        first += repeats * len(segment.pattern)
+    return dataclasses.replace(spec, segments=tuple(s for s in segments if s.repeats > 0), extra_heads=(), vocab=VOCAB)
+
+
+def compiled(target: str, kind: str, other: ModelSpec | None = None, slots: int = SLOTS) -> tuple[Compiled, steps.EngineState]:
+    """A program and its abstract state, of `MODEL` or of another one."""
     kernels = Kernels("gpu" if target == "h100" else "tpu")
-    spec, params, bank, state = parts(MODEL, SLOTS, 1, kernels.expert_layout, vocab_size=VOCAB)
+    spec = ModelSpec.from_hf(CONFIGS[MODEL] | {"vocab_size": VOCAB}) if other is None else other
+    spec, params, bank, state = parts_of(spec, slots, 1, kernels.expert_layout)
     layers = jax.eval_shape(lambda: init_paged_layers(spec, SERVE.slots, SERVE.pages, SERVE.page, kernels))
     state, tables = steps.EngineState(layers, state.bank), page_tables(SERVE, {})
 
@@ -64,6 +82,17 @@ def test_steps_change_pages_and_slots_where_they_are(target, kind):
     assert program.alias_size >= nbytes(state) > 7e9, "pages and slots are given back in place"
     assert program.temp_size < 0.3e9 < min(nbytes(leaf) for leaf in (*state.bank.pools, *jax.tree.leaves(state.layers)))
     assert "S(5)" in program.text.splitlines()[0], "experts are read from host memory"
+
+
+@pytest.mark.parametrize("target, model, layers, slots", [
+    ("h100", "deepseek_v2_lite", 27, 16), more("v6e:2x2", "deepseek_v2_lite", 27, 16),
+    more("h100", "qwen3_next_80b_a3b", 16, 64), more("v6e:2x2", "qwen3_next_80b_a3b", 16, 64),
+    more("h100", "gpt_oss_20b", 24, 8), more("v6e:2x2", "gpt_oss_20b", 24, 8),
+])  # fmt: skip
+def test_latents_recurrent_states_and_biased_experts_stay_where_they_are_too(target, model, layers, slots):
+    program, state = compiled(target, "prompts", first_layers(model, layers), slots)
+    assert program.alias_size >= nbytes(state) > 7e9
+    assert program.temp_size < 0.2e9 < min(nbytes(pool) for pool in state.bank.pools)
 
 
 @pytest.mark.parametrize("kind", ["copy", "read", "write"])
