@@ -41,50 +41,48 @@ class Import:
     """The trace to write, .npz."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a model reads, and how."""
+
+    prompt: str | None = None
+    """What the model reads."""
+    prompt_file: Path | None = None
+    """A file with one prompt a line: a batch."""
+    dtype: str | None = None
+    """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
+    cache: Path = CACHE
+    """Where converted checkpoints and compiled programs are kept."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record(Reading):
     """Runs a model and records which experts every token asked for."""
 
     out: Path
     """The trace to write, .npz."""
     model: tyro.conf.Positional[Path] = DEFAULT_MODEL
     """Hugging Face folder or converted folder."""
-    prompt: str | None = None
-    """The prompt."""
-    prompt_file: Path | None = None
-    """A file with one prompt a line: a batch."""
     max_new_tokens: int = 128
     """Tokens to generate per prompt, at most."""
     teacher_forced: bool = False
     """Record the prompts alone, as text that counts; nothing is generated."""
-    dtype: str | None = None
-    """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
-    cache: Path = CACHE
-    """Where converted checkpoints and compiled programs are kept."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Pin:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pin(Reading):
     """Finds super experts, whose outputs are far larger than the others', for generate.py --pin-experts."""
 
     out: Path
     """The list to write, .json."""
     model: tyro.conf.Positional[Path] = DEFAULT_MODEL
     """Hugging Face folder or converted folder."""
-    prompt: str | None = None
-    """Text to read."""
-    prompt_file: Path | None = None
-    """A file with one text a line."""
     quantile: float = 0.995
     """Their largest output is above this quantile of all experts' (Super Experts),"""
     share: float = 0.1
     """and above this share of the largest of all."""
     layers: float = 1.0
     """Look only at the first so large a share of the layers that have experts; REAP takes 0.75."""
-    dtype: str | None = None
-    """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
-    cache: Path = CACHE
-    """Where converted checkpoints and compiled programs are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +127,8 @@ class Report:
     """Draw into this folder (extra `plot`)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Advise:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Advise(Reading):
     """Says which policy, prefetching, slots and precision to use for a model, a machine and a kind of text, and how fast that will be. Reads a trace,
     or records one of --model; measures what is not given."""
 
@@ -138,14 +136,8 @@ class Advise:
     """A trace, or a route trace's .csv."""
     model: Path | None = None
     """Hugging Face folder or converted folder, run to time its decode steps, and without a trace to record one."""
-    prompt: str | None = None
-    """What it reads, to record a trace."""
-    prompt_file: Path | None = None
-    """A file with one prompt a line: a batch."""
     max_new_tokens: int | None = None
     """Tokens to generate per prompt, at most; 128 if not given."""
-    dtype: str | None = None
-    """float32 or bfloat16; float32 on the CPU and the checkpoint's own elsewhere if not given."""
     link_gbps: float | None = None
     """Speed of the link between host and device, 10^9 bytes per second; measured if not given."""
     step_ms: float | None = None
@@ -162,8 +154,6 @@ class Advise:
     """Decode steps that are looked at: the first eighth fills caches, then every other block chooses, and the others check."""
     json: Path | None = None
     """Write the comparison to this file."""
-    cache: Path = CACHE
-    """Where converted checkpoints and compiled programs are kept."""
 
 
 def check_out(path: Path) -> None:
@@ -237,21 +227,13 @@ def pin_experts(args: Pin, console: Console) -> None:
 
     from rich.table import Table
 
-    from checkpoints.load import read_spec
     from checkpoints.manifest import write_text
-    from jaxmoe import formats
-    from jaxmoe.engine.generate import Request, check_requests
     from jaxmoe.engine.measuring import measure_experts
-    from jaxmoe.engine.text import Tokenizer
     from jaxmoe.offload.super_experts import pinned_experts, times_median
+    from jaxmoe.report.opening import open_resident, prompt_requests
 
-    if args.dtype is not None:
-        formats.leaf_dtype(args.dtype)
-    spec = read_spec(args.model)
-    tokenizer = Tokenizer(args.model)
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    check_requests(spec, [Request(tuple(own), 1) for own in ids])
-    model = open_model(args)
+    ids = [request.prompt_ids for request in prompt_requests(args.model, prompts, 1)[1]]
+    model = open_resident(args.model, args.dtype, args.cache)
     with Console(stderr=True).status("reading") as status:
         largest_LE = measure_experts(model, ids, lambda done, total: status.update(f"{done} of {total} prompts"))
     tokens, used = sum(map(len, ids)), int((largest_LE > 0).sum())
@@ -390,10 +372,11 @@ def read_or_record(args: Advise) -> tuple:
     from checkpoints.load import read_spec
     from jaxmoe.engine import observing
     from jaxmoe.offload.trace import check_model, load_or_import, model_meta
+    from jaxmoe.report.opening import check_rows, model_dtype, open_resident, prompt_requests
     from jaxmoe.train import path_predictor
 
     trace = None if args.trace is None else load_or_import(args.trace)
-    spec = None if args.model is None else read_spec(args.model).with_precision(dtype_of(args))
+    spec = None if args.model is None else read_spec(args.model).with_precision(model_dtype(args.model, args.dtype))
     meta = model_meta(spec, spec.family, "") if trace is None else trace.meta
     trained = {params.kind: params for params in (path_predictor.load(file, meta) for file in args.predictor_file)}
     if trace is not None and spec is not None:
@@ -404,8 +387,10 @@ def read_or_record(args: Advise) -> tuple:
         trace = dataclasses.replace(trace, meta=trace.meta | {"expert_bytes": list(spec.expert_bytes())})  # in the dtype that is to run
     if trace is not None and args.step_ms is not None:
         return trace, spec, trained, args.step_ms / 1e3
-    tokenizer, requests = requests_of(args, 128 if args.max_new_tokens is None else args.max_new_tokens, 1 if trace is None else rows_of(trace))
-    model = open_model(args)
+    prompts = read_prompts(args) if trace is None else ["The"] * rows_of(trace)  # for the time of a step any text will do
+    tokenizer, requests = prompt_requests(args.model, prompts, 128 if args.max_new_tokens is None else args.max_new_tokens)
+    check_rows(requests)
+    model = open_resident(args.model, args.dtype, args.cache)
     with Console(stderr=True).status("generating") as status:
         trace = observing.observed(model, requests, tokenizer.eos_ids, ahead=True) if trace is None else trace
         status.update("timing")
@@ -438,81 +423,29 @@ def slots_asked(args: Advise, trace, spec) -> tuple[int, ...]:
     return (advise.slots_for(trace, amount, free),)
 
 
-def read_prompts(args: Record | Advise | Pin) -> list[str]:
+def read_prompts(args: Reading) -> list[str]:
     """The prompts from the argument or the file."""
+    from jaxmoe.report.opening import prompt_lines
+
     if (args.prompt is None) == (args.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
-    if args.prompt_file is None:
-        prompts = [args.prompt or ""]
-    else:
-        try:
-            prompts = args.prompt_file.read_text(encoding="utf-8").split("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.prompt_file}: not UTF-8: {error.reason} at byte {error.start}") from error
-    prompts = [prompt for prompt in prompts if prompt]
+    prompts = prompt_lines(args.prompt_file) if args.prompt_file is not None else [args.prompt] if args.prompt else []
     if not prompts:
         raise ValueError("there is no prompt")
     return prompts
-
-
-def dtype_of(args: Record | Advise | Pin) -> str:
-    """In which the model runs."""
-    import jax
-
-    from checkpoints.load import read_spec
-    from jaxmoe import formats
-
-    if args.dtype is not None:
-        formats.leaf_dtype(args.dtype)
-        return args.dtype
-    assert args.model is not None
-    return "float32" if jax.default_backend() == "cpu" else read_spec(args.model).precision.params
-
-
-def open_model(args: Record | Advise | Pin):
-    """Converts if need be, then restores the model, all experts on the device."""
-    import jax
-
-    from checkpoints.load import load_hf_or_checkpoint, read_spec
-    from jaxmoe.engine.model import load_model
-    from jaxmoe.engine.observing import check_room
-    from jaxmoe.report.opening import find_kernels
-
-    assert args.model is not None
-    kernels, dtype = find_kernels(), dtype_of(args)
-    check_room(read_spec(args.model).with_precision(dtype))
-    jax.config.update("jax_compilation_cache_dir", str(args.cache / "compiled"))
-    return load_model(load_hf_or_checkpoint(args.model, args.cache / "converted", None), dtype, kernels)
-
-
-def requests_of(args: Record | Advise, count: int, rows: int = 1) -> tuple:
-    """The tokenizer, and a request of `count` new tokens for every prompt; `rows` of any text where there is none."""
-    from checkpoints.load import read_spec
-    from jaxmoe.engine import steps
-    from jaxmoe.engine.generate import Request, check_requests
-    from jaxmoe.engine.text import Tokenizer
-
-    assert args.model is not None
-    prompts = ["The"] * rows if args.prompt is None and args.prompt_file is None else read_prompts(args)
-    if len(prompts) > steps.ROW_BUCKETS[-1]:
-        raise ValueError(f"{len(prompts)} prompts are more than the {steps.ROW_BUCKETS[-1]} that one run takes: split the file")
-    spec = read_spec(args.model)  # first, so that a folder that holds no model is refused as such, not for its lack of a tokenizer
-    tokenizer = Tokenizer(args.model)
-    requests = [Request(tuple(tokenizer.encode(prompt)), count) for prompt in prompts]
-    check_requests(spec, requests)
-    return tokenizer, requests
 
 
 def record_trace(args: Record, console: Console) -> None:
     """Generates greedily, or reads the prompts alone, and writes what was routed where."""
     from jaxmoe.engine import observing
     from jaxmoe.offload.trace import as_teacher_forced, save
+    from jaxmoe.report.opening import check_rows, open_resident, prompt_requests
 
-    read_prompts(args)  # before what is wrong with the file
+    prompts = read_prompts(args)
     check_out(args.out)
-    dtype_of(args)
-    tokenizer, requests = requests_of(args, 1 if args.teacher_forced else args.max_new_tokens)
-    model = open_model(args)
+    tokenizer, requests = prompt_requests(args.model, prompts, 1 if args.teacher_forced else args.max_new_tokens)
+    check_rows(requests)
+    model = open_resident(args.model, args.dtype, args.cache)
     with Console(stderr=True).status("generating"):
         trace = observing.observed(model, requests, tokenizer.eos_ids)
     save(args.out, as_teacher_forced(trace) if args.teacher_forced else trace)
