@@ -123,19 +123,18 @@ def read_prompts(args: Arguments) -> list[str]:
         if not args.prompt:
             raise ValueError("the prompt is empty")
         return [args.prompt]
-    source = args.prompt_file or "standard input"
-    try:
-        if args.prompt_file is not None:
-            text = args.prompt_file.read_text(encoding="utf-8")
-        else:
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
-            text = sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: not UTF-8: {error.reason} at byte {error.start}") from error
-    # Not splitlines, which also splits at form feeds and at U+2028.
-    prompts = [line for line in (text.split("\n") if args.prompt_file is not None else [text]) if line]
+    if args.prompt_file is not None:
+        from jaxmoe.report.opening import prompt_lines
+
+        prompts = prompt_lines(args.prompt_file)
+    else:
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        try:
+            prompts = [text for text in [sys.stdin.read()] if text]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"standard input: not UTF-8: {error.reason} at byte {error.start}") from error
     if not prompts:
-        raise ValueError(f"{source}: holds no prompt; give --prompt, --prompt-file, or text on standard input")
+        raise ValueError(f"{args.prompt_file or 'standard input'}: holds no prompt; give --prompt, --prompt-file, or text on standard input")
     return prompts
 
 
@@ -143,9 +142,9 @@ def check_arguments(args: Arguments, prompts: list[str]) -> None:
     """Refuses whatever can be known to be wrong before a model is read, and an output file that could not be written after the run."""
     from jaxmoe import formats
     from jaxmoe.decode.sampling import sampling_params
-    from jaxmoe.engine import steps
     from jaxmoe.engine.text import StopStrings
     from jaxmoe.report import record
+    from jaxmoe.report.opening import check_rows
 
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {args.max_new_tokens} must be at least 1")
@@ -154,8 +153,8 @@ def check_arguments(args: Arguments, prompts: list[str]) -> None:
     sampling_params(1, args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     StopStrings(args.stop)
     alone = args.split is None and args.plan is None  # else so many in each group of devices, which the engine sees to
-    if alone and len(prompts) > steps.ROW_BUCKETS[-1]:
-        raise ValueError(f"{len(prompts)} prompts are more than the {steps.ROW_BUCKETS[-1]} that one run takes: split the file")
+    if alone:
+        check_rows(len(prompts))
     if args.dtype is not None:
         formats.leaf_dtype(args.dtype)
     if args.json is not None:

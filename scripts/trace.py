@@ -389,7 +389,7 @@ def read_or_record(args: Advise) -> tuple:
         return trace, spec, trained, args.step_ms / 1e3
     prompts = read_prompts(args) if trace is None else ["The"] * rows_of(trace)  # for the time of a step any text will do
     tokenizer, requests = prompt_requests(args.model, prompts, 128 if args.max_new_tokens is None else args.max_new_tokens)
-    check_rows(requests)
+    check_rows(len(requests))
     model = open_resident(args.model, args.dtype, args.cache)
     with Console(stderr=True).status("generating") as status:
         trace = observing.observed(model, requests, tokenizer.eos_ids, ahead=True) if trace is None else trace
@@ -444,7 +444,7 @@ def record_trace(args: Record, console: Console) -> None:
     prompts = read_prompts(args)
     check_out(args.out)
     tokenizer, requests = prompt_requests(args.model, prompts, 1 if args.teacher_forced else args.max_new_tokens)
-    check_rows(requests)
+    check_rows(len(requests))
     model = open_resident(args.model, args.dtype, args.cache)
     with Console(stderr=True).status("generating"):
         trace = observing.observed(model, requests, tokenizer.eos_ids)

@@ -97,7 +97,7 @@ def prompt_requests(folder: Path, prompts: Sequence[str], new_tokens: int) -> tu
     return tokenizer, requests
 
 
-def check_rows(requests: Sequence[Request]) -> None:
-    """Refuses more requests than one run takes. Raises ValueError."""
-    if len(requests) > steps.ROW_BUCKETS[-1]:
-        raise ValueError(f"{len(requests)} prompts are more than the {steps.ROW_BUCKETS[-1]} that one run takes: split the file")
+def check_rows(count: int) -> None:
+    """Refuses more prompts than one run takes. Raises ValueError."""
+    if count > steps.ROW_BUCKETS[-1]:
+        raise ValueError(f"{count} prompts are more than the {steps.ROW_BUCKETS[-1]} that one run takes: split the file")
