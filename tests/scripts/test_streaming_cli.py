@@ -22,7 +22,7 @@ from jaxmoe.experts.source import DiskSource
 from jaxmoe.offload.super_experts import PinnedExperts
 from jaxmoe.offload.super_experts import load as load_pinned
 from jaxmoe.offload.trace import DECODE, PROMPT, TEACHER_FORCED, load, model_hash, save
-from jaxmoe.report import record
+from jaxmoe.report import opening, record
 from jaxmoe.spec import ModelSpec
 from pallas_kernels.dispatch import Kernels
 from tests.checkpoints import hf_folders
@@ -332,7 +332,7 @@ PINS = {
 @pytest.mark.parametrize(("args", "message"), PINS.values(), ids=PINS.keys())
 def test_wrong_arguments_of_pin(place, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trace_script, "open_model", None)  # nothing is loaded
+    monkeypatch.setattr(opening, "load_model", None)  # nothing is loaded
     check_refused(pin(place, tmp_path / "x.json", *args), message)
     assert not any(tmp_path.iterdir())
 
@@ -380,7 +380,7 @@ RECORDS = {
 def test_wrong_arguments_of_record(place, tmp_path, monkeypatch, args, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "many").write_text("a\n" * 129)
-    monkeypatch.setattr(trace_script, "open_model", None)  # nothing is loaded
+    monkeypatch.setattr(opening, "load_model", None)  # nothing is loaded
     check_refused(record_trace(place, tmp_path / "x.npz", *args), message)
     assert not (tmp_path / "x.npz").exists()
 
