@@ -369,7 +369,7 @@ RECORDS = {
     "too_long": (["--prompt", "a" * 128], "prompt 0 has 129 tokens"),
     "no_prompt": (["--prompt", ""], "there is no prompt"),
     "both": (["--prompt", "a", "--prompt-file", "p"], "give either --prompt or --prompt-file"),
-    "dtype": (["--prompt", "a", "--dtype", "float8"], "unsupported dtype 'float8'"),
+    "dtype": (["--prompt", "a", "--max-new-tokens", "4", "--dtype", "float8"], "unsupported dtype 'float8'"),
     "too_many": (["--prompt-file", "many", "--max-new-tokens", "4"], "129 prompts are more than the 128 that one run takes"),
     "no_file": (["--prompt-file", "none"], "none: No such file or directory"),
     "folder_that_takes_no_files": (["--prompt", "a", "--out", "/proc/x.npz"], "/proc: no file can be made here"),
