@@ -97,6 +97,11 @@ def _used(ids: Int[np.ndarray, "B L A"], experts: int) -> Float[np.ndarray, "L E
     return (np.asarray(ids)[..., None] == np.arange(experts)).any((0, 2)).astype(np.float32)
 
 
+def _read(arrays: Sequence[Array]) -> list[np.ndarray]:
+    """Arrays on the host. On an accelerator all copies are begun before one is waited for; on the CPU there are none, and beginning takes longer."""
+    return jax.device_get(list(arrays)) if jax.default_backend() != "cpu" else [np.asarray(x) for x in arrays]
+
+
 class Lookout:
     """Feeds a foresight through the steps of a host-driven run, and has prefetching queue what it expects.
 
@@ -105,7 +110,8 @@ class Lookout:
         depth: for how many layers ahead routers are to be evaluated.
         decoding: whether the running step is one of single tokens, the only ones that look ahead: a prompt asks for most experts, which the link has
             its hands full with.
-        looking: whether the running step looks ahead. While prefetching is off and no policy asks, steps are those of an engine without it.
+        looking: whether the running step looks ahead. While prefetching is off, steps are those of an engine without it: what a policy alone goes by
+            is said before a step's first layer, and its routing is read when it has ended.
     """
 
     def __init__(self, staging: Staging | None, foresight: Any, feeds: bool = False):
@@ -122,7 +128,8 @@ class Lookout:
         self._resident: np.ndarray | None = None
         self._scores: np.ndarray | None = None
         self._next: np.ndarray | None = None
-        self._rows = self._tokens = self._valid = np.zeros(0, np.int32)
+        self._rows = self._tokens = np.zeros(0, np.int32)
+        self._valid = np.zeros(0, bool)
         self._ids: list[np.ndarray] = []
 
     def restart(self) -> None:
@@ -138,6 +145,11 @@ class Lookout:
         """Whether this step prefetches."""
         return self.staging is not None and self.staging.on
 
+    @property
+    def _feeding(self) -> bool:
+        """Whether the policy goes by what is said before this step."""
+        return self.decoding and self._feeds
+
     def staged(self, layer: int) -> Bool[np.ndarray, "E"] | None:
         """The layer's experts that were sent ahead; None where nothing is."""
         return None if self.staging is None else self.staging.staged(layer)
@@ -147,12 +159,12 @@ class Lookout:
         if self.staging is not None:
             self.staging.begin()
         self.decoding = batch.run == 1
-        self.looking = self.decoding and (self.on or self._feeds)
+        self.looking = self.decoding and self.on
         self._scores = self._next = None
         self._ids = []
-        if not (self.looking or self._learns):
+        if not (self.looking or self._learns or self._feeding):
             return
-        segments, tokens, positions = jax.device_get((batch.segments, batch.tokens, batch.positions))
+        segments, tokens, positions = _read((batch.segments, batch.tokens, batch.positions))
         self._valid = segments >= 0
         self._rows, self._tokens = segments[self._valid], tokens[self._valid]
         new = np.unique(self._rows[positions[self._valid] == 0])
@@ -161,13 +173,13 @@ class Lookout:
 
     def before(self) -> Float[np.ndarray, "M1 L E"] | None:
         """The foresight's scores before the first layer, for those that go by them; queues what the first layers are expected to miss."""
-        if not self.looking:
+        if not (self.looking or self._feeding):
             return None
         scores = self._foresight.before(self._rows, self._tokens)
         if scores is None:
             return None
         self._scores, self._next = scores[0], scores[1] if len(scores) > 1 else None
-        if self._resident is not None and self.staging is not None:
+        if self.looking and self._resident is not None and self.staging is not None:
             self.staging.foresee(-1, self._scores, self._resident, self._next)
         return scores
 
@@ -177,8 +189,7 @@ class Lookout:
         """A layer's routing is known: queues what the layers after it are expected to miss."""
         self._resident = resident
         self._ids.append(ids[self._valid])
-        if self.staging is None or not self.staging.on:
-            return
+        assert self.staging is not None
         found = self._foresight.at(layer, self._rows, self._ids[-1], gates)
         if found is not None:
             old = np.zeros_like(found) if self._scores is None else self._scores
@@ -195,7 +206,7 @@ class Lookout:
         self._resident = None
         if not self._learns:
             return
-        ids = np.stack(jax.device_get(list(chosen)), axis=1)[self._valid]
+        ids = np.stack(_read(chosen), axis=1)[self._valid]
         if self.decoding:
             self._foresight.after(self._rows, self._tokens, ids)
             return

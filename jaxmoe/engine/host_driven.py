@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.decode.sampling import SamplingParams, sample
@@ -96,6 +97,37 @@ class _PlanningBank(SlotBank):
         return x_TD, dataclasses.replace(self, state=state, planned=(routed, misses)), {}
 
 
+class Seen(NamedTuple):
+    """What the host needs for looking ahead; jax arrays on the device, numpy's on the host.
+
+    It comes as one array, since every array that is read costs the host about as much. Attributes: `misses` see `_PlanningBank`; `ids` [T, A], the
+    router's choice; `resident` [L, E], which experts are in slots; `scores` [depth, E] of the next layers' routers, None where they are not asked.
+    """
+
+    misses: Any
+    ids: Any
+    resident: Any
+    scores: Any
+
+    def joined(self) -> UInt8[Array, "N"]:
+        """All as bytes, on the device."""
+        parts = [x.astype(jnp.uint8) if x.dtype == bool else x for x in self if x is not None]
+        return jnp.concatenate([jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(-1) for x in parts])
+
+    @classmethod
+    def parted(cls, joined: np.ndarray, ids: tuple[int, ...], resident: tuple[int, int], lists: int, depth: int) -> Seen:
+        """What `joined` joined, on the host; `ids` and `resident` are shapes, `misses` has so many lists of E, and `depth` is 0 without scores."""
+        experts = resident[1]
+        shapes: list[tuple[tuple[int, ...], Any]] = [((1 + lists * experts,), np.int32), (ids, np.int32), (resident, np.bool_), ((depth, experts), np.float32)]
+        found, at = [], 0
+        for shape, dtype in shapes:
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            found.append(joined[at : at + size].view(dtype).reshape(shape))
+            at += size
+        misses, chosen, there, scores = found
+        return cls(misses, chosen, there, scores if depth else None)
+
+
 @flax.struct.dataclass
 class Pending:
     """An MoE layer whose experts are computed, and not yet added.
@@ -155,7 +187,7 @@ class Programs:
         `tree` holds a layer's weights, or with `stacked` those of all repeats, of which `at` is one. `before` is the last MoE layer's `Pending`, or
         None. The layer index counts layers with the same kind of state. `tables` is a `SlotState` without pools. `look` is None, or `(staged [E],
         gates)`. `planned` is `(Routed, read, side, weights for finishing, the router's ids and weights)`, or None of a dense layer; `read` is for
-        the host: misses [1 + E], and of a front that looks also ids [T, A], resident [L, E] and the next routers' scores [depth, E] or None.
+        the host: misses [1 + E], or of a front that looks `Seen.joined`.
         """
         module: Any = decoder_layer(self.spec, layer, self.kernels)
 
@@ -173,14 +205,14 @@ class Programs:
                 return out[0], out[2], tables, router_state, None
             x, side, _, bank, layers, router_state, chosen = out
             routed, misses = bank.planned
-            read = (misses,) if look is None else (misses, *self._seen(look[1], moe_layer, chosen.inputs, routed, bank.state.slot_of_expert))
+            read = misses if look is None else self._seen(look[1], moe_layer, chosen.inputs, misses, routed, bank.state.slot_of_expert).joined()
             finishing = {name: tree[name] for name in FINISHING if name in tree}
             return x, layers, bank.state, router_state, (routed, read, side, finishing, (chosen.ids, chosen.weights))
 
         return self._jit(front, donate=(2, 4, 5))
 
-    def _seen(self, gates: Gates | None, moe_layer, inputs, routed: Routed, slot_of_expert) -> tuple:
-        """What the host needs for looking ahead: ids, what is resident, the next routers' scores.
+    def _seen(self, gates: Gates | None, moe_layer, inputs, misses, routed: Routed, slot_of_expert) -> Seen:
+        """What the host needs for looking ahead.
 
         All layers' residency is read, though few are asked about. A copy on the host could not follow what the misses say, which don't tell who left,
         and in a shared pool other layers' experts leave; of the layers ahead alone, the host would not know at a step's beginning how the last one
@@ -189,7 +221,7 @@ class Programs:
         scores = None
         if gates is not None:
             scores = gate_scores(self.spec, gates, moe_layer, inputs, routed.valid, self._depth, self.kernels)
-        return routed.ids, slot_of_expert >= 0, scores
+        return Seen(misses, routed.ids, slot_of_expert >= 0, scores)
 
     def _finish(self, x: jax.Array, before: Pending | None) -> jax.Array:
         """The residual stream with what the experts gave added, as the fused step adds it."""
@@ -262,8 +294,9 @@ class HostDriven:
         self._loads = np.zeros(len(spec.moe_layers), np.int32)
         self._listed: tuple | None = None
         self._device = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # a bare device would keep a pinned record's memory kind
-        sizes = (len(spec.moe_layers), spec.moe[0].experts)
-        self.ahead = None if prefetch is None else Staging(prefetch, self.link, source, *sizes, put=self._put)
+        self._on_cpu = jax.devices()[0].platform == "cpu"
+        self._sizes = len(spec.moe_layers), spec.moe[0].experts
+        self.ahead = None if prefetch is None else Staging(prefetch, self.link, source, *self._sizes, put=self._send)
         self._lookout = None if foresight is None else Lookout(self.ahead, foresight, find_policy(bank.policy).foresees)
         self.programs = Programs(spec, bank, kernels, 0 if self._lookout is None else self._lookout.depth)
         self._gates: tuple | None = None
@@ -379,7 +412,7 @@ class HostDriven:
         if scores is not None:
             known = min(len(scores), table.shape[1])
             table[:, :known] = scores[:known].swapaxes(0, 1)
-        return dataclasses.replace(tables, tables=tables.tables | {FORESEEN: self._put(table)})
+        return dataclasses.replace(tables, tables=tables.tables | {FORESEEN: jax.device_put(table, self._device)})
 
     def _look(self, params, moe_layer: int) -> tuple | None:
         """What a front that looks takes."""
@@ -411,7 +444,12 @@ class HostDriven:
 
     def _experts(self, pools: Pools, routed: Routed, read: tuple, moe_layer: int) -> tuple[Pools, jax.Array]:
         """Computes a layer's experts, those that are there while the others are sent."""
-        misses, *seen = jax.device_get(read)  # the one read that blocks
+        seen = None
+        misses = np.asarray(read)  # the one read that blocks
+        if misses.dtype == np.uint8:
+            assert self._lookout is not None
+            seen = Seen.parted(misses, routed.ids.shape, self._sizes, 2 if self.programs.lossy else 1, self._lookout.depth)
+            misses = seen.misses
         count, *ids = misses.tolist()
         bits = dict(zip(ids, ids[len(ids) // 2 :], strict=False)) if self.programs.lossy else {}
         ids = ids[:count]
@@ -428,8 +466,7 @@ class HostDriven:
                 low = bits.get(expert, STORED)
                 give = self.source.ask(moe_layer, expert, low) if low else self.source.ask(moe_layer, expert)
                 if getattr(give, "ready", lambda: True)():  # to the device now, before anything that is sent ahead
-                    record = self._put(give())
-                    give = functools.partial(_same, record)
+                    give = functools.partial(_same, self._send(give()))
                 asked.append((give, self.link.send(self.source.bytes_at(low) if low else self.source.record_bytes)))
                 self._loads[moe_layer] += 1
                 if self.ahead is not None:
@@ -438,8 +475,8 @@ class HostDriven:
         if self._overlap:
             send()
         y = self.programs.hits(pools, routed.ranked)
-        if seen and self._lookout is not None:
-            self._lookout.routed(moe_layer, *seen)
+        if seen is not None and self._lookout is not None:
+            self._lookout.routed(moe_layer, seen.ids, seen.resident, seen.scores)
         for turn, expert in enumerate(ids):
             if expert in held:
                 assert self.ahead is not None
@@ -449,7 +486,7 @@ class HostDriven:
                     jax.block_until_ready(y)
                     send()
                 give, arrival = asked.popleft()
-                record = self._put(give())
+                record = self._send(give())
                 if low := bits.get(expert, STORED):
                     record = unpack_planes(self.source.fmt, record, low)
                 if self._overlap:
@@ -458,9 +495,11 @@ class HostDriven:
             pools, y = self.programs.land(pools, y, record, routed.ranked, turn)
         return pools, y
 
-    def _put(self, record: Any) -> jax.Array:
-        """A record, or a table, on the device."""
-        return jax.device_put(record, self._device)
+    def _send(self, record: Any) -> Any:
+        """A record on the device. On the CPU it is there as it is, and what is dispatched with it takes it from where it lies: to copy it first would
+        take several times as long as to land it."""
+        sent = isinstance(record, jax.Array) and record.sharding == self._device
+        return record if sent or self._on_cpu else jax.device_put(record, self._device)
 
 
 def _same(value: Any) -> Any:

@@ -18,7 +18,7 @@ from jaxmoe.engine.generate import Engine, cache_positions, positions_bucket
 from jaxmoe.engine.host_driven import HostDriven
 from jaxmoe.engine.memory import check_fits_host, free_device_bytes
 from jaxmoe.engine.model import Model, Offload, load_model, read_store
-from jaxmoe.engine.predicting import can_ask_ahead, check_predictor, make_foresight
+from jaxmoe.engine.predicting import both_predictors, check_predictor, make_foresight
 from jaxmoe.experts import host_store
 from jaxmoe.experts.lossy import Lossy
 from jaxmoe.experts.planes import plane_format
@@ -147,6 +147,8 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
             return make_plan(chosen, spec, rows, positions)
         except budget.BudgetError:  # a policy that turns experts away needs more staging
             return make_plan(dataclasses.replace(chosen, policy=DEFAULT), spec, rows, positions)
+    if auto and asked.predictor is None:  # nothing to foretell, where all are there
+        asked = dataclasses.replace(asked, predictor_file=None, prefetch=None)
     _check_foresight(asked, trace)
     if policy.allocate is not None and not found.all_resident:
         slots = policy.allocate(sum(found.slots), shapes.layers, shapes.experts, shapes.active)
@@ -157,21 +159,22 @@ def make_plan(asked: Streaming, spec: ModelSpec, rows: int, positions: int) -> P
 
 
 def _chosen(asked: Streaming, spec: ModelSpec, mode: Mode, found: budget.BudgetPlan, trace: Trace | None) -> Streaming:
-    """What `auto` comes to: the policy with the most hits on the trace, if there is one, and where the host sends experts, the model's own routers to
-    foretell them; whether that pays is measured as it runs."""
+    """What `auto` comes to: the policy with the most hits on the trace, if there is one, and where the host sends experts, prefetching by a trained
+    predictor, if one is given, and by the model's own routers; whether that pays is measured as it runs."""
     if trace is not None and (trace.phase == PROMPT).all():
         trace = as_teacher_forced(trace)
     policy = DEFAULT if trace is None else best_policy(trace, sum(found.slots) // len(found.slots))
     more: dict[str, Any] = {}
     lossy = _lossy(asked, spec)
     as_stored = (lossy is None or not lossy.bits) and asked.host_memory is None
-    if mode == "host-driven" and as_stored and (asked.predictor is not None or can_ask_ahead(spec)):
-        more = {"predictor": asked.predictor or "gate", "prefetch": asked.prefetch or AUTO_STAGING}
+    predictor = asked.predictor or both_predictors(spec, asked.predictor_file)
+    if mode == "host-driven" and as_stored and predictor is not None:
+        more = {"predictor": predictor, "prefetch": asked.prefetch or AUTO_STAGING}
     return dataclasses.replace(asked, policy=policy, mode=mode, **more)
 
 
 def _mode(asked: Streaming) -> Mode:
-    needs = [name for name in ("link_gbps", "host_memory", "prefetch", "predictor") if getattr(asked, name) is not None]
+    needs = [name for name in ("link_gbps", "host_memory", "prefetch", "predictor", "predictor_file") if getattr(asked, name) is not None]
     mode = asked.mode or ("host-driven" if needs else "layer-grouped")
     if mode not in MODES:
         raise ValueError(f"there is no expert mode {mode!r}: choose one of {', '.join(MODES)}")

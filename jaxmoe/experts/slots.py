@@ -207,7 +207,7 @@ class SlotBank:
         tables = with_row(state.tables, moe_layer, policy.touch(layer_row(state.tables, moe_layer), used_SE, high_SE))
         worth, where_LE = policy.worth(tables, moe_layer), state.slot_of_expert
         if policy.shared:
-            choice, leave_LE = choose_shared(worth, where_LE >= 0, need, moe_layer, self.base[-1], policy.bypass)
+            choice, leave_LE = choose_shared(worth, where_LE >= 0, need, moe_layer, self.base[-1], policy.bypass, ids_TA.size)
             place, where_LE = place_shared(choice, leave_LE, where_LE, need, moe_layer, self.base[-1])
         else:
             slots, base = (_of_layer(values, moe_layer) for values in (self.slots, self.base))

@@ -20,7 +20,8 @@ from jaxmoe.experts.planes import PlaneFormat
 from jaxmoe.offload import budget, event_model
 from jaxmoe.offload.event_model import Candidates, Costs, Setting
 from jaxmoe.offload.knowledge import high_steps, knowledge, new_texts
-from jaxmoe.offload.predictors import find_predictor, foresee_layers, sizes_of
+from jaxmoe.offload.predictors import JOINS, find_predictor, foresee_layers, sizes_of
+from jaxmoe.offload.predictors.corrected import params_of
 from jaxmoe.offload.replay import Steps, residents, slots_by_layer
 from jaxmoe.offload.trace import PROMPT, Trace, used_steps
 from jaxmoe.residency import find_policy
@@ -160,7 +161,8 @@ class Advice:
         if self.bytes == self.all_bytes:
             return memory
         sent = f" --expert-mode host-driven --expert-predictor {way.predictor} --prefetch {way.staging}" if way.predictor else ""
-        file = f" --predictor-file {files[way.predictor]}" if files and way.predictor and way.predictor in files else ""
+        trained = next((part for part in (way.predictor or "").split(JOINS) if part in (files or {})), None)
+        file = f" --predictor-file {files[trained]}" if files and trained else ""
         return f"{memory} --expert-policy {way.policy}{sent}{file}"
 
 
@@ -302,12 +304,13 @@ def _residents(trace: Trace, used_SLE: np.ndarray, slots_L: np.ndarray, name: st
 
 def _candidates(trace: Trace, trained: dict[str, Any], decode: np.ndarray, progress):
     """`(predictor, depth) -> what it would send`, by step of `decode`."""
-    names = [*PREDICTORS, *(["gate"] if trace.gates is not None else []), *trained]
+    gates = [] if trace.gates is None else ["gate"]
+    names = [*PREDICTORS, *gates, *trained, *(JOINS.join(pair) for pair in itertools.product(trained, gates))]
     last, layers = int(decode[-1]), trace.layers
     for name in names:
         progress(f"predictor {name}")
         predictor = find_predictor(name)
-        params = trained[name] if name in trained else predictor.fit([], 0, sizes=sizes_of(trace))
+        params = params_of(name, lambda one: trained[one] if one in trained else find_predictor(one).fit([], 0, sizes=sizes_of(trace)))
         said = {}
         for step, layer, scores in foresee_layers(predictor, params, trace):
             if step > last:

@@ -9,8 +9,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -147,6 +150,27 @@ HOLD = 64
 LONGEST_HOLD = 4096
 
 
+class Timed(NamedTuple):
+    """A step: its seconds, and what it missed."""
+
+    seconds: float
+    misses: int
+
+
+def level(*groups: Sequence[Timed]) -> list[float]:
+    """Each group's median seconds, as if all steps had missed as much as they do on the average.
+
+    What a miss costs is the median of the slopes between any two steps of the same group (Theil and Sen), or nothing if that is negative: some steps
+    that something else disturbed don't move it.
+    """
+    slopes = [
+        (a.seconds - b.seconds) / (a.misses - b.misses) for group in groups for a, b in itertools.combinations(group, 2) if a.misses != b.misses
+    ]
+    each = max(0.0, statistics.median(slopes)) if slopes else 0.0
+    typical = statistics.mean(step.misses for group in groups for step in group)
+    return [statistics.median(step.seconds - each * (step.misses - typical) for step in group) for group in groups]
+
+
 @dataclasses.dataclass(frozen=True)
 class Switch:
     """Says whether prefetching is on, by the measured times alone.
@@ -154,15 +178,16 @@ class Switch:
     A trial of up to `SPANS` spans runs with prefetching and without in turn. It is on afterwards if the median of steps without it is longer than
     that of steps with it, else off, for `HOLD` steps. After another trial with the same verdict the verdict holds twice as long, up to
     `LONGEST_HOLD`, and `HOLD` again after one that changed it. Medians, since a step that another program disturbed is not to decide; both kinds of
-    spans in turn, since the sequence gets longer and routing changes.
+    spans in turn, since the sequence gets longer and routing changes. What a step misses varies by more than prefetching brings: every time is first
+    taken to the same number of misses, by what one more of them costs in these very steps (`level`).
 
     Attributes:
         trial: whether a trial is going on.
         position: steps since the trial or the hold began.
         length: steps of the present hold, or of the last one.
         verdict: of the last trial; None before the first has ended.
-        off, on_: seconds of the trial's steps that count, without and with prefetching.
-        gain: the last trial's median without over its median with.
+        off, on_: seconds and misses of the trial's steps that count, without and with prefetching.
+        gain: the last trial's median without over its median with, at the same number of misses.
         kind: what kind of steps these are; times of different kinds (batch sizes) aren't compared.
     """
 
@@ -170,8 +195,8 @@ class Switch:
     position: int = 0
     length: int = 0
     verdict: bool | None = None
-    off: tuple[float, ...] = ()
-    on_: tuple[float, ...] = ()
+    off: tuple[Timed, ...] = ()
+    on_: tuple[Timed, ...] = ()
     gain: float | None = None
     kind: int = 0
 
@@ -180,12 +205,13 @@ class Switch:
         """Whether the next step prefetches."""
         return (self.position // SPAN) % 2 == 0 if self.trial else bool(self.verdict)
 
-    def after(self, seconds: float, kind: int = 0) -> Switch:
+    def after(self, seconds: float, kind: int = 0, misses: int = 0) -> Switch:
         """The switch after a step that took so long.
 
         Args:
             seconds: of the step, which ran as `on` said.
             kind: of the step; another one than before begins a trial anew, or if there was a verdict holds it for `HOLD` steps before.
+            misses: experts that it asked for and that were in no slot, sent ahead or not.
         """
         if kind != self.kind:
             length = self.length if self.verdict is None else HOLD
@@ -195,13 +221,15 @@ class Switch:
             return dataclasses.replace(self, trial=ended, position=0 if ended else self.position + 1)
         if self.position % SPAN == 0:
             return dataclasses.replace(self, position=self.position + 1)
-        on, off = (*self.on_, *([seconds] if self.on else [])), (*self.off, *([] if self.on else [seconds]))
+        step = Timed(seconds, misses)
+        on, off = (*self.on_, *([step] if self.on else [])), (*self.off, *([] if self.on else [step]))
         found = dataclasses.replace(self, position=self.position + 1, on_=on, off=off)
         ended = found.position >= SPAN * SPANS or (found.position % (2 * SPAN) == 0 and found._gain() < CLEARLY)
         return found._judged() if ended else found
 
     def _gain(self) -> float:
-        return statistics.median(self.off) / max(statistics.median(self.on_), 1e-12)
+        off, on = level(self.off, self.on_)
+        return off / max(on, 1e-12)
 
     def _judged(self) -> Switch:
         gain = self._gain()

@@ -104,7 +104,7 @@ class Staging:
         self._step, self._now = 0, -1
         self._seconds: deque[float] = deque(maxlen=RECENT)
         self._misses: deque[int] = deque(maxlen=RECENT)
-        self._at_begin = (0, 0, 0)
+        self._at_begin = (0, 0, 0, 0)
         self._measured = settings.depth is not None
 
     # --- What the rest of the step asks
@@ -146,7 +146,7 @@ class Staging:
             held.asked = False
             if held.failed is not None or not (self.on or _started(held)):
                 self._drop(held)
-        self._at_begin = (self.counters.late, self.counters.wasted, self.counters.demand)
+        self._at_begin = self._totals()
 
     def ask(self, layer: int, experts: Sequence[int]) -> tuple[dict[int, Staged], int]:
         """A layer's routing is known: what it misses of what is staged, by expert, and how many records of that have become demand just now.
@@ -202,11 +202,11 @@ class Staging:
         """
         if seconds is None:
             return
-        late, wasted, demand = (a - b for a, b in zip(self._totals(), self._at_begin, strict=True))
+        useful, late, wasted, demand = (a - b for a, b in zip(self._totals(), self._at_begin, strict=True))
         self._seconds.append(seconds)
         self._misses.append(demand // self._bytes)
         if self.settings.switching:
-            self.switch = self.switch.after(seconds, kind)
+            self.switch = self.switch.after(seconds, kind, (useful + late + demand) // self._bytes)
         if self.settings.depth is not None:
             return
         copy = self._copy_seconds()
@@ -311,8 +311,8 @@ class Staging:
     def _turn(self, layer: int) -> int:
         return self._step * self._layers + layer
 
-    def _totals(self) -> tuple[int, int, int]:
-        return self.counters.late, self.counters.wasted, self.counters.demand
+    def _totals(self) -> tuple[int, int, int, int]:
+        return self.counters.useful, self.counters.late, self.counters.wasted, self.counters.demand
 
     def _layer_seconds(self) -> float:
         """The median, which a step that compiled does not move."""

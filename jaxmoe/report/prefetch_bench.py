@@ -54,6 +54,11 @@ class Arm:
     switching: bool = True
     cold: bool = False
 
+    @property
+    def trained(self) -> bool:
+        """Whether it needs the path predictor."""
+        return "path" in (self.predictor or "")
+
 
 ARMS = (
     Arm("on demand", cold=True),
@@ -64,7 +69,9 @@ ARMS = (
     Arm("lfu + path", predictor="path", prefetch=True),
     Arm("lfu + gate", predictor="gate", prefetch=True),
     Arm("lfu + gate, always", predictor="gate", prefetch=True, switching=False),
+    Arm("lfu + path+gate", predictor="path+gate", prefetch=True),
     Arm("expertflow: plec + path", "plec", "path", prefetch=True),
+    Arm("plec + path+gate", "plec", "path+gate", prefetch=True),
     Arm("lfu + oracle", predictor="oracle", prefetch=True, switching=False),
 )
 """The last is a bound: it knows the run."""
@@ -102,7 +109,7 @@ class Bench:
         """
         self.kernels, self.slots, self.new, self.prompts = Kernels.default(), slots, new, prompts
         self._checkpoint, self._file = checkpoint, predictor_file
-        self.arms = tuple(a for a in ARMS if a.predictor != "path" or predictor_file is not None)
+        self.arms = tuple(a for a in ARMS if not a.trained or predictor_file is not None)
         fused = load_model(checkpoint, "float32", self.kernels)
         self.spec = fused.spec
         self._records = read_store(checkpoint, fused.spec, layout=self.kernels.expert_layout)
@@ -123,7 +130,7 @@ class Bench:
             return None
         if arm.predictor == "oracle":
             return Known(list(self.trace.ids[:, None]), self.spec.moe[0].experts)
-        return make_foresight(arm.predictor, self.spec, 1, self._file if arm.predictor == "path" else None)
+        return make_foresight(arm.predictor, self.spec, 1, self._file if arm.trained else None)
 
     def engine(self, arm: Arm) -> tuple[Engine, HostDriven, Link]:
         """The arm's engine, warmed up."""
@@ -174,7 +181,7 @@ class Bench:
         if not arm.prefetch:
             return {"without": plain.seconds}
         name = arm.predictor or ""
-        params = fitted(name, self.spec, self._file if name == "path" else None, [self.trace] if name == "oracle" else [])
+        params = fitted(name, self.spec, self._file if arm.trained else None, [self.trace] if name == "oracle" else [])
         said = {(s, layer): scores for s, layer, scores in foresee_layers(find_predictor(name), params, self.trace)}
         at = dict(enumerate(decode.tolist()))
         layers = used_SLE.shape[1]

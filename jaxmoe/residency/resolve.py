@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.residency.policy import Keep
 
@@ -64,18 +64,17 @@ def choose_shared(
     Args:
         keep, resident, need, slots, bypass: see `choose`; no more are resident than there are slots.
         layer: the one that asks.
-        most: what `need` holds at most, if that is known to be few; those that don't stay are then found one by one, and nothing is sorted.
+        most: what `need` holds at most, if that is known to be few.
 
     Returns:
         The choice for the layer's experts, and all that leave, of every layer.
     """
-    layers, _ = resident.shape
+    layers, experts = resident.shape
     wanted = (jnp.arange(layers) == layer)[:, None] & need[None, :]
     candidate = resident | wanted
-    first = candidate if bypass else wanted | (keep[0] == jnp.inf)
     excess = jnp.maximum(0, candidate.sum(dtype=jnp.int32) - slots)
-    keys = (first.astype(jnp.float32), *keep)
-    stays = candidate & ~(_least_by_sort(keys, candidate, excess) if most is None else _least_one_by_one(keys, candidate, excess, most))
+    first = () if bypass else (wanted | (keep[0] == jnp.inf),)
+    stays = candidate & ~_least((*first, *keep), candidate, excess, min(experts, most or experts))
 
     def own(members: Bool[Array, "L E"]) -> Bool[Array, "E"]:
         return jax.lax.dynamic_index_in_dim(members, layer, 0, keepdims=False)
@@ -84,39 +83,34 @@ def choose_shared(
     return Choice(hit=need & own(resident), enter=miss & own(stays), stream=miss & ~own(stays), leave=own(leave)), leave
 
 
-Keys = tuple[Array, ...]
-"""Compared in this order; all [L, E]. Of equal ones a later place is less."""
+HALF = 16
+"""Bits of a stamp that a float32 holds with room to spare."""
 
 
-def _least_by_sort(keys: Keys, members: Bool[Array, "L E"], count: Int[Array, ""]) -> Bool[Array, "L E"]:
-    """The `count` least members."""
-    last = jnp.where(members, -keys[0], jnp.inf)  # what is no member comes after all that are
-    order = jnp.lexsort(tuple(key.reshape(-1) for key in (*(-key for key in reversed(keys[1:])), last)))  # the largest first; of equal ones the first
-    rank = jnp.arange(members.size, dtype=jnp.int32) - members.sum(dtype=jnp.int32)
-    return jnp.zeros(members.size, bool).at[order].set((-count <= rank) & (rank < 0), unique_indices=True).reshape(members.shape)
+def _least(keys: tuple[Array, ...], members: Bool[Array, "L E"], count: Int[Array, ""], most: int) -> Bool[Array, "L E"]:
+    """The `count` least members, at most `most`. Keys are compared in their order; of equal ones a later place is less.
+
+    Key by key those below the last one that goes are taken, and those level with it go on to the next key. `top_k` finds that last one by looking at
+    each once, where a sort by all keys takes several times as long. It is a loop over keys so that each is one array: XLA may compute an expression
+    for every one that reads it, on the CPU to other bits, and then what is compared were not what was looked through.
+    """
+
+    def by(carry, key):
+        taken, members, count = carry
+        least = -jax.lax.top_k(jnp.where(members, -key, -jnp.inf).reshape(-1), most)[0]
+        last = least[jnp.maximum(count, 1) - 1]
+        below = members & (key < last)
+        return (taken | below, members & (key == last), count - below.sum(dtype=jnp.int32)), None
+
+    (taken, level, count), _ = jax.lax.scan(by, (jnp.zeros_like(members), members, count), jnp.stack(_floats(keys)))
+    behind = jnp.cumsum(level.reshape(-1)[::-1], dtype=jnp.int32)[::-1].reshape(level.shape)
+    return taken | (level & (behind <= count))
 
 
-def _least_one_by_one(keys: Keys, members: Bool[Array, "L E"], count: Int[Array, ""], most: int) -> Bool[Array, "L E"]:
-    """The same, where `count` is at most `most`: every layer's least member is known, so that one more is one layer's next."""
-
-    def one(i, carry):
-        left, least, at = carry
-        layer = _last_least(least, at >= 0)
-        expert = at[layer]
-        row = left[layer].at[expert].set(left[layer, expert] & (i >= count))
-        key_E = tuple(key[layer] for key in keys)
-        new = _last_least(key_E, row)
-        least = tuple(values.at[layer].set(key[new]) for values, key in zip(least, key_E, strict=True))
-        return left.at[layer].set(row), least, at.at[layer].set(new)
-
-    at = _last_least(keys, members)
-    least = tuple(jnp.take_along_axis(key, at[:, None], axis=1)[:, 0] for key in keys)
-    return members & ~jax.lax.fori_loop(0, most, one, (members, least, at))[0]
-
-
-def _last_least(keys: Keys, among: Bool[Array, "... N"]) -> Int[Array, "..."]:
-    """The place of the least of `among` along the last axis, of equal ones the last; -1 where there is none."""
+def _floats(keys: tuple[Array, ...]) -> list[Float[Array, "L E"]]:
+    """The keys in the order of their size as float32: whole numbers as their upper and their lower half."""
+    out: list[Float[Array, "L E"]] = []
     for key in keys:
-        top = jnp.inf if jnp.issubdtype(key.dtype, jnp.floating) else jnp.iinfo(key.dtype).max
-        among = among & (key == jnp.min(jnp.where(among, key, top), axis=-1, keepdims=True))
-    return jnp.max(jnp.where(among, jnp.arange(among.shape[-1], dtype=jnp.int32), -1), axis=-1)
+        parts = (key >> HALF, key & (2**HALF - 1)) if jnp.issubdtype(key.dtype, jnp.integer) else (key,)
+        out += [part.astype(jnp.float32) for part in parts]
+    return out

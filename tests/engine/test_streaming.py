@@ -18,6 +18,7 @@ from jaxmoe.offload.budget import BudgetError, format_bytes
 from jaxmoe.offload.replay import replay
 from jaxmoe.offload.trace import DECODE, PROMPT, TraceBuilder, load, model_meta, save
 from jaxmoe.spec import ModelSpec
+from jaxmoe.train import path_predictor
 from pallas_kernels.dispatch import Kernels
 from tests.checkpoints import hf_folders
 from tests.engine.test_no_recompile import Compilations
@@ -86,6 +87,21 @@ def test_auto_chooses_for_what_else_was_asked(name):
     found = plan("50%", policy="auto", **({"mode": "host-driven"} | more)).asked
     assert (found.predictor, found.prefetch) == wanted and found.policy == "lfu"
     assert plan("100%", policy="auto", mode="host-driven").budget.all_resident
+
+
+def test_auto_takes_what_a_trained_predictor_says_and_has_routers_correct_it(tmp_path, checkpoint):
+    trace = load(write_trace(tmp_path / "t.npz"))
+    file = tmp_path / "p.npz"
+    path_predictor.save(file, path_predictor.train([trace], "path", path_predictor.FitSettings(steps=1)), trace.meta)
+    found = plan("50%", policy="auto", predictor_file=file)
+    assert (found.mode, found.asked.predictor, found.asked.prefetch, found.asked.policy) == ("host-driven", "path+gate", 8, "lfu")
+    request = Request((1, 2, 3), 40)
+    resident, streamed = loaded(plan("100%"), checkpoint), loaded(found, checkpoint)
+    assert streamed.engine.generate([request])[0][0].ids == resident.engine.generate([request])[0][0].ids
+    assert streamed.staging is not None and streamed.staging.counters.demand > 0
+    assert plan("100%", policy="auto", predictor_file=file).budget.all_resident
+    with pytest.raises(ValueError, match="--predictor-file needs --expert-mode host-driven, not fused"):
+        plan("50%", policy="auto", mode="fused", predictor_file=file)
 
 
 @pytest.mark.parametrize(("memory", "slots"), [("50%", 3), ("62.5%", 4), (f"{10 * RECORD}B", 4), (f"{10 * RECORD - 1}B", 3), ("99%", 6)])

@@ -125,8 +125,10 @@ def test_a_way_is_written_as_options_that_generate_takes():
     assert "the host's own work" in ahead.describe().splitlines()[-1] and "host" not in found.describe()
     text = ahead.options({"path": "p.npz", "readme": "r.npz"})
     assert text.endswith("--expert-mode host-driven --expert-predictor path --prefetch 8 --predictor-file p.npz")
+    pair = dataclasses.replace(found, best=dataclasses.replace(ahead.best, predictor="path+gate")).options({"path": "p.npz", "readme": "r.npz"})
+    assert pair.endswith("--expert-mode host-driven --expert-predictor path+gate --prefetch 8 --predictor-file p.npz")
     generate = commands.load("generate")
-    for options in (found.options(), text):
+    for options in (found.options(), text, pair):
         read = tyro.cli(generate.Arguments, args=[*options.split(), "--prompt", "a"])
         assert (read.expert_memory, read.expert_policy) == ("50%", "lru")
     check_predictor(read.expert_predictor, read.predictor_file, None)

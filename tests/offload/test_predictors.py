@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.offload.predictors import PREDICTORS, Sizes, find_predictor, foresee, foresee_layers, sizes_of
+from jaxmoe.offload.predictors.corrected import params_of
 from jaxmoe.offload.predictors.eam import fit as fit_eam
 from jaxmoe.offload.predictors.gate import ranked_scores
 from jaxmoe.offload.predictors.interface import sequences
@@ -15,6 +16,7 @@ from jaxmoe.offload.predictors.transitions import LEAST, SCALE, SHRINK
 from jaxmoe.offload.trace import used_steps
 from jaxmoe.spec import ModelSpec
 from tests.models import CONFIGS
+from tests.offload.gated import with_gates
 from tests.offload.traces import random_trace
 
 L, E, A = 4, 9, 3
@@ -243,6 +245,33 @@ def test_foreseen_gates_are_those_of_the_trace():
             np.testing.assert_allclose(scores[layer + d], expected, atol=1e-6)
 
 
+def test_two_predictors_are_one_that_is_corrected_as_layers_are_routed():
+    """The path of what was said before, and from what the second says of the layers that it reaches."""
+    pair, trace = find_predictor("previous+gate"), with_gates(TRACE)
+    params = params_of(pair.name, fitted)
+    assert params["sizes"] == sizes_of(TRACE) and (pair.ahead, pair.within, pair.shared) == (True, True, False)
+    before = foresee(PREDICTORS["previous"], params["first"], trace)
+    np.testing.assert_array_equal(foresee(pair, params, trace), before)
+    gate = {(s, layer): scores for s, layer, scores in foresee_layers(PREDICTORS["gate"], params["second"], trace)}
+    kept = 0
+    for s, layer, scores in foresee_layers(pair, params, trace):
+        reached = gate[s, layer].any(1)
+        np.testing.assert_array_equal(scores[reached], gate[s, layer][reached])
+        kept += (~reached[layer + 1 :]).sum()
+        assert not scores[: layer + 1].any()
+    assert kept == 0, "these gates look as far as the model has layers"
+    near = dataclasses.replace(trace, gates=np.where(np.arange(trace.gates.shape[2])[:, None] < 1, trace.gates, -1))
+    said = {(s, layer): scores for s, layer, scores in foresee_layers(pair, params, near)}
+    for s in range(1, trace.n_steps):
+        np.testing.assert_allclose(said[s, 0][2:], before[s, 0, 2:], atol=1e-3)
+    state = pair.init(params, 1)
+    state = pair.after(params, state, np.array([0]), np.array([1]), np.abs(TRACE.ids[:1]))
+    row, new = np.array([0]), pair.init(params, 1)
+    assert pair.before(params, state, row, np.array([2])).any()
+    state = pair.reset(params, state, row)
+    np.testing.assert_array_equal(pair.before(params, state, row, np.array([2])), pair.before(params, new, row, np.array([2])))
+
+
 def test_sizes_come_from_traces_or_models():
     assert sizes_of(TRACE) == Sizes(L, E, A)
     assert sizes_of(ModelSpec.from_hf(CONFIGS["olmoe"])) == Sizes(2, 8, 2)
@@ -257,6 +286,10 @@ def test_sizes_come_from_traces_or_models():
     "call, said",
     [
         (lambda: find_predictor("tea leaves"), "tea leaves"),
+        (lambda: find_predictor("path+tea leaves"), "there is no predictor 'tea leaves'"),
+        (lambda: find_predictor("path+gate+gate"), "at most two"),
+        (lambda: find_predictor("gate+path"), "'gate' says nothing before a step"),
+        (lambda: find_predictor("path+previous"), "'previous' says nothing as layers are routed"),
         (lambda: fitted("frequency", decay=1.5), "1.5"),
         (lambda: fitted("oracle", horizon=17), "17"),
         (lambda: fitted("oracle", accuracy=-0.1), "-0.1"),

@@ -83,6 +83,35 @@ def test_it_stays_on_where_steps_are_faster_and_off_where_they_are_not(with_it, 
     assert seen == [verdict] * HOLD
 
 
+@pytest.mark.parametrize(("gain", "verdict"), [(1.08, True), (0.93, False)])
+def test_what_steps_happen_to_miss_does_not_decide(gain, verdict):
+    """Steps miss 10 to 30 experts of a millisecond each, and those with prefetching more of them where it pays and fewer where it does not."""
+    rng = np.random.default_rng(0)
+
+    def run(told: bool) -> Switch:
+        switch = Switch()
+        while switch.trial:
+            misses = int(rng.integers(10, 26)) + 5 * (switch.on == verdict)
+            seconds = (5 + misses) / (gain if switch.on else 1)
+            switch = switch.after(seconds, misses=misses if told else 0)
+        return switch
+
+    told = [run(True) for _ in range(50)]
+    assert all(switch.verdict is verdict for switch in told)
+    assert np.median([switch.gain for switch in told]) == pytest.approx(gain, rel=0.03)
+    assert sum(run(False).verdict is not verdict for _ in range(50)) > 25  # the times alone say the opposite more often than not
+
+
+def test_disturbed_steps_do_not_move_what_a_miss_costs():
+    steps = [prefetch.Timed(2.0 + 0.5 * m, m) for m in (3, 9, 4, 8, 6)]
+    other = [prefetch.Timed(1.0 + 0.5 * m, m) for m in (7, 2, 5, 6, 10)]
+    disturbed = [*steps, prefetch.Timed(60.0, 4)]
+    assert prefetch.level(steps, other) == pytest.approx([5.0, 4.0])
+    typical = (sum(s.misses for s in (*disturbed, *other))) / 11
+    assert prefetch.level(disturbed, other) == pytest.approx([2.0 + 0.5 * typical, 1.0 + 0.5 * typical])
+    assert prefetch.level([prefetch.Timed(1.0, 3)], [prefetch.Timed(2.0, 9)]) == [1.0, 2.0]  # a slope needs two of a kind
+
+
 def test_it_tries_again_ever_more_rarely_and_follows_a_change():
     switch, holds, faster = Switch(), [], False
     for _ in range(9):

@@ -56,18 +56,18 @@ def test_many_at_once_hold_what_each_would_by_itself(policy, looks):
     assert (seen.used & ~seen.high).any()
 
 
-def test_what_leaves_one_by_one_is_what_sorting_sends_away():
+def test_what_leaves_many_pools_at_once_is_what_leaves_each():
     rng = np.random.default_rng(0)
-    sorting, one_by_one = jax.jit(choose_shared, static_argnums=5), jax.jit(replay_many.kept)
+    each, at_once = jax.jit(choose_shared, static_argnums=5), jax.jit(replay_many.kept)
     for trial in range(20):
         keep = jnp.asarray(rng.integers(0, 3, (3, 4)), jnp.float32), jnp.asarray(rng.integers(0, 2, (3, 4)), jnp.int32)
         resident, need, bypass = rng.random((3, 4)) < 0.5, rng.random(4) < 0.5, bool(trial % 2)
-        choice, leave = sorting(keep, resident, need, 1, 4, bypass)
+        choice, leave = each(keep, resident, need, 1, 4, bypass)
         want = resident & ~np.asarray(leave)
         want[1] |= np.asarray(choice.enter)
         wanted = np.zeros((3, 4), bool)
         wanted[1] = need
-        got = one_by_one(keep, resident | wanted, None if bypass else wanted, 4)
+        got = at_once(keep, resident | wanted, None if bypass else wanted, 4)
         np.testing.assert_array_equal(np.asarray(got), want)
 
 

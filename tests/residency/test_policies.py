@@ -240,7 +240,7 @@ ASKED = np.array(list(itertools.product([False, True], repeat=FEW)))
 @pytest.mark.parametrize("most", [None, FEW])
 @pytest.mark.parametrize("bypass", [False, True])
 def test_choose_shared_is_right_in_every_small_case(bypass, most):
-    """Both ways to find who leaves. Keys have ties, some experts are pinned, and residents are as many as the slots, at most."""
+    """Told how many are asked for at most or not. Keys have ties, some experts are pinned, and residents are as many as the slots, at most."""
     over_need = jax.vmap(choose_shared, (None, None, 0, None, None, None, None))
     found_for = jax.jit(lambda keep, layer, slots: jax.vmap(lambda there: over_need(keep, there, ASKED, layer, slots, bypass, most))(POOLS))
     rng, places = np.random.default_rng(0), [(layer, e) for layer in range(LAYERS) for e in range(FEW)]
@@ -261,8 +261,8 @@ def test_choose_shared_is_right_in_every_small_case(bypass, most):
             assert ((enter[r, n] | stream[r, n]) == (ASKED[n] & ~POOLS[r, layer])).all()
 
 
-def test_both_ways_to_find_who_leaves_agree():
-    """A pool of real size, whose keys span what floats and integers can."""
+def test_who_leaves_a_pool_of_real_size_is_who_sorting_puts_last():
+    """Keys span what floats and integers can, and have ties at every level."""
     rng, shape = np.random.default_rng(0), (6, 40)
     run = {most: jax.jit(lambda *a, most=most: choose_shared(*a, False, most)[1]) for most in (None, 8)}
     left = 0
@@ -273,7 +273,13 @@ def test_both_ways_to_find_who_leaves_agree():
         resident = np.zeros(shape, bool)
         resident.flat[rng.permutation(resident.size)[: slots - turn % 3]] = True
         need = np.isin(np.arange(shape[1]), rng.permutation(shape[1])[: rng.integers(9)])
-        sort, few = (np.asarray(run[most]((keep0, keep1), resident, need, turn % 6, slots)) for most in (None, 8))
-        np.testing.assert_array_equal(sort, few)
-        left += int(sort.sum())
+        asked = np.zeros(shape, bool)
+        asked[turn % 6] = need
+        there = np.flatnonzero(resident | asked)
+        first = (asked | (keep0 == np.inf)).flat[there]
+        order = there[np.lexsort((-there, keep1.flat[there], keep0.flat[there], first))]
+        gone = np.isin(np.arange(resident.size), order[: max(0, len(there) - slots)]).reshape(shape) & resident
+        for most in (None, 8):
+            np.testing.assert_array_equal(np.asarray(run[most]((keep0, keep1), resident, need, turn % 6, slots)), gone)
+        left += int(gone.sum())
     assert left > 50

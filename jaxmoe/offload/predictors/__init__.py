@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxmoe.offload.predictors.corrected import JOINS, corrected
 from jaxmoe.offload.predictors.eam import EAM
 from jaxmoe.offload.predictors.foresee import foresee, foresee_layers
 from jaxmoe.offload.predictors.frequency import FREQUENCY, PREVIOUS
@@ -19,14 +20,18 @@ PREDICTORS: dict[str, Predictor] = {
 
 
 def find_predictor(name: str) -> Predictor:
-    """The predictor of this name.
+    """The predictor of this name, or of two names joined by '+': what the first says before a step, corrected within it by the second.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the two don't go together.
     """
-    if name not in PREDICTORS:
-        raise ValueError(f"there is no predictor {name!r}: choose one of {', '.join(PREDICTORS)}")
-    return PREDICTORS[name]
+    first, *more = name.split(JOINS)
+    for part in (first, *more):
+        if part not in PREDICTORS:
+            raise ValueError(f"there is no predictor {part!r}: choose one of {', '.join(PREDICTORS)}, or two as path+gate")
+    if len(more) > 1:
+        raise ValueError(f"the predictor {name!r}: at most two go together")
+    return corrected(PREDICTORS[first], PREDICTORS[more[0]]) if more else PREDICTORS[first]
 
 
-__all__ = ["PREDICTORS", "Predictor", "Sizes", "common_sizes", "find_predictor", "foresee", "foresee_layers", "sizes_of"]
+__all__ = ["JOINS", "PREDICTORS", "Predictor", "Sizes", "common_sizes", "find_predictor", "foresee", "foresee_layers", "sizes_of"]

@@ -52,7 +52,7 @@ def foresee_layers(predictor: Predictor, params: Params, trace: Trace, start: bo
         start: yield what it says before the first layer too, as layer -1.
 
     Yields:
-        `(step, layer, scores)`, scores 0 up to `layer`. Of a predictor that layers tell nothing new, what it said before the step.
+        `(step, layer, scores)`, scores 0 up to `layer`. Where layers tell a predictor nothing new, what it said before the step.
 
     Raises:
         ValueError: the predictor lacks what it reads: tokens, or the trace's gates.
@@ -65,7 +65,10 @@ def foresee_layers(predictor: Predictor, params: Params, trace: Trace, start: bo
         if start:
             yield s, -1, said
         for layer in range(trace.layers):
-            later = predictor.at(params, state, layer, rows, ids[:, layer], layer_gates(trace, places, layer)) if predictor.within else said
+            later = said
+            if predictor.within:
+                found = predictor.at(params, state, layer, rows, ids[:, layer], layer_gates(trace, places, layer))
+                said = later = np.where(found.any(1, keepdims=True), found, said)
             yield s, layer, later_layers(later, layer)
         state = predictor.after(params, state, rows, tokens, ids)
 
