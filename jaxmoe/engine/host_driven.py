@@ -118,9 +118,9 @@ class Seen(NamedTuple):
     def parted(cls, joined: np.ndarray, ids: tuple[int, ...], resident: tuple[int, int], lists: int, depth: int) -> Seen:
         """What `joined` joined, on the host; `ids` and `resident` are shapes, `misses` has so many lists of E, and `depth` is 0 without scores."""
         experts = resident[1]
-        shapes: list[tuple[tuple[int, ...], Any]] = [((1 + lists * experts,), np.int32), (ids, np.int32), (resident, np.bool_), ((depth, experts), np.float32)]
-        found, at = [], 0
-        for shape, dtype in shapes:
+        shapes: list[tuple[int, ...]] = [(1 + lists * experts,), ids, resident, (depth, experts)]
+        at, found = 0, list[Any]()
+        for shape, dtype in zip(shapes, (np.int32, np.int32, np.bool_, np.float32), strict=True):
             size = math.prod(shape) * np.dtype(dtype).itemsize
             found.append(joined[at : at + size].view(dtype).reshape(shape))
             at += size
