@@ -102,6 +102,10 @@ def _read(arrays: Sequence[Array]) -> list[np.ndarray]:
     return jax.device_get(list(arrays)) if jax.default_backend() != "cpu" else [np.asarray(x) for x in arrays]
 
 
+LATER = 64
+"""Steps that may wait to be learned from. Read one by one as they end, each takes the host several times as long as among many."""
+
+
 class Lookout:
     """Feeds a foresight through the steps of a host-driven run, and has prefetching queue what it expects.
 
@@ -131,9 +135,12 @@ class Lookout:
         self._rows = self._tokens = np.zeros(0, np.int32)
         self._valid = np.zeros(0, bool)
         self._ids: list[np.ndarray] = []
+        self._batch: Batch | None = None
+        self._unread: list[tuple[Batch, Sequence[Array]]] = []
 
     def restart(self) -> None:
         """The foresight forgets what has run, and what is staged is dropped."""
+        self._unread = []
         if hasattr(self._foresight, "restart"):
             self._foresight.restart()
         if self.staging is not None:
@@ -161,15 +168,32 @@ class Lookout:
         self.decoding = batch.run == 1
         self.looking = self.decoding and self.on
         self._scores = self._next = None
-        self._ids = []
-        if not (self.looking or self._learns or self._feeding):
+        self._ids, self._batch = [], batch
+        if not (self.looking or self._feeding):
             return
+        self._catch_up()
+        self._see(batch)
+
+    def _see(self, batch: Batch) -> None:
+        """Whose tokens a step reads; sequences that begin are told to the foresight."""
         segments, tokens, positions = _read((batch.segments, batch.tokens, batch.positions))
         self._valid = segments >= 0
         self._rows, self._tokens = segments[self._valid], tokens[self._valid]
         new = np.unique(self._rows[positions[self._valid] == 0])
         if len(new) and hasattr(self._foresight, "reset"):
             self._foresight.reset(new)
+
+    def _catch_up(self) -> None:
+        """Learns from the steps that nobody asked about."""
+        for batch, chosen in self._unread:
+            self._see(batch)
+            ids = np.stack(_read(chosen), axis=1)[self._valid]
+            if batch.run == 1:
+                self._foresight.after(self._rows, self._tokens, ids)
+                continue
+            for i in range(len(ids)):  # one after another, as if they had been decoded
+                self._foresight.after(self._rows[i : i + 1], self._tokens[i : i + 1], ids[i : i + 1])
+        self._unread = []
 
     def before(self) -> Float[np.ndarray, "M1 L E"] | None:
         """The foresight's scores before the first layer, for those that go by them; queues what the first layers are expected to miss."""
@@ -206,9 +230,10 @@ class Lookout:
         self._resident = None
         if not self._learns:
             return
-        ids = np.stack(_read(chosen), axis=1)[self._valid]
-        if self.decoding:
-            self._foresight.after(self._rows, self._tokens, ids)
+        if self._feeding:
+            self._foresight.after(self._rows, self._tokens, np.stack(_read(chosen), axis=1)[self._valid])
             return
-        for i in range(len(ids)):  # one after another, as if they had been decoded
-            self._foresight.after(self._rows[i : i + 1], self._tokens[i : i + 1], ids[i : i + 1])
+        assert self._batch is not None
+        self._unread.append((self._batch, chosen))
+        if len(self._unread) >= LATER:
+            self._catch_up()

@@ -141,9 +141,14 @@ class Link:
         self._start(transfer, now)
         return True
 
-    def has_arrived(self, transfer: Transfer) -> bool:
-        """Whether it is there, so that `wait` would not wait for it. Over a real link: as far as `sent` says so."""
-        now = self.settle()
+    def has_arrived(self, transfer: Transfer, now: float | None = None) -> bool:
+        """Whether it is there, so that `wait` would not wait for it. Over a real link: as far as `sent` says so.
+
+        Args:
+            transfer: see above.
+            now: what `settle` has just given.
+        """
+        now = self.settle() if now is None else now
         if transfer.arrives is None:
             return False
         return now >= transfer.arrives if self.gbps is not None else _is_ready(transfer.sent)

@@ -289,7 +289,8 @@ class Staging:
         """
         if len(self._held) < self.settings.staging:
             return True
-        loose = [h for h in self._held.values() if not h.asked and (not _started(h) or self._link.has_arrived(h.transfer))]  # type: ignore[arg-type]
+        now = self._link.settle()
+        loose = [h for h in self._held.values() if not h.asked and (not _started(h) or self._link.has_arrived(h.transfer, now))]  # type: ignore[arg-type]
         passed = [h for h in loose if h.turn <= self._now]
         less = [h for h in loose if h.worth < worth]
         if not passed and not less:

@@ -5,6 +5,7 @@ Links are emulated at speeds at which records arrive in time, late and never; th
 
 import dataclasses
 import functools
+import types
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jaxmoe.cache.batch import make_batch
 from jaxmoe.cache.layers import init_layers
 from jaxmoe.decode.sampling import sampling_params
 from jaxmoe.engine import steps
-from jaxmoe.engine.foresight import Foresight, Known
+from jaxmoe.engine.foresight import LATER, Foresight, Known, Lookout
 from jaxmoe.engine.host_driven import HostDriven
 from jaxmoe.engine.model import Model, Offload, slot_bank
 from jaxmoe.experts.source import ExpertSource
@@ -64,6 +65,54 @@ class Stub:
 
     def reset(self, rows):
         self.resets.append(rows.tolist())
+
+
+class Listener:
+    """A foresight that says nothing and writes down what it is told."""
+
+    wants_gates = 0
+
+    def __init__(self):
+        self.told = []
+
+    def before(self, rows, tokens):
+        self.told.append("asked")
+
+    def after(self, rows, tokens, ids):
+        self.told.append((rows.tolist(), tokens.tolist(), ids.tolist()))
+
+    def reset(self, rows):
+        self.told.append(rows.tolist())
+
+
+def test_steps_that_nobody_asks_about_are_learned_from_before_one_that_is():
+    """In their order, prompts token by token, and never more than `LATER` of them kept."""
+    switch, listener = types.SimpleNamespace(on=False, begin=lambda: None), Listener()
+    lookout = Lookout(switch, listener)  # type: ignore[arg-type]
+
+    def ids(tokens: int, at: int) -> list[jax.Array]:
+        return [jax.numpy.full((tokens, 2), 10 * at + layer) for layer in range(2)]
+
+    def step(at: int) -> None:
+        lookout.begin(steps.decode_batch(np.arange(2), np.array([at, 0]), np.array([at, 0]), np.array([True, False])))
+        lookout.before()
+        lookout.end(ids(2, at))
+
+    prompt = make_batch([(0, 0, [7, 8])], 4, 4, n_logits=2)
+    lookout.begin(prompt)
+    lookout.end(ids(4, 9))
+    expected = [[0], ([0], [7], [[[90, 90], [91, 91]]]), ([0], [8], [[[90, 90], [91, 91]]])]
+    for at in range(2, LATER + 1):
+        assert listener.told == []
+        step(at)
+        expected.append(([0], [at], [[[10 * at] * 2, [10 * at + 1] * 2]]))
+    assert listener.told == expected
+    step(70)
+    assert len(listener.told) == len(expected)
+    switch.on = True
+    lookout.begin(steps.decode_batch(np.arange(2), np.array([71, 0]), np.array([71, 0]), np.array([True, False])))
+    lookout.before()
+    assert listener.told == [*expected, ([0], [70], [[[700] * 2, [701] * 2]]), "asked"]
 
 
 @functools.cache
