@@ -113,10 +113,24 @@ def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     kinds = {"prefetch": PREFETCH, "quality": QUALITY, "regroup": REGROUP, "pregate": PREGATE}
     out = {}
     for name, columns in kinds.items():
-        rows = [row for r in records if r["name"] == name for row in _shown(name, r["counters"]["rows"])]
-        if rows:
-            out[name] = markdown(columns, rows)
+        for key, own in _by_model(name, records).items():
+            rows = [row for r in own for row in _shown(name, r["counters"]["rows"])]
+            if rows:
+                out[key] = markdown(columns, rows)
     return out
+
+
+PREGATED = "pregated"
+"""What the folder of a pre-gated model is called whose speeds are shown."""
+
+
+def _by_model(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Records of a kind by the name of their table: prefetching of a pre-gated model has one of its own."""
+    own = [r for r in records if r["name"] == name]
+    if name != "prefetch":
+        return {name: own}
+    apart = [r for r in own if r.get("settings", {}).get("model") == PREGATED]
+    return {name: [r for r in own if r not in apart], f"{name}_{PREGATED}": apart}
 
 
 def _shown(name: str, rows: Sequence[Row]) -> Sequence[Row]:

@@ -21,6 +21,9 @@ def test_a_record_becomes_a_table_in_the_order_to_be_read():
     ]  # fmt: skip
     assert lines[3][1] == "lfu" and lines[3][5] == "" and lines[3][10] == ""
     assert offload_tables.terminal(offload_tables.PREFETCH, [LFU]).row_count == 1
+    both = [{"name": "prefetch", "settings": {"model": name}, "counters": {"rows": [row]}} for name, row in (("default", LFU), ("pregated", GATE))]
+    apart = offload_tables.tables(both)
+    assert list(apart) == ["prefetch", "prefetch_pregated"] and "gate" not in apart["prefetch"] and "lfu + gate" in apart["prefetch_pregated"]
 
 
 def test_quality_and_pregate_rows():
