@@ -268,3 +268,12 @@ def unpack_int4(packed: AnyArray, axis: int) -> AnyArray:
     module = np if isinstance(packed, np.ndarray) else jnp
     both = module.concatenate([(packed << 4) >> 4, packed >> 4], axis + 1)
     return both.reshape(*shape[:axis], k, *shape[axis + 1 :])
+
+
+def rounded(x: jax.Array) -> jax.Array:
+    """`x`, a product, as a number of its own, whatever is added to it.
+
+    XLA's CPU backend otherwise makes a multiply-add of the two, with one rounding, where both are in one fusion; in another program, where they are
+    not, it can't. A barrier would say it better, but jax 0.10.2 drops barriers there before it fuses.
+    """
+    return jnp.where(x == x, x, jnp.nan) if x.dtype == jnp.float32 else x

@@ -15,7 +15,7 @@ from jaxmoe.experts import ExpertBank, expert_ffn
 from jaxmoe.experts.sharded import ShardedBank
 from jaxmoe.nn.attention import Attention, LatentAttention
 from jaxmoe.nn.delta import GatedDelta
-from jaxmoe.nn.parts import NORMAL, Held, Linear, held, joined, model_norm, rounded
+from jaxmoe.nn.parts import NORMAL, Held, Linear, held, joined, model_norm
 from jaxmoe.routing.route import RouterOut, route
 from jaxmoe.spec import ExpertSpec, LayerSpec, ModelSpec, Precision, RouterSpec, SpecError
 from pallas_kernels.dispatch import Kernels
@@ -153,7 +153,7 @@ class DecoderLayer(nn.Module):
         if s.post_norms:
             out = self._normed("norm_mlp_out", out)
         x = self._added(x, out)
-        return rounded(x * formats.load(Held("scale", (1,), self.model.precision, name="layer_scale")(), x.dtype)) if s.layer_scale else x
+        return formats.rounded(x * formats.load(Held("scale", (1,), self.model.precision, name="layer_scale")(), x.dtype)) if s.layer_scale else x
 
     def _attention(self, x, layer, state, batch: Batch, tables):
         s = self.spec
@@ -176,7 +176,7 @@ class DecoderLayer(nn.Module):
             summed = () if self._together else self.layout.shared
             out = GatedMLP(s.shared, m.width, m.precision, self.kernels, summed, name="shared")(h)
             if s.shared_gate:
-                out = rounded(jax.nn.sigmoid(Linear((m.width,), (1,), m.precision, self.kernels, name="shared_gate")(h)) * out)
+                out = formats.rounded(jax.nn.sigmoid(Linear((m.width,), (1,), m.precision, self.kernels, name="shared_gate")(h)) * out)
             return out
 
     def _experts(self, into_router, h, moe_layer, bank: ExpertBank, router_state, batch: Batch):
@@ -210,12 +210,12 @@ class DecoderLayer(nn.Module):
 
     def _normed(self, name: str, h: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """What is normalised to be added to something."""
-        return rounded(self._norm(name)(h))
+        return formats.rounded(self._norm(name)(h))
 
     def _added(self, x: jax.Array, h: jax.Array) -> jax.Array:
         """`x + residual_scale * h`, the product rounded by itself."""
         scale = self.model.residual_scale
-        return x + (h if scale == 1.0 else rounded((h.astype(jnp.float32) * scale).astype(h.dtype)))
+        return x + (h if scale == 1.0 else formats.rounded((h.astype(jnp.float32) * scale).astype(h.dtype)))
 
 
 FINISHING = ("norm_mlp_out", "norm_experts_out", "layer_scale")

@@ -24,15 +24,6 @@ def held(init, precision: Precision):
 NORMAL = nn.initializers.normal(0.02)
 
 
-def rounded(x: jax.Array) -> jax.Array:
-    """`x`, a product, as a number of its own, whatever is added to it.
-
-    XLA's CPU backend otherwise makes a multiply-add of the two, with one rounding, where both are in one fusion; in another program, where they are
-    not, it can't. A barrier would say it better, but jax 0.10.2 drops barriers there before it fuses.
-    """
-    return jnp.where(x == x, x, jnp.nan) if x.dtype == jnp.float32 else x
-
-
 def joined(x: jax.Array, over: tuple[str, ...]) -> jax.Array:
     """The sum of what the devices along some mesh axes have; `x` itself without axes."""
     if not over:

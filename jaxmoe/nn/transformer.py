@@ -20,7 +20,7 @@ from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.experts import ExpertBank
 from jaxmoe.nn.layers import DecoderLayer
-from jaxmoe.nn.parts import joined, model_norm, rounded
+from jaxmoe.nn.parts import joined, model_norm
 from jaxmoe.nn.pipeline import run_stages
 from jaxmoe.nn.rope import rope_tables
 from jaxmoe.routing.ahead import Gates, chosen_ahead
@@ -149,7 +149,7 @@ def embed(spec: ModelSpec, params: dict, batch: Batch, layout: Layout = ALONE) -
             x = joined(jnp.where(own[:, None], rows, jnp.zeros_like(rows)), layout.vocab)
         else:
             x = formats.load(table[batch.tokens], dtype)
-        return x if spec.embed_scale == 1.0 else rounded(x * jnp.asarray(spec.embed_scale, x.dtype))
+        return x if spec.embed_scale == 1.0 else formats.rounded(x * jnp.asarray(spec.embed_scale, x.dtype))
 
 
 def head(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe import formats
 from jaxmoe.residency.counts import count, no_counts, no_stamps, rate, stamp
 from jaxmoe.residency.policy import FORESEEN, Keep, Knowledge, Policy, Shape, Tables
 
@@ -58,7 +59,7 @@ def steps_until_use(p: Float[Array, "... M E"], tables: Tables) -> Float[Array, 
     """Expected steps from one chance to the use, where the chances come a step apart: `p[0]` is the first one's, 0 steps away."""
     wait = 1.0 / rate(tables)
     for m in range(p.shape[-2] - 1, -1, -1):
-        wait = (1.0 - p[..., m, :]) * (1.0 + wait if m + 1 < p.shape[-2] else wait)
+        wait = formats.rounded((1.0 - p[..., m, :]) * (1.0 + wait if m + 1 < p.shape[-2] else wait))
     return wait
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxmoe import formats
 from jaxmoe.residency.ahead import until_turn
 from jaxmoe.residency.counts import no_stamps, stamp
 from jaxmoe.residency.policy import Keep, Knowledge, Policy, Shape, Tables
@@ -57,7 +58,8 @@ def _with_mix(shape: Shape, knowledge: Knowledge) -> Tables:
 def _keep_hobbit(tables: Tables, layer) -> Keep:
     steps = jnp.maximum(1, tables["clock"])[:, None]
     terms = (jnp.maximum(0, tables["stamp"]), tables["total"], tables["total_high"], nearness(tables, layer) * steps)
-    return sum(tables["mix"][:, i, None] * term / steps for i, term in enumerate(terms)), tables["stamp"]  # type: ignore[return-value]
+    parts = [formats.rounded(tables["mix"][:, i, None] * term / steps) for i, term in enumerate(terms)]
+    return parts[0] + parts[1] + parts[2] + parts[3], tables["stamp"]
 
 
 HOBBIT = Policy("hobbit", _with_mix, _total, keep_all=_keep_hobbit, restart=_restart)
