@@ -230,7 +230,7 @@ class Lookout:
         self._resident = None
         if not self._learns:
             return
-        if self._feeding:
+        if self._feeding:  # asked again before the next step, so that it learns now, while the device ends this one
             self._foresight.after(self._rows, self._tokens, np.stack(_read(chosen), axis=1)[self._valid])
             return
         assert self._batch is not None

@@ -17,22 +17,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.decode.sampling import SamplingParams, sample
 from jaxmoe.engine import steps
 from jaxmoe.engine.foresight import Lookout
+from jaxmoe.engine.seen import Seen
 from jaxmoe.experts.dispatch import weighted_sum
 from jaxmoe.experts.lossy import STORED
 from jaxmoe.experts.planes import unpack_planes
@@ -95,37 +95,6 @@ class _PlanningBank(SlotBank):
             misses = jnp.concatenate([misses, state.marks["width"][moe_layer][missing]])
         routed = Routed(ranked, ids_TA, weights_TA, valid_T)
         return x_TD, dataclasses.replace(self, state=state, planned=(routed, misses)), {}
-
-
-class Seen(NamedTuple):
-    """What the host needs for looking ahead; jax arrays on the device, numpy's on the host.
-
-    It comes as one array, since every array that is read costs the host about as much. Attributes: `misses` see `_PlanningBank`; `ids` [T, A], the
-    router's choice; `resident` [L, E], which experts are in slots; `scores` [depth, E] of the next layers' routers, None where they are not asked.
-    """
-
-    misses: Any
-    ids: Any
-    resident: Any
-    scores: Any
-
-    def joined(self) -> UInt8[Array, "N"]:
-        """All as bytes, on the device."""
-        parts = [x.astype(jnp.uint8) if x.dtype == bool else x for x in self if x is not None]
-        return jnp.concatenate([jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(-1) for x in parts])
-
-    @classmethod
-    def parted(cls, joined: np.ndarray, ids: tuple[int, ...], resident: tuple[int, int], lists: int, depth: int) -> Seen:
-        """What `joined` joined, on the host; `ids` and `resident` are shapes, `misses` has so many lists of E, and `depth` is 0 without scores."""
-        experts = resident[1]
-        shapes: list[tuple[int, ...]] = [(1 + lists * experts,), ids, resident, (depth, experts)]
-        at, found = 0, list[Any]()
-        for shape, dtype in zip(shapes, (np.int32, np.int32, np.bool_, np.float32), strict=True):
-            size = math.prod(shape) * np.dtype(dtype).itemsize
-            found.append(joined[at : at + size].view(dtype).reshape(shape))
-            at += size
-        misses, chosen, there, scores = found
-        return cls(misses, chosen, there, scores if depth else None)
 
 
 @flax.struct.dataclass
@@ -442,12 +411,10 @@ class HostDriven:
         ids, weights = (np.stack([np.asarray(c[k]) for c in chosen], axis=1) for k in range(2))
         return ids.astype(np.int16), weights.astype(np.float16)
 
-    def _experts(self, pools: Pools, routed: Routed, read: tuple, moe_layer: int) -> tuple[Pools, jax.Array]:
+    def _experts(self, pools: Pools, routed: Routed, read: jax.Array, moe_layer: int) -> tuple[Pools, jax.Array]:
         """Computes a layer's experts, those that are there while the others are sent."""
-        seen = None
-        misses = np.asarray(read)  # the one read that blocks
-        if misses.dtype == np.uint8:
-            assert self._lookout is not None
+        misses, seen = np.asarray(read), None  # the one read that blocks
+        if self._lookout is not None and self._lookout.looking:
             seen = Seen.parted(misses, routed.ids.shape, self._sizes, 2 if self.programs.lossy else 1, self._lookout.depth)
             misses = seen.misses
         count, *ids = misses.tolist()
