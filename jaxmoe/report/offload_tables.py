@@ -120,17 +120,18 @@ def tables(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return out
 
 
-PREGATED = "pregated"
-"""What the folder of a pre-gated model is called whose speeds are shown."""
+SHIPPED = "default"
+"""The shipped model's folder."""
 
 
 def _by_model(name: str, records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Records of a kind by the name of their table: prefetching of a pre-gated model has one of its own."""
-    own = [r for r in records if r["name"] == name]
-    if name != "prefetch":
-        return {name: own}
-    apart = [r for r in own if r.get("settings", {}).get("model") == PREGATED]
-    return {name: [r for r in own if r not in apart], f"{name}_{PREGATED}": apart}
+    """Records of a kind by the name of their table: prefetching has one for each model, `prefetch_MODEL` but for the shipped one."""
+    out: dict[str, list[Mapping[str, Any]]] = {}
+    for r in records:
+        if r["name"] == name:
+            model = r.get("settings", {}).get("model", SHIPPED) if name == "prefetch" else SHIPPED
+            out.setdefault(name if model == SHIPPED else f"{name}_{model}", []).append(r)
+    return out
 
 
 def _shown(name: str, rows: Sequence[Row]) -> Sequence[Row]:
