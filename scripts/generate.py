@@ -73,10 +73,9 @@ class Arguments:
     expert_policy: Literal["lru", "lfu", "static", "arc", "fate", "edgemoe", "hobbit", "eam", "plec", "lookahead", "opt", "auto"] | None = None
     """Which experts stay on the device; lfu if not given. auto chooses by --expert-trace, and in the host-driven mode prefetches. static and eam go
     by --expert-trace too, and opt by a trace of this very run."""
-    expert_predictor: (
-        Literal["frequency", "previous", "transitions", "eam", "path", "readme", "gate", "oracle", "path+gate", "readme+gate"] | None
-    ) = None
-    """What foretells which experts come next, for --prefetch and for the policies plec and lookahead."""
+    expert_predictor: str | None = None
+    """What foretells which experts come next, for --prefetch and for the policies plec and lookahead: frequency, previous, transitions, eam, path,
+    readme, gate or oracle; or what one of them says before a step, corrected by another as its layers are routed, as path+gate."""
     predictor_file: Path | None = None
     """A trained predictor (scripts/train.py predictor), for path and readme."""
     prefetch: int | None = None

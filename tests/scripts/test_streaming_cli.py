@@ -427,6 +427,8 @@ ARGUMENTS = {
     "no_prefetch": ([*HALF, "--prefetch", "0", "--expert-predictor", "gate"], "staging = 0 of prefetching: give at least 1"),
     "prefetch_and_fused": ([*HALF, "--prefetch", "4", "--expert-mode", "fused"], "--prefetch needs --expert-mode host-driven, not fused"),
     "an_untrained_predictor": ([*HALF, "--prefetch", "4", "--expert-predictor", "path"], "the predictor 'path' is trained: give --predictor-file"),
+    "an_unknown_predictor": ([*HALF, "--prefetch", "4", "--expert-predictor", "tea"], "there is no predictor 'tea': choose one of frequency"),
+    "a_pair_that_does_not_go": ([*HALF, "--prefetch", "4", "--expert-predictor", "gate+previous"], "'gate' says nothing before a step"),
     "a_predictor_for_nothing": ([*HALF, "--expert-predictor", "gate"], "--expert-predictor gate has no use without --prefetch, or a policy"),
     "eam_needs_more": ([*HALF, "--expert-policy", "eam"], "the policy 'eam' goes by a trace of the model: give --expert-trace"),
     "lossy_nonsense": ([*HALF, "--lossy", "maybe"], "--lossy maybe: give hobbit"),
