@@ -12,21 +12,18 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.masks import first_seen, seen, softmax_with
 from jaxmoe.cache.order import as_it_lies
+from jaxmoe.cache.single import KEY_BLOCK, LANES, NONE_YET, attend_single, plan_of, write_single
 from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dense.api import MIN_ROWS
 from pallas_kernels.dense.cpu import ROW_TILES, same_order
 from pallas_kernels.dispatch import Kernels
-
-KEY_BLOCK = 128
-"""Keys in one step of attention on the CPU. Part of what fixes the bits of a result."""
-
-_NONE_YET = -1e30
 
 BlockReader = Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]
 """Block j of a sequence: keys [K, C, KEY_BLOCK] and values [K, KEY_BLOCK, V] as they are held; None where values are the keys' first channels."""
@@ -110,18 +107,29 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
     """The CPU's way: one run after another, each over the key blocks that it can see."""
     run, (heads, c), kv_heads, width = batch.run, q.shape[1:], k.shape[1], _value_width(state, spec)
     out = jnp.zeros((q.shape[0], heads, width), jnp.float32)
+    alone = q.shape[0] == run and not batch.grouped  # a single run that is there needs no loop around it
 
-    def one_run(r, carry):
-        keys, values, out = carry
+    def written(r, keys, values):
         at, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
 
         def write(cache, new, axes, where):
             part = jax.lax.dynamic_slice_in_dim(new, at, run).transpose(axes)[None, None]
             return jax.lax.dynamic_update_slice(cache, _held(part, cache), (layer, seg, 0, *where))
 
-        keys = write(keys, k, (1, 2, 0), (0, pos))
-        if values is not None:
-            values = write(values, v, (1, 0, 2), (pos, 0))
+        return write(keys, k, (1, 2, 0), (0, pos)), None if values is None else write(values, v, (1, 0, 2), (pos, 0))
+
+    if run == 1 and state.v is not None and (lanes := single_lanes(kv_heads, heads // kv_heads, c, width)):
+        plan = plan_of(layer, batch.run_segments, batch.run_positions, jnp.int32(1) if alone else batch.n_runs)
+        keys, values = write_single(state.k, state.v, _held(k, state.k), _held(v, state.v), plan)
+        q_BKGC = (q.astype(jnp.float32) * spec.softmax_scale).reshape(-1, kv_heads, heads // kv_heads, c)
+        by_head = None if sinks is None else sinks.reshape(kv_heads, -1)
+        out = attend_single(q_BKGC, keys, values, plan, spec, lanes, by_head)
+        return out.reshape(-1, heads, width).astype(q.dtype), KVState(keys, values)
+
+    def one_run(r, carry):
+        keys, values, out = carry
+        at, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
+        keys, values = written(r, keys, values)
 
         def read(j):
             at = j * KEY_BLOCK
@@ -135,11 +143,46 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
         return keys, values, jax.lax.dynamic_update_slice(out, o, (at, 0, 0))
 
     carry = (state.k, state.v, out)
-    if q.shape[0] == run and not batch.grouped:  # a single run that is there needs no loop around it
+    if alone:
         keys, values, out = one_run(0, carry)
     else:
         keys, values, out = jax.lax.fori_loop(0, batch.n_runs, one_run, carry)
     return out.astype(q.dtype), KVState(keys, values)
+
+
+@functools.cache
+def single_lanes(kv_heads: int, group: int, channels: int, width: int) -> int | None:
+    """In how many sums `attend_single` adds up weights for a token to have the bits that `attend_run` gives it; None if no number of them does.
+
+    Runs both once on random values: which kernels XLA's dots are depends on sizes alone.
+    """
+    if channels > _CHANNELS:
+        return None
+    rng = np.random.default_rng(0)
+    spec = AttentionSpec(kv_heads * group, kv_heads, channels)
+    q, k, v = (
+        rng.standard_normal(s, dtype=np.float32)
+        for s in ((1, kv_heads * group, channels), (1, 1, kv_heads, channels, 2 * KEY_BLOCK), (1, 1, kv_heads, 2 * KEY_BLOCK, width))
+    )
+    at = np.int32(KEY_BLOCK + KEY_BLOCK // 2)
+
+    def by_run(q, k, v, at):
+        def read(j):
+            keys = jax.lax.dynamic_slice_in_dim(k[0, 0], j * KEY_BLOCK, KEY_BLOCK, axis=2)
+            return keys, jax.lax.dynamic_slice_in_dim(v[0, 0], j * KEY_BLOCK, KEY_BLOCK, axis=1)
+
+        return attend_run(q, read, kv_heads, width, at, 1, spec, True, None)
+
+    def by_token(lanes, q, k, v, at):
+        q = (q * spec.softmax_scale).reshape(1, kv_heads, group, channels)
+        return attend_single(q, k, v, plan_of(jnp.int32(0), jnp.zeros(1, jnp.int32), at[None], jnp.int32(1)), spec, lanes).reshape(1, -1, width)
+
+    with jax.ensure_compile_time_eval():
+        expected = np.asarray(jax.jit(by_run)(q, k, v, at)).view(np.uint32)
+        for lanes in LANES:
+            if (np.asarray(jax.jit(by_token, static_argnums=0)(lanes, q, k, v, at)).view(np.uint32) == expected).all():
+                return lanes
+    return None
 
 
 def attend_run(
@@ -214,11 +257,11 @@ def _blocks(rows, at_row, read: BlockReader, width: int, end, first, spec: Atten
         keep = jnp.exp(top - new_top)
         v_block = formats.load(v_block, jnp.float32)
         v = weighted(p, v_block) if row_invariant else jnp.einsum("kms,ksc->kmc", p, v_block)
-        o = o * keep[..., None] + v
-        return new_top, total * keep + jnp.einsum("kms,sn->kmn", p, ones)[..., 0], o
+        o = formats.rounded(o * keep[..., None]) + v
+        return new_top, formats.rounded(total * keep) + jnp.einsum("kms,sn->kmn", p, ones)[..., 0], o
 
     start = first_seen(spec, first) // KEY_BLOCK
-    none = (jnp.full((kv_heads, m), _NONE_YET), jnp.zeros((kv_heads, m))) if sinks is None else (sinks, jnp.ones((kv_heads, m)))
+    none = (jnp.full((kv_heads, m), NONE_YET), jnp.zeros((kv_heads, m))) if sinks is None else (sinks, jnp.ones((kv_heads, m)))
     _, total, o = jax.lax.fori_loop(start, -(-end // KEY_BLOCK), step, (*none, jnp.zeros((kv_heads, m, width))))
     return o / total[..., None]
 

@@ -83,7 +83,7 @@ def _dot_in_parts(x: jax.Array, w: jax.Array, transposed: bool, parts: int) -> j
 _WIDE = 64
 """Columns to which narrow weights are widened with zeros where that finds a kernel that adds up in the same order."""
 
-_PROBED_WEIGHTS = 2**24
+PROBED_WEIGHTS = 2**24
 """Elements of the largest weights for which a probe is run. Larger ones go by tiles, in one part: with so many columns no size was seen to differ."""
 
 _UNSPLIT = 384
@@ -107,9 +107,9 @@ def few_rows(k: int, n: int, transposed: bool = False) -> FewRows:
         k, n: sizes of the weights.
         transposed: whether they are [N, K].
     """
-    if k < _UNSPLIT or k * n > _PROBED_WEIGHTS:
+    if k < _UNSPLIT or k * n > PROBED_WEIGHTS:
         return FewRows(1, ROW_TILES)
-    x, w = _random(ROW_TILES[-1], k, n, transposed)
+    x, w = random_rows(ROW_TILES[-1], k, n, transposed)
     with jax.ensure_compile_time_eval():
         for parts in (p for p in _PARTS if k % p == 0):
             dot = jax.jit(functools.partial(_dot_in_parts, transposed=transposed, parts=parts))
@@ -123,7 +123,13 @@ _PARTS = (1, 2, 4)
 """Into how many parts K may be split."""
 
 
-def _random(rows: int, k: int, n: int, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
+def few_rows_dot(x: Float[Array, "M K"], w: Float[Array, "K N"]) -> Float[Array, "M N"]:
+    """One of `few_rows`' tiles times a matrix."""
+    return _dot_in_parts(x, w, False, few_rows(*w.shape).parts)
+
+
+def random_rows(rows: int, k: int, n: int, transposed: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and weights to try dots on."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, k), dtype=np.float32)
     return x, rng.standard_normal((n, k) if transposed else (k, n), dtype=np.float32)
@@ -142,9 +148,9 @@ def same_order(rows: int, k: int, n: int, transposed: bool = False) -> tuple[int
     Returns:
         (parts, columns), or None when nothing tried gives the same bits.
     """
-    if k * n > _PROBED_WEIGHTS:
+    if k * n > PROBED_WEIGHTS:
         return None
-    x, w = _random(-(-rows // ROW_TILES[-1]) * ROW_TILES[-1], k, n, transposed)
+    x, w = random_rows(-(-rows // ROW_TILES[-1]) * ROW_TILES[-1], k, n, transposed)
     parts = few_rows(k, n, transposed).parts
     with jax.ensure_compile_time_eval():
         few = jax.jit(functools.partial(_dot_in_parts, transposed=transposed, parts=parts))
