@@ -24,6 +24,7 @@ from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dense.api import MIN_ROWS
 from pallas_kernels.dense.cpu import ROW_TILES, same_order
 from pallas_kernels.dispatch import Kernels
+from pallas_kernels.one_kernel import part, put
 
 BlockReader = Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]
 """Block j of a sequence: keys [K, C, KEY_BLOCK] and values [K, KEY_BLOCK, V] as they are held; None where values are the keys' first channels."""
@@ -113,8 +114,8 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
         at, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
 
         def write(cache, new, axes, where):
-            part = jax.lax.dynamic_slice_in_dim(new, at, run).transpose(axes)[None, None]
-            return jax.lax.dynamic_update_slice(cache, _held(part, cache), (layer, seg, 0, *where))
+            piece = part(new, (at, 0, 0), (run, *new.shape[1:])).transpose(axes)[None, None]
+            return put(cache, _held(piece, cache), (layer, seg, 0, *where))
 
         return write(keys, k, (1, 2, 0), (0, pos)), None if values is None else write(values, v, (1, 0, 2), (pos, 0))
 
@@ -156,7 +157,7 @@ def single_lanes(kv_heads: int, group: int, channels: int, width: int) -> int | 
 
     Runs both once on random values: which kernels XLA's dots are depends on sizes alone.
     """
-    if channels > _CHANNELS:
+    if channels > _CHANNELS or width <= _NARROW:
         return None
     rng = np.random.default_rng(0)
     spec = AttentionSpec(kv_heads * group, kv_heads, channels)
@@ -178,9 +179,10 @@ def single_lanes(kv_heads: int, group: int, channels: int, width: int) -> int | 
         return attend_single(q, k, v, plan_of(jnp.int32(0), jnp.zeros(1, jnp.int32), at[None], jnp.int32(1)), spec, lanes).reshape(1, -1, width)
 
     with jax.ensure_compile_time_eval():
-        expected = np.asarray(jax.jit(by_run)(q, k, v, at)).view(np.uint32)
         for lanes in LANES:
-            if (np.asarray(jax.jit(by_token, static_argnums=0)(lanes, q, k, v, at)).view(np.uint32) == expected).all():
+            both = jax.jit(lambda *args, lanes=lanes: (by_run(*args), by_token(lanes, *args)))(q, k, v, at)
+            expected, found = (np.asarray(o).view(np.uint32) for o in both)
+            if (found == expected).all():
                 return lanes
     return None
 
@@ -235,6 +237,9 @@ def weighted(p: Float[Array, "K m S"], values: Float[Array, "K S V"]) -> Float[A
     parts = [widened(values[..., at : at + step], p.shape[1]) for at in range(0, width, step)]
     return jnp.concatenate([jnp.einsum("kms,ksc->kmc", p, part) for part in parts], -1)[..., :width]
 
+
+_NARROW = 16
+"""Channels of values up to which dots add up keys in several sums, which `attend_single` doesn't."""
 
 _CHANNELS = 256
 """Channels that are multiplied with at a time. Part of what fixes the bits of a result."""

@@ -6,8 +6,6 @@ By XLA's own matmuls a token is a dozen small kernels for each block of keys of 
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -26,7 +24,7 @@ NONE_YET = -1e30
 _TERMS = (8, 4, 2, 1)
 """Channels, or keys, that are added in one step, as many as divide what there is."""
 
-LANES = (4, 1, 2, 8)
+LANES = (4, 1)
 """In how many sums a block's weights may be added up: key i to sum i modulo this number, and those sums by halves."""
 
 
@@ -42,7 +40,8 @@ def plan_of(layer: Int[Array, ""], rows: Int[Array, "B"], positions: Int[Array, 
 def write_single(
     keys: Num[Array, "L B K C S"], values: Num[Array, "L B K S V"], k_BKC: Num[Array, "B K C"], v_BKV: Num[Array, "B K V"], plan_BP: Int[Array, "B P"]
 ) -> tuple[jax.Array, jax.Array]:
-    """The cache with a key and a value of each token, in the cache's dtype, in the places that `plan_of` says. In place, in a loop or if donated."""
+    """The cache with a key and a value of each token, in the cache's dtype, in the places that `plan_of` says: written in place, where whatever
+    reads them goes before what is written next, as in a model's layers; else XLA copies them."""
 
     def token(b, caches):
         keys, values = caches
@@ -95,7 +94,8 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec, lanes
                 first = j * KEY_BLOCK
 
                 def keys_of(i, n):
-                    return part(q, (0, i), (group, n)), formats.load(part(keys, (layer, row, h, i, first), (1, 1, 1, n, KEY_BLOCK))[0, 0, 0], jnp.float32)
+                    here = (layer, row, h, i, first)
+                    return part(q, (0, i), (group, n)), formats.load(part(keys, here, (1, 1, 1, n, KEY_BLOCK))[0, 0, 0], jnp.float32)
 
                 s = _sum_of_products(channels, keys_of, jnp.zeros((group, KEY_BLOCK)))
                 s = jnp.where(seen(spec, pos, first + jnp.arange(KEY_BLOCK)), s, -jnp.inf)

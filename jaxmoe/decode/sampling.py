@@ -123,13 +123,30 @@ def sample(
     Source: Gumbel-max, Maddison et al. 2014 (arXiv:1411.0030), section 2.
     """
     _check_logits(logits)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)  # argmax takes the first of equals
+    greedy = first_largest(logits)
     if greedy_only:
         return greedy
     with jax.named_scope("sample"):
         noise = gumbel_noise(params.seed, position, purpose, logits.shape[-1])
-        drawn = jnp.argmax(process_logits(logits, params) + noise, axis=-1).astype(jnp.int32)
+        drawn = first_largest(process_logits(logits, params) + noise)
     return jnp.where(params.temperature > 0, drawn, greedy)
+
+
+_COLUMNS = 64
+
+
+def first_largest(x: Float[Array, "R V"]) -> Int[Array, "R"]:
+    """Where the largest value of each row is, the first of equals; as `argmax`, which is one comparison at a time on XLA's CPU backend."""
+
+    def over_rows(reduce, x):
+        """`reduce` along the last axis, whole vectors at a time where it can be cut into such."""
+        if x.shape[1] % _COLUMNS == 0:
+            x = reduce(x.reshape(x.shape[0], -1, _COLUMNS), 1)
+        return reduce(x, 1)
+
+    top = over_rows(jnp.max, x)[:, None]
+    v = x.shape[1]
+    return over_rows(jnp.min, jnp.where((x == top) | jnp.isnan(x), jnp.arange(v, dtype=jnp.int32), v))
 
 
 def process_logits(logits: Float[Array, "R V"], params: SamplingParams) -> Float[Array, "R V"]:

@@ -20,7 +20,7 @@ from jaxtyping import Int
 
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.layers import LayerStates
-from jaxmoe.decode.sampling import SamplingParams, sample
+from jaxmoe.decode.sampling import SamplingParams, first_largest, sample
 from jaxmoe.experts.placed import PlacedBank
 from jaxmoe.experts.resident import ResidentBank
 from jaxmoe.experts.sharded import ShardedBank
@@ -195,7 +195,7 @@ def chosen_tokens(logits: jax.Array, sampling: SamplingParams, positions: jax.Ar
     """`sample` of logits that devices have parts of; the likeliest token is found with one number and one id of each."""
     if not (greedy and layout.vocab):
         return sample(whole_logits(logits, layout), sampling, positions, greedy_only=greedy)
-    own = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    own = first_largest(logits)
     best = jnp.take_along_axis(logits, own[:, None], 1)[:, 0]
     ids = own + jax.lax.axis_index(layout.vocab).astype(jnp.int32) * logits.shape[1]
     best, ids = (jax.lax.all_gather(x, layout.vocab) for x in (best, ids))

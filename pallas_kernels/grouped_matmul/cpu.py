@@ -29,19 +29,20 @@ from pallas_kernels.grouped_matmul.glu import Glu
 from pallas_kernels.grouped_matmul.in_place import in_place_parts, times
 
 _LARGE_TILES = (64, 96, ROW_SLACK)
+_TILE_STEP, _KINDS = 16, 3
 _LARGE_WEIGHTS = 2**17
 """Elements of a matrix from which on XLA spreads a tile's dot over cores, so that larger tiles pay for the padding they bring."""
 
 
 class Tiling(NamedTuple):
-    """Rows of a tile, and into how many parts K of each matrix is cut for a tile's dots to have the bits of small tiles'."""
+    """Rows that a tile may have, fewest first, and into how many parts K of each matrix is cut for a tile's dots to have the bits of small tiles'."""
 
-    rows: int
+    rows: tuple[int, ...]
     parts: tuple[int, ...]
 
 
 def tiling(rows: int, groups: int, shapes: Sequence[tuple[int, ...]]) -> Tiling:
-    """A tile for groups of `rows / groups` rows on average: large enough to fill the matmul, small enough not to compute mostly padding.
+    """Tiles for groups of `rows / groups` rows on average: large enough to fill the matmul, small enough not to compute mostly padding.
 
     Args:
         rows, groups: how many there are.
@@ -49,12 +50,15 @@ def tiling(rows: int, groups: int, shapes: Sequence[tuple[int, ...]]) -> Tiling:
     """
     average = rows // groups
     if average > ROW_TILES[-1] and all(k * n >= _LARGE_WEIGHTS for k, n in shapes):
-        # A quarter more than the average: evenly routed groups of that size rarely need a second tile.
-        tile = next((t for t in _LARGE_TILES if t >= average + average // 4), _LARGE_TILES[-1])
-        if (parts := _same_parts(tile, shapes)) is not None:
-            return Tiling(tile, parts)
+        # Evenly routed groups rarely need a second one, and each takes the smallest that covers it.
+        least = -(-average // _TILE_STEP) * _TILE_STEP
+        tiles = _LARGE_TILES if least > _LARGE_TILES[1] else tuple(range(max(least, _LARGE_TILES[0]), ROW_SLACK + 1, _TILE_STEP))[:_KINDS]
+        found = {t: parts for t in tiles if (parts := _same_parts(t, shapes)) is not None}
+        if found:
+            largest = found[max(found)]
+            return Tiling(tuple(t for t, parts in found.items() if parts == largest), largest)
     few, tiles = _few(shapes)
-    return Tiling(row_tile(min(max(average, tiles[0]), tiles[-1]), tiles), few)
+    return Tiling((row_tile(min(max(average, tiles[0]), tiles[-1]), tiles),), few)
 
 
 def _few(shapes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -74,13 +78,13 @@ def _one_row(shapes: Sequence[tuple[int, ...]]) -> Tiling:
     """The tiling of a single row: itself, where that has the bits of small tiles."""
     parts = _same_parts(1, shapes)
     if parts is not None:
-        return Tiling(1, parts)
+        return Tiling((1,), parts)
     few, tiles = _few(shapes)
-    return Tiling(tiles[0], few)
+    return Tiling(tiles[:1], few)
 
 
 def _over_groups(
-    x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable, tile: int,
+    x: jax.Array, width: int, group_ids: jax.Array, group_sizes: jax.Array, pick: Callable, f: Callable, tiles: Sequence[int],
     starts: jax.Array | None = None, into: jax.Array | None = None,
 ):  # fmt: skip
     """Runs `f(rows [tile, K], pick(pool id, group)) -> [tile, width]` over the tiles that exist, of the groups that have rows; float32 [M, width].
@@ -88,6 +92,7 @@ def _over_groups(
     The last tile of a group may overhang.
     """
     m, k = x.shape
+    tile = tiles[-1]
     x = x.astype(jnp.float32)
     if into is None:
         x = jnp.pad(x, ((0, tile), (0, 0)))
@@ -95,17 +100,22 @@ def _over_groups(
     with_rows = jnp.argsort(group_sizes == 0, stable=True)
     count = (group_sizes > 0).sum()
 
-    def one_tile(at, weights, y):
+    def first_of(count: int):
+        """`f` of a tile's first rows, the others zero."""
+        return lambda rows, weights: jnp.pad(f(rows[:count], weights), ((0, tile - count), (0, 0)))
+
+    def one_tile(at, left, weights, y):
         rows = jax.lax.dynamic_slice(x, (at, 0), (tile, k))
-        return jax.lax.dynamic_update_slice(y, f(rows, weights), (at, 0))
+        covers = (left > jnp.asarray(tiles[:-1])).sum() if len(tiles) > 1 else 0
+        return jax.lax.dynamic_update_slice(y, jax.lax.switch(covers, [first_of(t) for t in tiles], rows, weights), (at, 0))
 
     def one_group(j, y):
         g = with_rows[j]
         weights = pick(group_ids[g], g)
         if m <= tile and into is None:  # no group has a second tile
-            return one_tile(starts[g], weights, y)
-        tiles = -(-group_sizes[g] // tile)
-        return jax.lax.fori_loop(0, tiles, lambda i, y: one_tile(starts[g] + i * tile, weights, y), y)
+            return one_tile(starts[g], group_sizes[g], weights, y)
+        count = -(-group_sizes[g] // tile)
+        return jax.lax.fori_loop(0, count, lambda i, y: one_tile(starts[g] + i * tile, group_sizes[g] - i * tile, weights, y), y)
 
     # A plain constant would be shared by all layers, and copied for each.
     y = jnp.full((m + tile, width), jnp.minimum(count, 0), jnp.float32) if into is None else into
@@ -126,7 +136,7 @@ def swiglu_rows(
     if found := _read_in_place(w_in, w_out_ZFD, ids_A.shape[0], ids_A.shape[0]):
         x_AD = jnp.broadcast_to(x_D, (ids_A.shape[0], d))
         return _swiglu_in_place(x_AD, w_in, w_out_ZFD, ids_A, jnp.ones_like(ids_A), glu, found, None, biases)
-    tile, (parts_in, parts_out) = _one_row(((d, 2 * f), (f, d)))
+    (tile,), (parts_in, parts_out) = _one_row(((d, 2 * f), (f, d)))
     rows = jnp.pad(x_D.astype(jnp.float32), ((0, tile - 1), (0, 0)))
 
     def expert(i, y):
@@ -150,10 +160,11 @@ def _read_in_place(w_in: jax.Array | Quantized, w_out: jax.Array | Quantized, ro
 
 
 def _swiglu_in_place(
-    x_MD: jax.Array, w_in_ZDN: jax.Array, w_out_ZFD: jax.Array, group_ids: jax.Array, group_sizes: jax.Array, glu: Glu, parts: tuple[int, int],
-    starts: jax.Array | None, biases: Biases | None,
+    x_MD: jax.Array, w_in_ZDN: jax.Array | Quantized, w_out_ZFD: jax.Array | Quantized, group_ids: jax.Array, group_sizes: jax.Array, glu: Glu,
+    parts: tuple[int, int], starts: jax.Array | None, biases: Biases | None,
 ) -> Float[Array, "M D"]:  # fmt: skip
     """`_swiglu` of few rows of every group, each matrix read where it lies."""
+    assert isinstance(w_in_ZDN, jax.Array) and isinstance(w_out_ZFD, jax.Array), "whole numbers are widened first"
     both = times(x_MD, w_in_ZDN, group_ids, group_sizes, parts[0], starts)
     if biases is not None:
         both = add_to_rows(both, biases[0].reshape(biases[0].shape[0], -1), group_sizes, starts)
@@ -201,8 +212,8 @@ def grouped_matmul(
     x_MK: Float[Array, "M K"], w_ZKN: Num[Array, "Z K N"] | Quantized, group_ids: Int[Array, "G"], group_sizes: Int[Array, "G"]
 ) -> Float[Array, "M N"]:
     """See `api.grouped_matmul`."""
-    tile, (parts,) = tiling(x_MK.shape[0], group_ids.shape[0], (w_ZKN.shape[1:],))
-    return _over_groups(x_MK, w_ZKN.shape[2], group_ids, group_sizes, lambda i, _: _pick(w_ZKN, i, parts), _dot, tile)
+    tiles, (parts,) = tiling(x_MK.shape[0], group_ids.shape[0], (w_ZKN.shape[1:],))
+    return _over_groups(x_MK, w_ZKN.shape[2], group_ids, group_sizes, lambda i, _: _pick(w_ZKN, i, parts), _dot, tiles)
 
 
 def grouped_swiglu(
@@ -226,7 +237,7 @@ def grouped_swiglu(
             return y
         assert starts is not None, "`starts` and `into` come together"
         return jnp.where(jnp.arange(y.shape[0])[:, None] < starts[0], into, y)
-    tile, (parts_in, parts_out) = tiling(rows, group_ids.shape[0], ((d, 2 * f), (f, d)))
+    tiles, (parts_in, parts_out) = tiling(rows, group_ids.shape[0], ((d, 2 * f), (f, d)))
 
     def pick(i, g):
         return (_pick(w_in, i, parts_in), _pick(w_out_ZFD, i, parts_out)), of_group(biases, g)
@@ -235,4 +246,4 @@ def grouped_swiglu(
         weights, own = picked
         return _swiglu(rows, weights, own, glu, x_MD.dtype)
 
-    return _over_groups(x_MD, d, group_ids, group_sizes, pick, expert, tile, starts, into)
+    return _over_groups(x_MD, d, group_ids, group_sizes, pick, expert, tiles, starts, into)

@@ -25,6 +25,9 @@ _TERMS = (8, 4, 2)
 _PARTS = (1, 2, 4, 8)
 """Into how many parts K may be split."""
 
+_ONE_PART = 128
+"""Length of K up to which one part is tried first, to find the number soon."""
+
 
 @functools.cache
 def in_place_parts(k: int, n: int) -> int | None:
@@ -34,16 +37,20 @@ def in_place_parts(k: int, n: int) -> int | None:
     """
     if k * n > PROBED_WEIGHTS:
         return None
-    rows = 1 + sum(_TILES)
+    sizes = (1, 2, 4, max(_TILES))  # a tile of every size
+    rows = sum(sizes)
     x, w = random_rows(rows, k, n)
-    few = few_rows(k, n)
+    more = ((0, few_rows(k, n).tiles[-1] - rows), (0, 0))
+
+    def both(x, w, ids, sizes, parts: int):
+        return few_rows_dot(jnp.pad(x, more), w)[:rows], times(x, jnp.stack([w, w]), ids, sizes, parts)
+
     with jax.ensure_compile_time_eval():
-        expected = np.asarray(jax.jit(few_rows_dot)(np.pad(x, ((0, few.tiles[-1] - rows), (0, 0))), w))[:rows]
-        for parts in _PARTS:
+        for parts in _PARTS if k <= _ONE_PART else (*_PARTS[1:], 1):
             if _terms(k, parts):
-                run = functools.partial(jax.jit(functools.partial(times, parts=parts)), x, np.stack([w, w]), np.asarray([1, 0, 1, 0]))
-                found = run(np.asarray([rows, 0, 0, 0])), run(np.asarray([1, 2, 4, rows - 7]))  # in large tiles; in a tile of every size
-                if all((np.asarray(y).view(np.uint32) == expected.view(np.uint32)).all() for y in found):
+                run = jax.jit(functools.partial(both, parts=parts))(x, w, np.asarray([1, 0, 1, 0]), np.asarray(sizes))
+                expected, found = (np.asarray(y).view(np.uint32) for y in run)
+                if (found == expected).all():
                     return parts
     return None
 
@@ -90,6 +97,7 @@ def times(
 def _sums(x_MK, pool_ZKN, plan_GC, *, parts: int) -> Float[Array, "P M N"]:
     """The products of each part of K. `plan`: each group's matrix, and first row and number of its tiles of each size."""
     (_, k, n), rows, terms = pool_ZKN.shape, x_MK.shape[0], _terms(x_MK.shape[1], parts)
+    assert terms, f"{parts} parts of {k}, which `in_place_parts` did not choose"
     x_KM = x_MK.T
 
     def tile(count: int, z, at, y):

@@ -10,6 +10,7 @@ from jaxmoe.decode.sampling import (
     MAX_VOCAB,
     Purpose,
     SamplingParams,
+    first_largest,
     gumbel_noise,
     process_logits,
     sample,
@@ -145,6 +146,17 @@ def test_greedy_takes_the_lowest_id_of_equals():
     params, position = sampling_params(3, temperature=0), np.arange(3, dtype=np.int32)
     assert quick_draw(logits, params, position).tolist() == [1, 0, 0]
     assert quick_draw(logits, params, position, greedy_only=True).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 64, 100, 192])
+def test_the_first_largest_is_argmax(vocab):
+    x = np.random.default_rng(vocab).integers(-3, 3, (50, vocab)).astype(np.float32)
+    x[:10] = -np.inf
+    x[5:10, vocab // 2] = 0
+    x[10:15] = 7
+    x[15:20, vocab // 3] = np.nan
+    x[20:22, -1] = np.inf
+    assert (np.asarray(jax.jit(first_largest)(x)) == np.argmax(x, axis=1)).all()
 
 
 def test_greedy_path_has_no_noise_and_no_loop():
