@@ -136,7 +136,10 @@ _COLUMNS = 64
 
 
 def first_largest(x: Float[Array, "R V"]) -> Int[Array, "R"]:
-    """Where the largest value of each row is, the first of equals; as `argmax`, which is one comparison at a time on XLA's CPU backend."""
+    """Where the largest value of each row is, the first of equals (some column where there is a NaN).
+
+    `argmax` is that, but one comparison at a time on XLA's CPU backend.
+    """
 
     def over_rows(reduce, x):
         """`reduce` along the last axis, whole vectors at a time where it can be cut into such."""
