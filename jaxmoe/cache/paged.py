@@ -125,7 +125,11 @@ def init_paged(shape: tuple[int, int, int | None], layers: int, pages: int, page
     v = None if value is None else jnp.zeros((count, heads, page, value), held)
     # The value's width of latents is the attention's to say (`AttentionSpec.latent`); all keys' channels until then.
     found = Pages(k, v, scales(True), scales(value is not None), value_width=None if value is not None else key)
-    return PagedKV(packed(found) if kernels.backend == "tpu" and dtype != "int8" else found, pages + 1, key)
+    if kernels.backend == "tpu":
+        as_kernels_read = packed(found)
+        # int8 rows stay as they are; scales that don't lie as the kernel reads them would be laid out anew in every step.
+        found = dataclasses.replace(as_kernels_read, k=k, v=v) if dtype == "int8" else as_kernels_read
+    return PagedKV(found, pages + 1, key)
 
 
 def quantized(x: Float[Array, "T K C"]) -> tuple[Array, Float[Array, "T K"]]:
@@ -223,8 +227,10 @@ def _with_tokens(state: PagedKV, layer, k, v, batch: Batch, tpu: bool) -> PagedK
         for name, values in leaves:
             part = jax.lax.dynamic_slice_in_dim(values, r * run, run).swapaxes(0, 1)[None]
             at, place = pos % page, [target, 0]
-            if part.ndim == 3:
-                place += [at]
+            if part.ndim == 3:  # scales, of all heads in one row: that row is read and written
+                place, heads = [target, 0, 0], part.shape[1]
+                row = jax.lax.dynamic_slice(held[name], tuple(place), (1, 1, heads * page)).reshape(1, heads, page)
+                part = jax.lax.dynamic_update_slice(row, part, (0, 0, at)).reshape(1, 1, -1)
             elif run % packs == 0:
                 part = part.reshape(*part.shape[:2], run // packs, -1)
                 place += [at // packs, 0]

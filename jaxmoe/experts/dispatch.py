@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe import formats
 from pallas_kernels.grouped_matmul.biases import Biases
 
 
@@ -31,9 +32,10 @@ def dispatch(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int)
 
 def weighted_sum(y: Float[Array, "T A D"], weights_TA: Float[Array, "T A"], valid_T: Bool[Array, "T"]) -> Float[Array, "T D"]:
     """Each token's sum over its experts, added in the order of its ids; zero for padding tokens."""
-    out = y[:, 0] * weights_TA[:, :1]
+    # Of two products that are added, XLA would round one, and which depends on what else is in the fusion.
+    out = formats.rounded(y[:, 0] * weights_TA[:, :1])
     for j in range(1, weights_TA.shape[1]):
-        out = out + y[:, j] * weights_TA[:, j : j + 1]
+        out = out + formats.rounded(y[:, j] * weights_TA[:, j : j + 1])
     return jnp.where(valid_T[:, None], out, 0.0)
 
 

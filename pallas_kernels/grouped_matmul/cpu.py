@@ -236,7 +236,8 @@ def grouped_swiglu(
         if into is None:
             return y
         assert starts is not None, "`starts` and `into` come together"
-        return jnp.where(jnp.arange(y.shape[0])[:, None] < starts[0], into, y)
+        first = jnp.where(group_sizes > 0, starts, y.shape[0]).min()  # of those that have rows
+        return jnp.where(jnp.arange(y.shape[0])[:, None] < first, into, y)
     tiles, (parts_in, parts_out) = tiling(rows, group_ids.shape[0], ((d, 2 * f), (f, d)))
 
     def pick(i, g):

@@ -79,12 +79,16 @@ def attend(spec, kernels, state, batch, q, k, v, sinks):
 
 
 @pytest.mark.parametrize("case", mostly(CASES, CASES[:2]), indirect=True)  # the third one's attention is the second's without sinks and windows
-@pytest.mark.parametrize("kernels", [QuickKernels("reference"), QuickKernels("tpu", interpret=True)], ids=["scattered", "packed, piece by piece"])
-def test_pages_of_accelerators(case, kernels):
+@pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [(QuickKernels("reference"), None), (QuickKernels("tpu", interpret=True), None), (QuickKernels("tpu", interpret=True), "int8")],
+    ids=["scattered", "packed, piece by piece", "int8, scales of a page in a row"],
+)
+def test_pages_of_accelerators(case, kernels, dtype):
     """All tokens are written before any attends, by a scatter or one run after another; float32 there rounds otherwise than on a CPU."""
     model, _, _, tables = case
-    ids, state = {0: [1] * 64, 1: [1] * 64}, init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, kernels)
-    cpu = init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, CPU)
+    ids, state = {0: [1] * 64, 1: [1] * 64}, init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, kernels, dtype)
+    cpu = init_paged_layers(model.spec, 2, SPEC.pages, SPEC.page, CPU, dtype)
     attends = [layer.attention for layer in model.spec.layers if isinstance(layer.attention, AttentionSpec)]
     rng = np.random.default_rng(1)
     for spec in dict.fromkeys(attends):

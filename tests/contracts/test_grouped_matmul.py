@@ -246,6 +246,20 @@ def test_some_of_the_groups_into_a_given_array(name):
     assert (np.asarray(got)[:5] == 7.0).all() and (np.asarray(got)[7:11] == 7.0).all()
 
 
+@pytest.mark.parametrize("rows_of_all", [4, 40])
+def test_rows_before_the_first_group_that_has_any_are_kept(rows_of_all):
+    """On the CPU, whether its matrices are read in place, as for few rows, or copied."""
+    x = np.pad(rows(ROWS)[:rows_of_all], ((0, 128), (0, 0)))
+    into = np.full(x.shape, 7.0, np.float32)
+    ids, starts, sizes = [4, 3, 1], [0, 1, 3], [0, 2, 1]
+    pools, run = pools_for("bfloat16", "d2f"), functools.partial(grouped_swiglu, glu=GLUS["silu"], kernels=Kernels("cpu"))
+    got = np.asarray(jax.jit(run)(x, *pools, ints(ids), ints(sizes), starts=ints(starts), into=into))
+    wide = np.asarray(x, np.float64)
+    for z, n, at in zip(ids[1:], sizes[1:], starts[1:], strict=True):
+        check(got[at : at + n], silu_loop(wide[at:], np.full(n, z), experts("bfloat16")[0][1], experts("bfloat16")[1][1]), TOLERANCE["swiglu"])
+    assert (got[0] == 7.0).all()
+
+
 def test_biases_of_other_sizes_are_refused():
     args = rows(1), *pools_for("bfloat16", "d2f"), ints([0, 1])
     for b_in, b_out in (((3, 2, F), (2, D)), ((2, 2, F), (2, D + 1)), ((2, F, 2), (2, D))):

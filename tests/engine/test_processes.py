@@ -1,4 +1,4 @@
-"""Four processes with a device each give the tokens of one device; when one of them is lost, the others end with an error, soon."""
+"""Processes with a device each give the tokens of one device; when one of them is lost, the others end with an error, soon."""
 
 import json
 import os
@@ -12,9 +12,9 @@ import pytest
 
 from jaxmoe.engine.processes import Group
 from tests.engine import mesh_process
+from tests.more import more
 
 ROOT = Path(mesh_process.__file__).resolve().parents[2]
-COUNT, SPLIT = 4, "data=2,expert=2"
 
 pytestmark = pytest.mark.slow
 
@@ -24,17 +24,18 @@ def expected() -> list[list[int]]:
     return mesh_process.tokens(mesh_process.small_model())
 
 
-def test_processes_give_the_tokens_of_one_and_end_when_one_is_lost(expected, tmp_path):
+@pytest.mark.parametrize(("count", "split"), [(4, "data=2,expert=2"), more(2, "expert=2")])
+def test_processes_give_the_tokens_of_one_and_end_when_one_is_lost(expected, tmp_path, count, split):
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{s.getsockname()[1]}"
-    outs, logs = ([tmp_path / f"{i}.{kind}" for i in range(COUNT)] for kind in ("json", "log"))
-    command = [sys.executable, mesh_process.__file__, address, str(COUNT)]
+    outs, logs = ([tmp_path / f"{i}.{kind}" for i in range(count)] for kind in ("json", "log"))
+    command = [sys.executable, mesh_process.__file__, address, str(count)]
     running = []
-    for i in range(COUNT):
+    for i in range(count):
         with open(logs[i], "w") as log:
-            own = [*command, str(i), SPLIT, str(outs[i])]
+            own = [*command, str(i), split, str(outs[i])]
             running.append(subprocess.Popen(own, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
     try:
         assert running[-1].wait(timeout=240) == 9, logs[-1].read_text()[-2000:]

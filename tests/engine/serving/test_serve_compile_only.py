@@ -46,12 +46,12 @@ def first_layers(name: str, layers: int) -> ModelSpec:
     return dataclasses.replace(spec, segments=tuple(s for s in segments if s.repeats > 0), extra_heads=(), vocab=VOCAB)
 
 
-def compiled(target: str, kind: str, other: ModelSpec | None = None, slots: int = SLOTS) -> tuple[Compiled, steps.EngineState]:
+def compiled(target: str, kind: str, other: ModelSpec | None = None, slots: int = SLOTS, kv: str | None = None) -> tuple[Compiled, steps.EngineState]:
     """A program and its abstract state, of `MODEL` or of another one."""
     kernels = Kernels("gpu" if target == "h100" else "tpu")
     spec = ModelSpec.from_hf(CONFIGS[MODEL] | {"vocab_size": VOCAB}) if other is None else other
     spec, params, bank, state = parts_of(spec, slots, 1, kernels.expert_layout)
-    layers = jax.eval_shape(lambda: init_paged_layers(spec, SERVE.slots, SERVE.pages, SERVE.page, kernels))
+    layers = jax.eval_shape(lambda: init_paged_layers(spec, SERVE.slots, SERVE.pages, SERVE.page, kernels, kv))
     state, tables = steps.EngineState(layers, state.bank), page_tables(SERVE, {})
 
     def drawing(rows: int):
@@ -82,6 +82,13 @@ def test_steps_change_pages_and_slots_where_they_are(target, kind):
     assert program.alias_size >= nbytes(state) > 7e9, "pages and slots are given back in place"
     assert program.temp_size < 0.3e9 < min(nbytes(leaf) for leaf in (*state.bank.pools, *jax.tree.leaves(state.layers)))
     assert "S(5)" in program.text.splitlines()[0], "experts are read from host memory"
+
+
+@pytest.mark.parametrize("target", [more("v6e:2x2"), more("h100")])
+def test_scales_of_int8_pages_lie_as_they_are_read(target):
+    program, state = compiled(target, "prompts", kv="int8")
+    assert program.alias_size >= nbytes(state) > 5e9
+    assert program.temp_size < 0.1e9, "no leaf of all layers' scales is laid out anew"
 
 
 @pytest.mark.parametrize("target, model, layers, slots", [
