@@ -107,17 +107,7 @@ def _held(x: jax.Array, like: jax.Array) -> jax.Array:
 def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, row_invariant: bool, sinks):
     """The CPU's way: one run after another, each over the key blocks that it can see."""
     run, (heads, c), kv_heads, width = batch.run, q.shape[1:], k.shape[1], _value_width(state, spec)
-    out = jnp.zeros((q.shape[0], heads, width), jnp.float32)
     alone = q.shape[0] == run and not batch.grouped  # a single run that is there needs no loop around it
-
-    def written(r, keys, values):
-        at, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
-
-        def write(cache, new, axes, where):
-            piece = part(new, (at, 0, 0), (run, *new.shape[1:])).transpose(axes)[None, None]
-            return put(cache, _held(piece, cache), (layer, seg, 0, *where))
-
-        return write(keys, k, (1, 2, 0), (0, pos)), None if values is None else write(values, v, (1, 0, 2), (pos, 0))
 
     if run == 1 and state.v is not None and (lanes := single_lanes(kv_heads, heads // kv_heads, c, width)):
         plan = plan_of(layer, batch.run_segments, batch.run_positions, jnp.int32(1) if alone else batch.n_runs)
@@ -130,7 +120,14 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
     def one_run(r, carry):
         keys, values, out = carry
         at, seg, pos = r * run, batch.run_segments[r], batch.run_positions[r]
-        keys, values = written(r, keys, values)
+
+        def write(cache, new, axes, where):
+            piece = part(new, (at, 0, 0), (run, *new.shape[1:])).transpose(axes)[None, None]
+            return put(cache, _held(piece, cache), (layer, seg, 0, *where))
+
+        keys = write(keys, k, (1, 2, 0), (0, pos))
+        if values is not None:
+            values = write(values, v, (1, 0, 2), (pos, 0))
 
         def read(j):
             at = j * KEY_BLOCK
@@ -143,7 +140,7 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
         o = attend_run(q_run, read, kv_heads, width, pos, batch.run_lengths[r], spec, row_invariant, sinks)
         return keys, values, jax.lax.dynamic_update_slice(out, o, (at, 0, 0))
 
-    carry = (state.k, state.v, out)
+    carry = (state.k, state.v, jnp.zeros((q.shape[0], heads, width), jnp.float32))
     if alone:
         keys, values, out = one_run(0, carry)
     else:
@@ -163,9 +160,10 @@ def single_lanes(kv_heads: int, group: int, channels: int, width: int) -> int | 
     spec = AttentionSpec(kv_heads * group, kv_heads, channels)
     q, k, v = (
         rng.standard_normal(s, dtype=np.float32)
-        for s in ((1, kv_heads * group, channels), (1, 1, kv_heads, channels, 2 * KEY_BLOCK), (1, 1, kv_heads, 2 * KEY_BLOCK, width))
+        for s in ((1, kv_heads * group, channels), (1, 1, kv_heads, channels, _BLOCKS * KEY_BLOCK), (1, 1, kv_heads, _BLOCKS * KEY_BLOCK, width))
     )
-    at = np.int32(KEY_BLOCK + KEY_BLOCK // 2)
+    k *= np.repeat(np.linspace(0.5, 1.5, _BLOCKS, dtype=np.float32), KEY_BLOCK)  # largest scores that grow: what was summed is scaled down
+    at = np.int32(_BLOCKS * KEY_BLOCK - KEY_BLOCK // 2)
 
     def by_run(q, k, v, at):
         def read(j):
@@ -237,6 +235,9 @@ def weighted(p: Float[Array, "K m S"], values: Float[Array, "K S V"]) -> Float[A
     parts = [widened(values[..., at : at + step], p.shape[1]) for at in range(0, width, step)]
     return jnp.concatenate([jnp.einsum("kms,ksc->kmc", p, part) for part in parts], -1)[..., :width]
 
+
+_BLOCKS = 5
+"""Blocks of keys that a probe goes over."""
 
 _NARROW = 16
 """Channels of values up to which dots add up keys in several sums, which `attend_single` doesn't."""
@@ -312,8 +313,8 @@ def _attend_gathered(state: KVState, spec: AttentionSpec, layer, q, k, v, batch:
     def row(cache, seg):
         return formats.load(jax.lax.dynamic_slice(cache, (layer, seg, 0, 0, 0), (1, 1, *cache.shape[2:]))[0, 0], q.dtype)
 
-    def one_run(part):
-        seg, q_run, at_row = part
+    def one_run(own):
+        seg, q_run, at_row = own
         rows = q_run.reshape(run, kv_heads, group, c).transpose(1, 0, 2, 3).reshape(kv_heads, run * group, c)
         rows = jnp.pad(rows, ((0, 0), (0, m - run * group), (0, 0)))
         s = jnp.einsum("kmc,kcs->kms", rows, row(keys, seg), precision=exact, preferred_element_type=jnp.float32) * spec.softmax_scale

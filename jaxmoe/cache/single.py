@@ -6,6 +6,8 @@ By XLA's own matmuls a token is a dozen small kernels for each block of keys of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -24,8 +26,11 @@ NONE_YET = -1e30
 _TERMS = (8, 4, 2, 1)
 """Channels, or keys, that are added in one step, as many as divide what there is."""
 
+_MAXIMA = 8
+"""In how many numbers the largest score of a block is found; any would do."""
+
 LANES = (4, 1)
-"""In how many sums a block's weights may be added up: key i to sum i modulo this number, and those sums by halves."""
+"""In how many sums a block's weights may be added up: key i to sum i modulo this number, and of those sums neighbours, until one is left."""
 
 
 def plan_of(layer: Int[Array, ""], rows: Int[Array, "B"], positions: Int[Array, "B"], count: Int[Array, ""]) -> Int[Array, "B P"]:
@@ -99,7 +104,7 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec, lanes
 
                 s = _sum_of_products(channels, keys_of, jnp.zeros((group, KEY_BLOCK)))
                 s = jnp.where(seen(spec, pos, first + jnp.arange(KEY_BLOCK)), s, -jnp.inf)
-                new_top = jnp.maximum(top, s.max(-1, keepdims=True))
+                new_top = jnp.maximum(top, _over_keys(jnp.maximum, s, -jnp.inf, _MAXIMA))
                 p, keep = jnp.exp(s - new_top), jnp.exp(top - new_top)
 
                 def values_of(i, n):
@@ -107,7 +112,7 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec, lanes
                     return part(p, (0, i), (group, n)), formats.load(part(values, here, (1, 1, 1, n, width))[0, 0, 0], jnp.float32)
 
                 weighted = _sum_of_products(KEY_BLOCK, values_of, jnp.zeros((group, width)))
-                return new_top, formats.rounded(total * keep) + _sum_of_keys(p, lanes), formats.rounded(o * keep) + weighted
+                return new_top, formats.rounded(total * keep) + _over_keys(jnp.add, p, 0.0, lanes), formats.rounded(o * keep) + weighted
 
             top = part(top_KG, (h, 0), (1, group)).T
             total = jnp.where(top == NONE_YET, 0.0, 1.0)
@@ -120,12 +125,13 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec, lanes
     return jax.lax.fori_loop(0, plan_BP[0, 3], token, jnp.zeros((tokens, heads, group, width)))
 
 
-def _sum_of_keys(p: Float[Array, "G S"], lanes: int) -> Float[Array, "G 1"]:
-    """The sum of a block's weights, in `lanes` sums."""
-    sums = jax.lax.fori_loop(0, p.shape[1] // lanes, lambda i, t: t + part(p, (0, i * lanes), (p.shape[0], lanes)), jnp.zeros((p.shape[0], lanes)))
-    while sums.shape[1] > 1:
-        sums = sums[:, 0::2] + sums[:, 1::2]
-    return sums
+def _over_keys(join: Callable, x: Float[Array, "G S"], first: float, lanes: int) -> Float[Array, "G 1"]:
+    """A block's numbers joined to one, in `lanes` numbers until the end. Not by a reduction, which a kernel can't have where it is large."""
+    of_lanes = jnp.full((x.shape[0], lanes), first)
+    of_lanes = jax.lax.fori_loop(0, x.shape[1] // lanes, lambda i, t: join(t, part(x, (0, i * lanes), t.shape)), of_lanes)
+    while of_lanes.shape[1] > 1:
+        of_lanes = join(of_lanes[:, 0::2], of_lanes[:, 1::2])
+    return of_lanes
 
 
 def _sum_of_products(count: int, terms, sums: Float[Array, "G N"]) -> Float[Array, "G N"]:

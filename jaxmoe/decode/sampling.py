@@ -136,20 +136,21 @@ _COLUMNS = 64
 
 
 def first_largest(x: Float[Array, "R V"]) -> Int[Array, "R"]:
-    """Where the largest value of each row is, the first of equals (some column where there is a NaN).
+    """Where the largest value of each row is, the first of equals (some column where there is a NaN)."""
+    return jax.lax.platform_dependent(x, cpu=_first_largest, default=lambda x: jnp.argmax(x, axis=-1).astype(jnp.int32))
 
-    `argmax` is that, but one comparison at a time on XLA's CPU backend.
-    """
 
-    def over_rows(reduce, x):
-        """`reduce` along the last axis, whole vectors at a time where it can be cut into such."""
-        if x.shape[1] % _COLUMNS == 0:
+def _first_largest(x: Float[Array, "R V"]) -> Int[Array, "R"]:
+    """`argmax` by whole vectors: XLA's CPU backend makes it one comparison at a time."""
+    columns = x.shape[1]
+
+    def over_row(reduce, x):
+        if columns % _COLUMNS == 0:
             x = reduce(x.reshape(x.shape[0], -1, _COLUMNS), 1)
         return reduce(x, 1)
 
-    top = over_rows(jnp.max, x)[:, None]
-    v = x.shape[1]
-    return over_rows(jnp.min, jnp.where((x == top) | jnp.isnan(x), jnp.arange(v, dtype=jnp.int32), v))
+    top = over_row(jnp.max, x)[:, None]
+    return over_row(jnp.min, jnp.where((x == top) | jnp.isnan(x), jnp.arange(columns, dtype=jnp.int32), columns))
 
 
 def process_logits(logits: Float[Array, "R V"], params: SamplingParams) -> Float[Array, "R V"]:

@@ -102,7 +102,7 @@ def grouped_swiglu(
         glu: joins gate and up, elementwise (`glu.GLUS`).
         kernels: which implementation.
         starts: first row of each group, where the groups given here are some of those that the rows are sorted by.
-        into: what to write the groups' rows into. Rows before the first group with rows are kept; those after the last one hold values of no
+        into: what to write the groups' rows into. Rows before the first group with rows are kept; others of no group hold values of no
             meaning, so that calls for several parts of the groups go in the order of the rows. M must leave `ROW_SLACK` rows past the last group.
         layout: see `jaxmoe.formats.ExpertLayout`.
         all_groups: how many groups the rows are sorted by, where those given here are some of them; tiles are chosen by it, so that a row's bits

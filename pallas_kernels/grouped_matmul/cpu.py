@@ -2,8 +2,8 @@
 
 `jax.lax.ragged_dot` computes every group for every row on this backend. Here a group reads its matrix once and nothing else, an empty group
 costs nothing, and each row's bits do not depend on the other rows (tiles have sizes of `pallas_kernels.dense.cpu.ROW_TILES`, or others that
-`same_order` found to have their bits). A tile that overhangs its group computes rows of the next one with the wrong matrix; the next group's own
-tiles, which come later, write over them.
+`same_order` found to have their bits). A tile that overhangs its group writes rows of the next one, wrong ones or zeros; the next group's own tiles,
+which come later, write over them.
 
 XLA's CPU backend multiplies with whole buffers only, so that picking a matrix out of the pool copies it. With few rows, where reading the matrices is
 all there is to do, loops of our own read them in place (`in_place`), in the order of additions that dots of few rows have.
@@ -148,7 +148,7 @@ def swiglu_rows(
 
 
 _FEW = 2
-"""Rows for each group up to which matrices are read in place. Of some 2.3 in groups that have any, with these; from 4 on dots in two threads win."""
+"""Rows for each group, of empty ones too, up to which matrices are read in place. With twice as many, dots in two threads are faster."""
 
 
 def _read_in_place(w_in: jax.Array | Quantized, w_out: jax.Array | Quantized, rows: int, groups: int) -> tuple[int, int] | None:
@@ -164,7 +164,7 @@ def _swiglu_in_place(
     parts: tuple[int, int], starts: jax.Array | None, biases: Biases | None,
 ) -> Float[Array, "M D"]:  # fmt: skip
     """`_swiglu` of few rows of every group, each matrix read where it lies."""
-    assert isinstance(w_in_ZDN, jax.Array) and isinstance(w_out_ZFD, jax.Array), "whole numbers are widened first"
+    assert not isinstance(w_in_ZDN, Quantized) and not isinstance(w_out_ZFD, Quantized), "read in place is what needs no scales"
     both = times(x_MD, w_in_ZDN, group_ids, group_sizes, parts[0], starts)
     if biases is not None:
         both = add_to_rows(both, biases[0].reshape(biases[0].shape[0], -1), group_sizes, starts)
@@ -232,12 +232,13 @@ def grouped_swiglu(
     w_in = _matrices(w_in_ZD2F)
     rows = x_MD.shape[0] - (0 if into is None else ROW_SLACK)
     if found := _read_in_place(w_in, w_out_ZFD, rows, group_ids.shape[0]):
-        y = _swiglu_in_place(x_MD, w_in, w_out_ZFD, group_ids, group_sizes, glu, found, starts, biases)
+        y = _swiglu_in_place(x_MD[:rows], w_in, w_out_ZFD, group_ids, group_sizes, glu, found, starts, biases)
         if into is None:
             return y
         assert starts is not None, "`starts` and `into` come together"
-        first = jnp.where(group_sizes > 0, starts, y.shape[0]).min()  # of those that have rows
-        return jnp.where(jnp.arange(y.shape[0])[:, None] < first, into, y)
+        first = jnp.where(group_sizes > 0, starts, rows).min()  # of those that have rows
+        y = jnp.where(jnp.arange(rows)[:, None] < first, into[:rows], y)
+        return jax.lax.dynamic_update_slice(into, y, (0, 0))
     tiles, (parts_in, parts_out) = tiling(rows, group_ids.shape[0], ((d, 2 * f), (f, d)))
 
     def pick(i, g):

@@ -24,11 +24,11 @@ POSITIONS = np.asarray([0, 127, 128, 131, 299])
 def attended(spec: AttentionSpec, dtype: str, batch: Batch, layer: int = 1):
     """One token of each row after `LONG` random positions of two layers: outputs, keys and values."""
     rng = np.random.default_rng(5)
-    state = init_kv((KV, C, C), 2, ROWS, LONG, 1, dtype)
+    state = init_kv(spec.cached, 2, ROWS, LONG, 1, dtype)
     filled = [rng.standard_normal(a.shape, dtype=np.float32) for a in (state.k, state.v)]
     state = dataclasses.replace(state, k=contiguous._held(jnp.asarray(filled[0]), state.k), v=contiguous._held(jnp.asarray(filled[1]), state.v))
-    q, k, v = (rng.standard_normal((ROWS, h, C), dtype=np.float32) for h in (HEADS, KV, KV))
-    sinks = jnp.asarray(rng.standard_normal(HEADS), jnp.float32) if spec.sinks else None
+    q, k, v = (rng.standard_normal((ROWS, h, C), dtype=np.float32) for h in (spec.heads, spec.kv_heads, spec.kv_heads))
+    sinks = jnp.asarray(rng.standard_normal(spec.heads), jnp.float32) if spec.sinks else None
     step = jax.jit(lambda state, batch, q, k, v: state.attend(spec, jnp.int32(layer), q, k, v, batch, Kernels("cpu"), sinks))
     out, state = step(state, batch, q, k, v)
     return np.asarray(out), np.asarray(state.k), np.asarray(state.v)
@@ -48,6 +48,15 @@ def test_a_token_has_the_bits_of_attention_by_run(mask, dtype, monkeypatch):
     found = attended(spec, dtype, batch)
     monkeypatch.setattr(contiguous, "single_lanes", lambda *sizes: None)
     for mine, theirs in zip(found, attended(spec, dtype, batch), strict=True):
+        assert (mine == theirs).all()
+
+
+@pytest.mark.parametrize(("heads", "kv"), [(36, 1), (64, 2), (3, 3)])
+def test_many_heads_share_a_key_and_none_does(heads, kv, monkeypatch):
+    spec = dataclasses.replace(SPEC, heads=heads, kv_heads=kv)
+    found = attended(spec, "float32", tokens([True] * ROWS))
+    monkeypatch.setattr(contiguous, "single_lanes", lambda *sizes: None)
+    for mine, theirs in zip(found, attended(spec, "float32", tokens([True] * ROWS)), strict=True):
         assert (mine == theirs).all()
 
 
