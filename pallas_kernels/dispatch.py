@@ -39,6 +39,11 @@ class Kernels:
         layouts: dict[Backend, ExpertLayout] = {"gpu": "2fd", "tpu": "2df"}
         return layouts.get(self.backend, "d2f") if self.pallas else "d2f"
 
+    @property
+    def in_place(self) -> bool:
+        """Whether loops of our own may stand for the CPU's dots of few rows: with the compiler options here they have the same bits."""
+        return True
+
     def compiler_options(self) -> dict[str, bool]:
         """XLA options that a step with these kernels has to be compiled with, for its results to be those that the code writes down.
 

@@ -43,6 +43,11 @@ def environment(flags: str | None = None) -> dict[str, str]:
 class QuickKernels(Kernels):
     """Kernels whose steps are compiled so. Equal to no `Kernels`, hence another key of whatever caches steps by them."""
 
+    @property
+    def in_place(self) -> bool:
+        """No: what LLVM leaves of loops has other bits than dots, which it has no part in."""
+        return False
+
     def compiler_options(self) -> dict[str, bool | int]:
         """See `Kernels.compiler_options`."""
         return super().compiler_options() | OPTIONS

@@ -73,7 +73,7 @@ class KVState:
             Outputs in q's dtype (zeros in padding), and the state with the keys and values written.
         """
         if kernels.backend == "cpu":
-            return _attend_runs(self, spec, layer, q, k, v, batch, kernels.row_invariant, sinks)
+            return _attend_runs(self, spec, layer, q, k, v, batch, kernels, sinks)
         return _attend_gathered(self, spec, layer, q, k, v, batch, sinks, kernels.backend == "tpu")
 
 
@@ -104,12 +104,12 @@ def _held(x: jax.Array, like: jax.Array) -> jax.Array:
     return formats.store(x, "bfloat16" if like.dtype == jnp.uint16 else "float32")
 
 
-def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, row_invariant: bool, sinks):
+def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Batch, kernels: Kernels, sinks):
     """The CPU's way: one run after another, each over the key blocks that it can see."""
     run, (heads, c), kv_heads, width = batch.run, q.shape[1:], k.shape[1], _value_width(state, spec)
     alone = q.shape[0] == run and not batch.grouped  # a single run that is there needs no loop around it
 
-    if run == 1 and state.v is not None and (lanes := single_lanes(kv_heads, heads // kv_heads, c, width)):
+    if kernels.in_place and run == 1 and state.v is not None and (lanes := single_lanes(kv_heads, heads // kv_heads, c, width)):
         plan = plan_of(layer, batch.run_segments, batch.run_positions, jnp.int32(1) if alone else batch.n_runs)
         keys, values = write_single(state.k, state.v, _held(k, state.k), _held(v, state.v), plan)
         q_BKGC = (q.astype(jnp.float32) * spec.softmax_scale).reshape(-1, kv_heads, heads // kv_heads, c)
@@ -137,7 +137,7 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
             return k_block, jax.lax.dynamic_slice(values, (layer, seg, 0, at, 0), (1, 1, kv_heads, KEY_BLOCK, width))[0, 0]
 
         q_run = jax.lax.dynamic_slice_in_dim(q, at, run).astype(jnp.float32)
-        o = attend_run(q_run, read, kv_heads, width, pos, batch.run_lengths[r], spec, row_invariant, sinks)
+        o = attend_run(q_run, read, kv_heads, width, pos, batch.run_lengths[r], spec, kernels.row_invariant, sinks)
         return keys, values, jax.lax.dynamic_update_slice(out, o, (at, 0, 0))
 
     carry = (state.k, state.v, jnp.zeros((q.shape[0], heads, width), jnp.float32))

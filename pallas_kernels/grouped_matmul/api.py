@@ -128,7 +128,7 @@ def grouped_swiglu(
 
     def of_cpu():
         _refuse_layout(layout != "d2f", layout, "d2f")
-        return cpu.grouped_swiglu(*args, starts, into, biases)
+        return cpu.grouped_swiglu(*args, starts, into, biases, kernels.in_place)
 
     def two_kernels(kernel, wanted: ExpertLayout, **options):
         _refuse_layout(layout != wanted, layout, wanted)
@@ -165,7 +165,7 @@ def swiglu_rows(
     _check_swiglu(x_D, w_in, w_out, layout)
     _check_biases(biases, ids_A.shape[0], w_in, layout)
     if kernels.backend == "cpu" and layout == "d2f":
-        return cpu.swiglu_rows(x_D, w_in, w_out, ids_A, glu, biases)
+        return cpu.swiglu_rows(x_D, w_in, w_out, ids_A, glu, biases, kernels.in_place)
     if kernels.backend in ("gpu", "tpu") and not kernels.pallas:
         return xla.swiglu_rows(x_D, w_in, w_out, ids_A, glu, layout, biases)
     rows = jnp.broadcast_to(x_D, (ids_A.shape[0], x_D.shape[1]))

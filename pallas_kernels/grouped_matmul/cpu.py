@@ -129,11 +129,12 @@ def swiglu_rows(
     ids_A: Int[Array, "A"],
     glu: Glu,
     biases: Biases | None = None,
+    in_place: bool = True,
 ) -> Float[Array, "A D"]:
     """One row through several matrices of the pool: decoding's case, with nothing to sort. Bits as in `grouped_swiglu`."""
     _, d, _, f = w_in_ZD2F.shape
     w_in = _matrices(w_in_ZD2F)
-    if found := _read_in_place(w_in, w_out_ZFD, ids_A.shape[0], ids_A.shape[0]):
+    if in_place and (found := _read_in_place(w_in, w_out_ZFD, ids_A.shape[0], ids_A.shape[0])):
         x_AD = jnp.broadcast_to(x_D, (ids_A.shape[0], d))
         return _swiglu_in_place(x_AD, w_in, w_out_ZFD, ids_A, jnp.ones_like(ids_A), glu, found, None, biases)
     (tile,), (parts_in, parts_out) = _one_row(((d, 2 * f), (f, d)))
@@ -226,12 +227,16 @@ def grouped_swiglu(
     starts: Int[Array, "G"] | None = None,
     into: Float[Array, "M D"] | None = None,
     biases: Biases | None = None,
+    in_place: bool = True,
 ) -> Float[Array, "M D"]:
-    """See `api.grouped_swiglu`. In bfloat16 the gate, up and hidden values are rounded where a separate op would have rounded them."""
+    """See `api.grouped_swiglu`. In bfloat16 the gate, up and hidden values are rounded where a separate op would have rounded them.
+
+    `in_place`: of `Kernels`.
+    """
     _, d, _, f = w_in_ZD2F.shape
     w_in = _matrices(w_in_ZD2F)
     rows = x_MD.shape[0] - (0 if into is None else ROW_SLACK)
-    if found := _read_in_place(w_in, w_out_ZFD, rows, group_ids.shape[0]):
+    if in_place and (found := _read_in_place(w_in, w_out_ZFD, rows, group_ids.shape[0])):
         y = _swiglu_in_place(x_MD[:rows], w_in, w_out_ZFD, group_ids, group_sizes, glu, found, starts, biases)
         if into is None:
             return y
