@@ -29,7 +29,11 @@ from pallas_kernels.grouped_matmul.glu import Glu
 from pallas_kernels.grouped_matmul.in_place import in_place_parts, times
 
 _LARGE_TILES = (64, 96, ROW_SLACK)
+"""Rows of tiles for groups that mostly need several."""
+
 _TILE_STEP, _KINDS = 16, 3
+"""By how many rows tiles for groups that mostly need one differ, and how many of them a program has: each is compiled."""
+
 _LARGE_WEIGHTS = 2**17
 """Elements of a matrix from which on XLA spreads a tile's dot over cores, so that larger tiles pay for the padding they bring."""
 

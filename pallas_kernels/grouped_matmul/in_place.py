@@ -1,4 +1,4 @@
-"""Few rows times matrices of a pool on the CPU, each matrix read where it lies and once.
+"""Few rows times matrices of a pool on the CPU, each matrix read where it lies, once for every eight rows.
 
 A matmul of XLA's would copy it first (`pallas_kernels.one_kernel`), which is three times the traffic of a product that is bound by its reads.
 """

@@ -54,6 +54,7 @@ def test_a_token_has_the_bits_of_attention_by_run(mask, dtype, monkeypatch):
 @pytest.mark.parametrize(("heads", "kv"), [(36, 1), (64, 2), (3, 3)])
 def test_many_heads_share_a_key_and_none_does(heads, kv, monkeypatch):
     spec = dataclasses.replace(SPEC, heads=heads, kv_heads=kv)
+    assert single_lanes(kv, heads // kv, C, C) is not None, "else both are by run"
     found = attended(spec, "float32", tokens([True] * ROWS))
     monkeypatch.setattr(contiguous, "single_lanes", lambda *sizes: None)
     for mine, theirs in zip(found, attended(spec, "float32", tokens([True] * ROWS)), strict=True):
@@ -91,5 +92,7 @@ def test_a_step_copies_no_cache():
 
         return jax.lax.fori_loop(0, 3, one, (q, state))
 
-    stats = jax.jit(steps, donate_argnums=0).lower(state, q, k, v).compile().memory_analysis()
+    step = jax.jit(steps, donate_argnums=0).lower(state, q, k, v).compile()
+    assert "xla_cpu_small_call" in step.as_text(), "by run there is nothing to copy either"
+    stats = step.memory_analysis()
     assert stats.temp_size_in_bytes < state.k.nbytes / 4

@@ -7,8 +7,12 @@ import pytest
 
 from jaxmoe.formats import load_numpy, store_numpy
 from pallas_kernels.dense.cpu import few_rows, few_rows_dot
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
+from pallas_kernels.grouped_matmul.glu import GLUS
 from pallas_kernels.grouped_matmul.in_place import in_place_parts, times
 from pallas_kernels.one_kernel import one_kernel
+from tests.quick import QuickKernels
 
 POOL, K, N = 5, 48, 40
 SIZES = {
@@ -86,6 +90,19 @@ def test_nothing_is_copied_and_it_is_one_kernel():
     text = step.as_text()
     entry = text[text.index("ENTRY") :]
     assert "xla_cpu_small_call" in entry and " while(" not in entry
+
+
+@pytest.mark.parametrize(("rows", "kernels", "in_place"), [(1, Kernels("cpu"), True), (9, Kernels("cpu"), True), (11, Kernels("cpu"), False),
+                                                          (9, QuickKernels("cpu"), False)])  # fmt: skip
+def test_experts_of_few_rows_are_read_in_place_and_of_many_are_not(rows, kernels, in_place):
+    """Of five groups; nor where programs are compiled otherwise than by default."""
+    w_in, w_out = jnp.zeros((POOL, K, 2, N)), jnp.zeros((POOL, N, K))
+    if rows == 1:
+        step = jax.jit(lambda x: swiglu_rows(x, w_in, w_out, jnp.arange(5), GLUS["silu"], kernels))
+    else:
+        step = jax.jit(lambda x: grouped_swiglu(x, w_in, w_out, jnp.arange(5), jnp.full(5, rows // 5), GLUS["silu"], kernels))
+    text = step.lower(jnp.zeros((rows, K))).as_text()
+    assert (text.count("@_sums") > 0) == in_place
 
 
 def test_one_kernel_is_a_call_like_any_other():
