@@ -19,10 +19,10 @@ from jaxmoe import formats
 from jaxmoe.cache.batch import Batch
 from jaxmoe.cache.masks import first_seen, seen, softmax_with
 from jaxmoe.cache.order import as_it_lies
-from jaxmoe.cache.single import KEY_BLOCK, LANES, NONE_YET, attend_single, plan_of, write_single
+from jaxmoe.cache.single import KEY_BLOCK, NONE_YET, attend_single, plan_of, write_single
 from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dense.api import MIN_ROWS
-from pallas_kernels.dense.cpu import ROW_TILES, same_order
+from pallas_kernels.dense.cpu import ROW_TILES, row_sum, same_order
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.one_kernel import part, put
 
@@ -109,12 +109,12 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
     run, (heads, c), kv_heads, width = batch.run, q.shape[1:], k.shape[1], _value_width(state, spec)
     alone = q.shape[0] == run and not batch.grouped  # a single run that is there needs no loop around it
 
-    if kernels.in_place and run == 1 and state.v is not None and (lanes := single_lanes(kv_heads, heads // kv_heads, c, width)):
+    if kernels.in_place and run == 1 and state.v is not None and single_as_run(kv_heads, heads // kv_heads, c, width):
         plan = plan_of(layer, batch.run_segments, batch.run_positions, jnp.int32(1) if alone else batch.n_runs)
         keys, values = write_single(state.k, state.v, _held(k, state.k), _held(v, state.v), plan)
         q_BKGC = (q.astype(jnp.float32) * spec.softmax_scale).reshape(-1, kv_heads, heads // kv_heads, c)
         by_head = None if sinks is None else sinks.reshape(kv_heads, -1)
-        out = attend_single(q_BKGC, keys, values, plan, spec, lanes, by_head)
+        out = attend_single(q_BKGC, keys, values, plan, spec, by_head)
         return out.reshape(-1, heads, width).astype(q.dtype), KVState(keys, values)
 
     def one_run(r, carry):
@@ -149,13 +149,13 @@ def _attend_runs(state: KVState, spec: AttentionSpec, layer, q, k, v, batch: Bat
 
 
 @functools.cache
-def single_lanes(kv_heads: int, group: int, channels: int, width: int) -> int | None:
-    """In how many sums `attend_single` adds up weights for a token to have the bits that `attend_run` gives it; None if no number of them does.
+def single_as_run(kv_heads: int, group: int, channels: int, width: int) -> bool:
+    """Whether `attend_single` gives a token the bits that `attend_run` does.
 
     Runs both once on random values: which kernels XLA's dots are depends on sizes alone.
     """
     if channels > _CHANNELS or width <= _NARROW:
-        return None
+        return False
     rng = np.random.default_rng(0)
     spec = AttentionSpec(kv_heads * group, kv_heads, channels)
     q, k, v = (
@@ -172,17 +172,14 @@ def single_lanes(kv_heads: int, group: int, channels: int, width: int) -> int | 
 
         return attend_run(q, read, kv_heads, width, at, 1, spec, True, None)
 
-    def by_token(lanes, q, k, v, at):
+    def by_token(q, k, v, at):
         q = (q * spec.softmax_scale).reshape(1, kv_heads, group, channels)
-        return attend_single(q, k, v, plan_of(jnp.int32(0), jnp.zeros(1, jnp.int32), at[None], jnp.int32(1)), spec, lanes).reshape(1, -1, width)
+        return attend_single(q, k, v, plan_of(jnp.int32(0), jnp.zeros(1, jnp.int32), at[None], jnp.int32(1)), spec).reshape(1, -1, width)
 
     with jax.ensure_compile_time_eval():
-        for lanes in LANES:
-            both = jax.jit(lambda *args, lanes=lanes: (by_run(*args), by_token(lanes, *args)))(q, k, v, at)
-            expected, found = (np.asarray(o).view(np.uint32) for o in both)
-            if (found == expected).all():
-                return lanes
-    return None
+        both = jax.jit(lambda *args: (by_run(*args), by_token(*args)))(q, k, v, at)
+    expected, found = (np.asarray(o).view(np.uint32) for o in both)
+    return bool((found == expected).all())
 
 
 def attend_run(
@@ -249,7 +246,6 @@ _CHANNELS = 256
 def _blocks(rows, at_row, read: BlockReader, width: int, end, first, spec: AttentionSpec, row_invariant, sinks):
     """Attention of query rows [K, m, C] at positions `at_row` [m] over the blocks of one sequence; float32 [K, m, V]."""
     kv_heads, m, _ = rows.shape
-    ones = jnp.ones((KEY_BLOCK, 8), jnp.float32)
 
     def step(j, carry):
         top, total, o = carry
@@ -264,7 +260,7 @@ def _blocks(rows, at_row, read: BlockReader, width: int, end, first, spec: Atten
         v_block = formats.load(v_block, jnp.float32)
         v = weighted(p, v_block) if row_invariant else jnp.einsum("kms,ksc->kmc", p, v_block)
         o = formats.rounded(o * keep[..., None]) + v
-        return new_top, formats.rounded(total * keep) + jnp.einsum("kms,sn->kmn", p, ones)[..., 0], o
+        return new_top, formats.rounded(total * keep) + row_sum(p.reshape(-1, KEY_BLOCK)).reshape(p.shape[:2]), o
 
     start = first_seen(spec, first) // KEY_BLOCK
     none = (jnp.full((kv_heads, m), NONE_YET), jnp.zeros((kv_heads, m))) if sinks is None else (sinks, jnp.ones((kv_heads, m)))

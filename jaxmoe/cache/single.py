@@ -26,13 +26,6 @@ NONE_YET = -1e30
 _TERMS = (8, 4, 2, 1)
 """Channels, or keys, that are added in one step, as many as divide what there is."""
 
-_MAXIMA = 8
-"""In how many numbers the largest score of a block is found; any would do."""
-
-LANES = (4, 1)
-"""In how many sums a block's weights may be added up: key i to sum i modulo this number, and of those sums neighbours, until one is left."""
-
-
 def plan_of(layer: Int[Array, ""], rows: Int[Array, "B"], positions: Int[Array, "B"], count: Int[Array, ""]) -> Int[Array, "B P"]:
     """Where tokens are: the layer, the cache row and the position of each, and how many of them there are.
 
@@ -63,7 +56,6 @@ def attend_single(
     values: Num[Array, "L B K S V"],
     plan_BP: Int[Array, "B P"],
     spec: AttentionSpec,
-    lanes: int,
     sinks: Float[Array, "K G"] | None = None,
 ) -> Float[Array, "B K G V"]:
     """Attends from one token of each sequence, whose own key and value are in the cache.
@@ -73,18 +65,17 @@ def attend_single(
         keys, values: the cache, float32 or bfloat16 held as uint16.
         plan_BP: of `plan_of`.
         spec: masks.
-        lanes: of `LANES`, as the dots of few rows add up weights.
         sinks: float32, a logit per head that takes part in the softmax and adds nothing.
 
     Returns:
         float32 outputs, zeros for tokens that there aren't.
     """
     top = jnp.full(q_BKGC.shape[1:3], NONE_YET) if sinks is None else sinks
-    return _attend(q_BKGC, keys, values, plan_BP, top, spec=spec, lanes=lanes)
+    return _attend(q_BKGC, keys, values, plan_BP, top, spec=spec)
 
 
-@one_kernel(static=("spec", "lanes"))
-def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec, lanes: int) -> Float[Array, "B K G V"]:
+@one_kernel(static=("spec",))
+def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec) -> Float[Array, "B K G V"]:
     """See `attend_single`; `top`: the largest score to begin with, `NONE_YET` or a sink's."""
     (tokens, heads, group, channels), width = q_BKGC.shape, values.shape[-1]
 
@@ -104,7 +95,7 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec, lanes
 
                 s = _sum_of_products(channels, keys_of, jnp.zeros((group, KEY_BLOCK)))
                 s = jnp.where(seen(spec, pos, first + jnp.arange(KEY_BLOCK)), s, -jnp.inf)
-                new_top = jnp.maximum(top, _over_keys(jnp.maximum, s, -jnp.inf, _MAXIMA))
+                new_top = jnp.maximum(top, _joined(jnp.maximum, s))
                 p, keep = jnp.exp(s - new_top), jnp.exp(top - new_top)
 
                 def values_of(i, n):
@@ -112,7 +103,7 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec, lanes
                     return part(p, (0, i), (group, n)), formats.load(part(values, here, (1, 1, 1, n, width))[0, 0, 0], jnp.float32)
 
                 weighted = _sum_of_products(KEY_BLOCK, values_of, jnp.zeros((group, width)))
-                return new_top, formats.rounded(total * keep) + _over_keys(jnp.add, p, 0.0, lanes), formats.rounded(o * keep) + weighted
+                return new_top, formats.rounded(total * keep) + _joined(jnp.add, p), formats.rounded(o * keep) + weighted
 
             top = part(top_KG, (h, 0), (1, group)).T
             total = jnp.where(top == NONE_YET, 0.0, 1.0)
@@ -125,13 +116,11 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec, lanes
     return jax.lax.fori_loop(0, plan_BP[0, 3], token, jnp.zeros((tokens, heads, group, width)))
 
 
-def _over_keys(join: Callable, x: Float[Array, "G S"], first: float, lanes: int) -> Float[Array, "G 1"]:
-    """A block's numbers joined to one, in `lanes` numbers until the end. Not by a reduction, which a kernel can't have where it is large."""
-    of_lanes = jnp.full((x.shape[0], lanes), first)
-    of_lanes = jax.lax.fori_loop(0, x.shape[1] // lanes, lambda i, t: join(t, part(x, (0, i * lanes), t.shape)), of_lanes)
-    while of_lanes.shape[1] > 1:
-        of_lanes = join(of_lanes[:, 0::2], of_lanes[:, 1::2])
-    return of_lanes
+def _joined(join: Callable, x: Float[Array, "G S"]) -> Float[Array, "G 1"]:
+    """A block's numbers joined to one, half with half, as `row_sum` adds them. Not by a reduction, which a kernel can't have where it is large."""
+    while x.shape[1] > 1:
+        x = join(*jnp.split(x, 2, axis=1))
+    return x
 
 
 def _sum_of_products(count: int, terms, sums: Float[Array, "G N"]) -> Float[Array, "G N"]:

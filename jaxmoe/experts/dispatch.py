@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe import formats
 from pallas_kernels.grouped_matmul.biases import Biases
+from pallas_kernels.one_kernel import one_kernel, part, put
 
 
 class Dispatch(NamedTuple):
@@ -23,11 +25,47 @@ class Dispatch(NamedTuple):
 def dispatch(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int) -> Dispatch:
     """Sorts assignments by expert, stably; those of padding tokens come last and belong to no expert."""
     active = ids_TA.shape[1]
-    key = jnp.where(valid_T[:, None], ids_TA, experts).reshape(-1)
-    order = jnp.argsort(key, stable=True)
-    row = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0]), unique_indices=True)
-    sizes = (key[:, None] == jnp.arange(experts)[None, :]).sum(0, dtype=jnp.int32)
+    key = jnp.where(valid_T[:, None], ids_TA, experts).reshape(-1).astype(jnp.int32)
+    order, row, sizes = jax.lax.platform_dependent(
+        key, cpu=functools.partial(_counted, experts=experts), default=functools.partial(_sorted, experts=experts)
+    )
     return Dispatch(order // active, row.reshape(ids_TA.shape), sizes)
+
+
+def _sorted(key_N: Int[Array, "N"], *, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Which assignment each sorted row has, the row of each assignment, and how many rows each expert has."""
+    order = jnp.argsort(key_N, stable=True).astype(jnp.int32)
+    row = jnp.zeros_like(order).at[order].set(jnp.arange(order.shape[0], dtype=jnp.int32), unique_indices=True)
+    return order, row, (key_N[:, None] == jnp.arange(experts)[None, :]).sum(0, dtype=jnp.int32)
+
+
+@one_kernel(static=("experts",))
+def _counted(key_N: Int[Array, "N"], *, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same by counting, without a sort."""
+    n = key_N.shape[0]
+
+    def at(x, i):
+        return part(x, (i,), (1,))
+
+    def count(i, sizes):
+        e = at(key_N, i)[0]
+        return put(sizes, at(sizes, e) + 1, (e,))
+
+    sizes = jax.lax.fori_loop(0, n, count, jnp.zeros(experts + 1, jnp.int32))
+
+    def begin(e, starts):
+        return put(starts, at(starts, e) + at(sizes, e), (e + 1,))
+
+    starts = jax.lax.fori_loop(0, experts, begin, jnp.zeros(experts + 1, jnp.int32))
+
+    def place(i, carry):
+        order, row, starts = carry
+        e = at(key_N, i)[0]
+        to = at(starts, e)
+        return put(order, i[None].astype(jnp.int32), (to[0],)), put(row, to, (i,)), put(starts, to + 1, (e,))
+
+    order, row, _ = jax.lax.fori_loop(0, n, place, (jnp.zeros(n, jnp.int32), jnp.zeros(n, jnp.int32), starts))
+    return order, row, sizes[:experts]
 
 
 def weighted_sum(y: Float[Array, "T A D"], weights_TA: Float[Array, "T A"], valid_T: Bool[Array, "T"]) -> Float[Array, "T D"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.spec import GroupLimit, RouterSpec
-from pallas_kernels.dense.api import dense, row_sum, softmax
+from pallas_kernels.dense.api import dense, row_sum_of_squares, softmax
 from pallas_kernels.dispatch import Kernels
 
 
@@ -22,7 +22,7 @@ def normalized(scale: Num[Array, "D"], x_TD: Float[Array, "T D"], eps: float, ke
     """
     rows = x_TD.astype(jnp.float32)
     width = rows.shape[1]
-    rows = rows * jax.lax.rsqrt(row_sum(rows * rows, kernels) / width + eps)
+    rows = rows * jax.lax.rsqrt(row_sum_of_squares(rows, kernels) / width + eps)
     scaled = rows.astype(x_TD.dtype) * formats.load(scale, x_TD.dtype)
     return (scaled.astype(jnp.float32) * jnp.float32(width**-0.5)).astype(x_TD.dtype)
 

@@ -74,6 +74,13 @@ def row_sum(x_TK: Float[Array, "T K"], kernels: Kernels) -> Float[Array, "T 1"]:
     return x_TK.sum(-1, keepdims=True)
 
 
+def row_sum_of_squares(x_TK: Float[Array, "T K"], kernels: Kernels) -> Float[Array, "T 1"]:
+    """Sum of each float32 row's squares, as `row_sum` adds."""
+    if kernels.backend == "cpu" and kernels.row_invariant:
+        return cpu.row_sum_of_squares(x_TK)
+    return row_sum(x_TK * x_TK, kernels)
+
+
 def softmax(x_TN: Float[Array, "T N"], kernels: Kernels) -> Float[Array, "T N"]:
     """Softmax of each float32 row, summed by `row_sum`."""
     # Bounding the maximum changes nothing but what XLA's CPU backend can do: it hands a bare maximum of more than 4,096 values, with the exponential

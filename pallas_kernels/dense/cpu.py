@@ -10,6 +10,7 @@ else a loop over tiles of 32 rows. A test holds every dot shape of several model
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from jaxmoe import formats
+from pallas_kernels.one_kernel import one_kernel, part, put
 
 ROW_TILES = (4, 8, 16, 32)
 """Row counts whose results agree bit for bit, in as many parts as `few_rows` says."""
@@ -64,8 +66,35 @@ _ONES = 8
 
 
 def row_sum(x_TK: Float[Array, "T K"]) -> Float[Array, "T 1"]:
-    """Sum of each row as a dot with ones: XLA's own reductions add in an order that depends on the size of the whole array."""
-    return dense(x_TK, jnp.ones((x_TK.shape[1], _ONES), jnp.float32))[:, :1]
+    """Sum of each row, in an order that depends on K alone: XLA's own reductions add in one that depends on the size of the whole array."""
+    return _row_sums(x_TK, squared=False)
+
+
+def row_sum_of_squares(x_TK: Float[Array, "T K"]) -> Float[Array, "T 1"]:
+    """Sum of each row's squares, likewise."""
+    return _row_sums(x_TK, squared=True)
+
+
+_LANES = 64
+"""In how many sums at most a row is added up: number k to sum k modulo this one or the largest power of two that divides K. Then halves are added."""
+
+
+@one_kernel(static=("squared",))
+def _row_sums(x_TK: Float[Array, "T K"], *, squared: bool) -> Float[Array, "T 1"]:
+    rows, k = x_TK.shape
+    lanes = math.gcd(k, _LANES)
+
+    def row(t, sums_T):
+        def step(i, sums):
+            x = part(x_TK, (t, i * lanes), (1, lanes))
+            return sums + (x * x if squared else x)
+
+        sums = jax.lax.fori_loop(0, k // lanes, step, jnp.zeros((1, lanes), jnp.float32))
+        while sums.shape[1] > 1:
+            sums = sum(jnp.split(sums, 2, axis=1))
+        return put(sums_T, sums, (t, 0))
+
+    return jax.lax.fori_loop(0, rows, row, jnp.zeros((rows, 1), jnp.float32))
 
 
 def _dot(x: jax.Array, w: jax.Array, transposed: bool) -> jax.Array:

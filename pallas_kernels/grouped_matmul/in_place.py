@@ -81,21 +81,15 @@ def times(
     Returns:
         The products; rows of no group hold zeros, or values of no meaning.
     """
-    at = jnp.cumsum(sizes_G) - sizes_G if starts_G is None else starts_G
-    left, plan = sizes_G, [ids_G]
-    for rows, over in _TILES.items():
-        count = (left + over) // rows
-        plan += [at, count]
-        at, left = at + count * rows, jnp.maximum(left - count * rows, 0)
     # One array, so that each of them is used whatever the sizes (see `one_kernel`).
-    plan_GC = jnp.stack([a.astype(jnp.int32) for a in plan], axis=1)
+    plan_GC = jnp.stack([a.astype(jnp.int32) for a in (ids_G, sizes_G, *(() if starts_G is None else (starts_G,)))], axis=1)
     x = jnp.pad(x_MK.astype(jnp.float32), ((0, max(_TILES) - 1), (0, 0)))
     return functools.reduce(jnp.add, _sums(x, pool_ZKN, plan_GC, parts=parts)[:, : x_MK.shape[0]])
 
 
 @one_kernel(static=("parts",))
 def _sums(x_MK, pool_ZKN, plan_GC, *, parts: int) -> Float[Array, "P M N"]:
-    """The products of each part of K. `plan`: each group's matrix, and first row and number of its tiles of each size."""
+    """The products of each part of K. `plan`: each group's matrix and number of rows, and its first row where that isn't after the group before."""
     (_, k, n), rows, terms = pool_ZKN.shape, x_MK.shape[0], _terms(x_MK.shape[1], parts)
     assert terms, f"{parts} parts of {k}, which `in_place_parts` did not choose"
     x_KM = x_MK.T
@@ -118,10 +112,14 @@ def _sums(x_MK, pool_ZKN, plan_GC, *, parts: int) -> Float[Array, "P M N"]:
 
         return jax.lax.fori_loop(0, parts, of_part, y)
 
-    def group(g, y):
-        z, *tiles = part(plan_GC, (g, 0), (1, plan_GC.shape[1]))[0]
-        for rows, at, count in zip(_TILES, tiles[::2], tiles[1::2], strict=True):
+    def group(g, carry):
+        after, y = carry
+        z, left, *starts = part(plan_GC, (g, 0), (1, plan_GC.shape[1]))[0]
+        at, after = starts[0] if starts else after, after + left
+        for rows, over in _TILES.items():
+            count = (left + over) // rows
             y = jax.lax.fori_loop(0, count, lambda i, y, rows=rows, at=at: tile(rows, z, at + i * rows, y), y)
-        return y
+            at, left = at + count * rows, jnp.maximum(left - count * rows, 0)
+        return after, y
 
-    return jax.lax.fori_loop(0, plan_GC.shape[0], group, jnp.zeros((parts, rows, n), jnp.float32))
+    return jax.lax.fori_loop(0, plan_GC.shape[0], group, (jnp.int32(0), jnp.zeros((parts, rows, n), jnp.float32)))[1]

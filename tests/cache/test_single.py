@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.cache import contiguous
 from jaxmoe.cache.batch import Batch
-from jaxmoe.cache.contiguous import init_kv, single_lanes
+from jaxmoe.cache.contiguous import init_kv, single_as_run
 from jaxmoe.engine.steps import decode_batch
 from jaxmoe.spec import AttentionSpec
 from pallas_kernels.dispatch import Kernels
@@ -43,10 +43,10 @@ def tokens(live: list[bool]) -> Batch:
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_token_has_the_bits_of_attention_by_run(mask, dtype, monkeypatch):
     spec = dataclasses.replace(SPEC, **MASKS[mask])
-    assert single_lanes(KV, HEADS // KV, C, C) is not None
+    assert single_as_run(KV, HEADS // KV, C, C)
     batch = tokens([True] * ROWS)
     found = attended(spec, dtype, batch)
-    monkeypatch.setattr(contiguous, "single_lanes", lambda *sizes: None)
+    monkeypatch.setattr(contiguous, "single_as_run", lambda *sizes: False)
     for mine, theirs in zip(found, attended(spec, dtype, batch), strict=True):
         assert (mine == theirs).all()
 
@@ -54,9 +54,9 @@ def test_a_token_has_the_bits_of_attention_by_run(mask, dtype, monkeypatch):
 @pytest.mark.parametrize(("heads", "kv"), [(36, 1), (64, 2), (3, 3)])
 def test_many_heads_share_a_key_and_none_does(heads, kv, monkeypatch):
     spec = dataclasses.replace(SPEC, heads=heads, kv_heads=kv)
-    assert single_lanes(kv, heads // kv, C, C) is not None, "else both are by run"
+    assert single_as_run(kv, heads // kv, C, C), "else both are by run"
     found = attended(spec, "float32", tokens([True] * ROWS))
-    monkeypatch.setattr(contiguous, "single_lanes", lambda *sizes: None)
+    monkeypatch.setattr(contiguous, "single_as_run", lambda *sizes: False)
     for mine, theirs in zip(found, attended(spec, "float32", tokens([True] * ROWS)), strict=True):
         assert (mine == theirs).all()
 
@@ -74,8 +74,8 @@ def test_tokens_past_the_last_live_one_write_nothing():
 
 @pytest.mark.parametrize("width", [8, 16])
 def test_narrow_heads_go_by_run(width):
-    assert single_lanes(KV, 2, width, width) is None
-    assert single_lanes(KV, 2, 512, 512) is None
+    assert not single_as_run(KV, 2, width, width)
+    assert not single_as_run(KV, 2, 512, 512)
 
 
 def test_a_step_copies_no_cache():
