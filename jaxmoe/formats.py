@@ -277,3 +277,11 @@ def rounded(x: jax.Array) -> jax.Array:
     not, it can't. A barrier would say it better, but jax 0.10.2 drops barriers there before it fuses.
     """
     return jnp.where(x == x, x, jnp.nan) if x.dtype == jnp.float32 else x
+
+
+def inverse_root(x: jax.Array) -> jax.Array:
+    """One over the square root, each rounded by itself.
+
+    `jax.lax.rsqrt` has other bits on XLA's CPU backend in registers of 512 bits than for the numbers that don't fill one.
+    """
+    return 1 / rounded(jnp.sqrt(x))

@@ -18,7 +18,7 @@ ROW_SLACK = 128
 Backend = Literal["reference", "cpu", "gpu", "tpu"]
 
 
-_CPU_OPTIONS = {"xla_cpu_prefer_vector_width": 512, "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+_CPU_OPTIONS: dict[str, bool | int | str] = {"xla_cpu_prefer_vector_width": 512, "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Kernels:
         return True
 
     def compiler_options(self) -> dict[str, bool | int | str]:
-        """XLA options that a step with these kernels has to be compiled with, for its results to be those that the code writes down, and soon.
+        """XLA options that a step with these kernels has to be compiled with, for its results to be those that the code writes down.
 
-        Without the first XLA leaves out roundings to bfloat16 where a float32 value is at hand, in one program and not in the next. The others change
-        no bit: by default XLA's CPU backend uses half of a vector register of 512 bits, and orders a program for threads that wake one another, of
-        which a decoding step has more than work.
+        Without the first XLA leaves out roundings to bfloat16 where a float32 value is at hand, in one program and not in the next. The CPU's others
+        are for speed: XLA otherwise uses half of a register of 512 bits, and orders a program for many threads that wake one another, for which
+        a decoding step's operations are too small.
         """
         exact: dict[str, bool | int | str] = {"xla_allow_excess_precision": False}
         return exact | _CPU_OPTIONS if self.backend == "cpu" else exact

@@ -168,7 +168,7 @@ def _heads(spec: DeltaSpec, x: Float[Array, "... N"]) -> tuple[jax.Array, jax.Ar
     keys = spec.k_heads * spec.k_dim
     q, k, v = jnp.split(x, (keys, 2 * keys), axis=-1)
     q, k = (t.reshape(*t.shape[:-1], spec.k_heads, spec.k_dim) for t in (q, k))
-    q, k = (t * jax.lax.rsqrt((t * t).sum(-1, keepdims=True) + _EPS) for t in (q, k))
+    q, k = (t * formats.inverse_root((t * t).sum(-1, keepdims=True) + _EPS) for t in (q, k))
     return q * spec.k_dim**-0.5, k, v.reshape(*v.shape[:-1], spec.v_heads, spec.v_dim)
 
 

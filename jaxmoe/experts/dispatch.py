@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ class Dispatch(NamedTuple):
 def dispatch(ids_TA: Int[Array, "T A"], valid_T: Bool[Array, "T"], experts: int) -> Dispatch:
     """Sorts assignments by expert, stably; those of padding tokens come last and belong to no expert."""
     active = ids_TA.shape[1]
-    key = jnp.where(valid_T[:, None], ids_TA, experts).reshape(-1).astype(jnp.int32)
+    key = jnp.where(valid_T[:, None] & (ids_TA >= 0) & (ids_TA < experts), ids_TA, experts).reshape(-1).astype(jnp.int32)
     order, row, sizes = jax.lax.platform_dependent(
         key, cpu=functools.partial(_counted, experts=experts), default=functools.partial(_sorted, experts=experts)
     )
@@ -79,7 +79,16 @@ def weighted_sum(y: Float[Array, "T A D"], weights_TA: Float[Array, "T A"], vali
 
 def rows_of(x_TD: jax.Array, plan: Dispatch) -> jax.Array:
     """The activations of every assignment, sorted by expert."""
-    return x_TD[plan.token_M]
+    return x_TD.at[plan.token_M].get(**_THERE)
+
+
+def outputs_of(y_MD: jax.Array, plan: Dispatch) -> jax.Array:
+    """What each token's experts gave [T, A, D], of sorted rows."""
+    return y_MD.at[plan.row_TA].get(**_THERE)
+
+
+_THERE: dict[str, Any] = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+"""That the indices are there: else XLA looks whether they are wherever a number is used."""
 
 
 def of_experts(biases: Biases | None, experts: Int[Array, "G"]) -> Biases | None:

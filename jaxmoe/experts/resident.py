@@ -6,7 +6,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from jaxmoe.experts.dispatch import dispatch, of_experts, rows_of, weighted_sum
+from jaxmoe.experts.dispatch import dispatch, of_experts, outputs_of, rows_of, weighted_sum
 from jaxmoe.experts.still import NothingMoves
 from jaxmoe.formats import ExpertLayout, expert_axis_names
 from pallas_kernels.dispatch import Kernels
@@ -68,7 +68,7 @@ class ResidentBank(NothingMoves):
         plan = dispatch(ids_TA, valid_T, experts)
         ids = first + jnp.arange(experts)
         y = grouped_swiglu(rows_of(x_TD, plan), w_in, w_out, ids, plan.sizes_E, glu, kernels, layout=self.layout, biases=biases)
-        return y[plan.row_TA]
+        return outputs_of(y, plan)
 
     def combined(
         self, y: Float[Array, "T A D"], x_TD: Float[Array, "T D"], weights_TA: Float[Array, "T A"], valid_T: Bool[Array, "T"]

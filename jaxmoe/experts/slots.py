@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxmoe import formats
 from jaxmoe.experts import lossy as ladder
-from jaxmoe.experts.dispatch import dispatch, of_experts, rows_of, weighted_sum
+from jaxmoe.experts.dispatch import dispatch, of_experts, outputs_of, rows_of, weighted_sum
 from jaxmoe.experts.ranked import in_order, rank, row_counts
 from jaxmoe.residency import Choice, Knowledge, Shape, choose, choose_shared, find_policy
 from jaxmoe.residency.distance import HIGH
@@ -266,7 +266,7 @@ class SlotBank:
             plan = dispatch(ids_TA, valid_T, self.experts)
             slots = jnp.maximum(place.slot, 0)
             y = grouped_swiglu(rows_of(x_TD, plan), pools[0], pools[1], slots, plan.sizes_E, glu, kernels, layout=self.layout, biases=biases)
-            return y[plan.row_TA], pools, loads
+            return outputs_of(y, plan), pools, loads
 
     def _run_in_waves(self, moe_layer, pools, choice: Choice, place: Placement, x_TD, ids_TA, valid_T, kernels, biases: Biases | None):
         """Fills and computes wave by wave; rows lie in the order of the waves."""

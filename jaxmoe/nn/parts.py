@@ -38,7 +38,7 @@ def rms(
     """float32 rows of `width` numbers (the last axis, if not given) divided by their root mean square; `over`: mesh axes that share the rows."""
     rows = x.astype(jnp.float32).reshape(-1, width or x.shape[-1])
     count = rows.shape[1] * jax.lax.axis_size(over) if over else rows.shape[1]
-    return rows * jax.lax.rsqrt(joined(row_sum_of_squares(rows, kernels), over) / count + eps)
+    return rows * formats.inverse_root(joined(row_sum_of_squares(rows, kernels), over) / count + eps)
 
 
 class RMSNorm(nn.Module):
@@ -81,7 +81,7 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", held(nn.initializers.zeros, self.precision), (self.width,))
         rows = x.astype(jnp.float32)
         rows = rows - row_sum(rows, self.kernels) / self.width
-        rows = rows * jax.lax.rsqrt(row_sum_of_squares(rows, self.kernels) / self.width + self.eps)
+        rows = rows * formats.inverse_root(row_sum_of_squares(rows, self.kernels) / self.width + self.eps)
         return (rows * formats.load(scale, jnp.float32) + formats.load(bias, jnp.float32)).astype(x.dtype)
 
 

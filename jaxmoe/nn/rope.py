@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe import formats
 from jaxmoe.spec import RopeScaling, RopeSpec, SpecError
+from pallas_kernels.one_kernel import one_kernel
 
 
 def rope_tables(spec: RopeSpec, positions: Int[Array, "T"], dtype) -> tuple[jax.Array, jax.Array]:
@@ -26,12 +28,18 @@ def rope_tables(spec: RopeSpec, positions: Int[Array, "T"], dtype) -> tuple[jax.
     Raises:
         SpecError: the scaling can't be computed as described.
     """
-    angles = positions.astype(jnp.float32)[:, None] * inverse_frequencies(spec)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = _turns(positions, jnp.asarray(inverse_frequencies(spec)))
     if (magnitude := magnitude_of(spec)) != 1.0:
         cos, sin = cos * magnitude, sin * magnitude
-    # The barrier keeps XLA from fusing cosines and sines into every layer's use of them, once per head.
+    # The barrier keeps XLA from fusing cosines and sines into every layer's use of them, once per head. On the CPU it doesn't, but a kernel does.
     return jax.lax.optimization_barrier((cos.astype(dtype), sin.astype(dtype)))
+
+
+@one_kernel()
+def _turns(positions_T: Int[Array, "T"], frequencies_C: Float[Array, "C"]) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of positions times frequencies, [T, C]."""
+    angles = positions_T.astype(jnp.float32)[:, None] * frequencies_C
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(spec: RopeSpec, tables: tuple[jax.Array, jax.Array], x: Float[Array, "T H C"]) -> jax.Array:
@@ -49,12 +57,18 @@ def apply_rope(spec: RopeSpec, tables: tuple[jax.Array, jax.Array], x: Float[Arr
     turned, rest = x[..., : spec.width], x[..., spec.width :]
     if spec.style == "half":
         a, b = jnp.split(turned, 2, axis=-1)
-        turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+        turned = jnp.concatenate(_turned(a, b, cos, sin), axis=-1)
     else:
         a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
+        turned = jnp.stack(_turned(a, b, cos, sin), axis=-1).reshape(turned.shape)
     turned = turned.astype(x.dtype)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+
+
+def _turned(a: jax.Array, b: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pairs of channels turned, with each product rounded: else XLA rounds one of two, and which depends on the program."""
+    rounded = formats.rounded
+    return rounded(a * cos) - rounded(b * sin), rounded(b * cos) + rounded(a * sin)
 
 
 def magnitude_of(spec: RopeSpec) -> float:

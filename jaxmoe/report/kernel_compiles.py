@@ -79,7 +79,7 @@ def compile_case(case: Case) -> Result:
     began = time.perf_counter()
     try:
         f, args, weights = _attention(case) if case.op == "attention" else _experts(case)
-        program = compile_for(case.target, f, *args, options=Kernels().compiler_options())
+        program = compile_for(case.target, f, *args, options=Kernels("tpu").compiler_options())  # those of any accelerator
     except Exception as error:  # the compilers raise whatever they like
         return Result(case, time.perf_counter() - began, failed=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     stats = program.memory_analysis()

@@ -22,7 +22,7 @@ from jaxmoe.cache.batch import make_batch
 from jaxmoe.cache.layers import init_layers
 from jaxmoe.engine import steps
 from jaxmoe.engine.model import Model, Offload, slot_bank
-from jaxmoe.experts.dispatch import dispatch, of_experts, rows_of, weighted_sum
+from jaxmoe.experts.dispatch import dispatch, of_experts, outputs_of, rows_of, weighted_sum
 from jaxmoe.experts.lossy import STORED, WIDTHS, Lossy, counted
 from jaxmoe.experts.planes import PlaneFormat, unpack_planes
 from jaxmoe.experts.resident import ResidentBank
@@ -73,7 +73,8 @@ class EvaluationBank(SlotBank):
             y = swiglu_rows(x_TD, w_in, w_out, entry[ids_TA[0]], glu, kernels, self.layout, own)[None]
         else:
             plan = dispatch(ids_TA, valid_T, self.experts)
-            y = grouped_swiglu(rows_of(x_TD, plan), w_in, w_out, entry, plan.sizes_E, glu, kernels, layout=self.layout, biases=biases)[plan.row_TA]
+            y = grouped_swiglu(rows_of(x_TD, plan), w_in, w_out, entry, plan.sizes_E, glu, kernels, layout=self.layout, biases=biases)
+            y = outputs_of(y, plan)
         y_TD = weighted_sum(y.astype(x_TD.dtype).astype(jnp.float32), weights_TA, valid_T).astype(x_TD.dtype)
         return y_TD, dataclasses.replace(self, state=state), {}
 

@@ -22,7 +22,7 @@ def normalized(scale: Num[Array, "D"], x_TD: Float[Array, "T D"], eps: float, ke
     """
     rows = x_TD.astype(jnp.float32)
     width = rows.shape[1]
-    rows = rows * jax.lax.rsqrt(row_sum_of_squares(rows, kernels) / width + eps)
+    rows = rows * formats.inverse_root(row_sum_of_squares(rows, kernels) / width + eps)
     scaled = rows.astype(x_TD.dtype) * formats.load(scale, x_TD.dtype)
     return (scaled.astype(jnp.float32) * jnp.float32(width**-0.5)).astype(x_TD.dtype)
 
@@ -101,13 +101,18 @@ def chosen_weights(
 ) -> Float[Array, "T A"]:
     """Stage 4: the chosen experts' weights. Of scores, those without the bias for selection."""
     if spec.weight_from == "softmax_selected_logits":
-        return softmax(jnp.take_along_axis(logits, ids, axis=1), kernels)
+        return softmax(_of(ids, logits), kernels)
     if spec.weight_from == "sigmoid_selected_logits":
-        return jax.nn.sigmoid(jnp.take_along_axis(logits, ids, axis=1))
+        return jax.nn.sigmoid(_of(ids, logits))
     if eligible is not None and spec.group_limit is not None and spec.group_limit.mask_value is not None:
         # A number that can be chosen, where fewer eligible scores than needed are above it, stands for the score itself (DeepSeek-V2).
         scores = jnp.where(eligible, scores, spec.group_limit.mask_value)
-    return jnp.take_along_axis(scores, ids, axis=1)
+    return _of(ids, scores)
+
+
+def _of(ids: Int[Array, "T A"], x: Float[Array, "T E"]) -> Float[Array, "T A"]:
+    """The chosen experts' numbers. That ids are there is said, for XLA to do nothing about others wherever one is used."""
+    return jnp.take_along_axis(x, ids, axis=1, mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def finished(spec: RouterSpec, params: dict, weights: Float[Array, "T A"], ids: Int[Array, "T A"]) -> Float[Array, "T A"]:

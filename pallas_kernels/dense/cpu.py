@@ -87,7 +87,7 @@ def _row_sums(x_TK: Float[Array, "T K"], *, squared: bool) -> Float[Array, "T 1"
     def row(t, sums_T):
         def step(i, sums):
             x = part(x_TK, (t, i * lanes), (1, lanes))
-            return sums + (x * x if squared else x)
+            return sums + (formats.rounded(x * x) if squared else x)
 
         sums = jax.lax.fori_loop(0, k // lanes, step, jnp.zeros((1, lanes), jnp.float32))
         while sums.shape[1] > 1:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe import formats
 from jaxmoe.cache.contiguous import KEY_BLOCK, scores, weighted
 from jaxmoe.formats import store_numpy
 from jaxmoe.spec import ModelSpec
-from pallas_kernels.dense.api import dense, row_sum, softmax
+from pallas_kernels.dense.api import dense, row_sum, row_sum_of_squares, softmax
 from pallas_kernels.dense.cpu import ROW_TILES
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.grouped_matmul.api import grouped_swiglu, swiglu_rows
@@ -191,10 +192,25 @@ def test_dense(shape, dtype):
     check_rows(lambda x: np.asarray(step(x, w)), activations(DISTINCT, k, dtype), k * n > LARGE)
 
 
+@pytest.mark.parametrize("f", [row_sum, row_sum_of_squares])
 @pytest.mark.parametrize("width", mostly(union(sum_widths), always(sum_widths)))
-def test_row_sum(width):
-    step = jax.jit(lambda x: row_sum(x, CPU))
-    check_rows(lambda x: np.asarray(step(x)), activations(DISTINCT, width, "float32"), False)
+def test_row_sum(width, f):
+    step = jax.jit(lambda x: f(x, CPU))
+    x = activations(DISTINCT, width, "float32")
+    check_rows(lambda x: np.asarray(step(x)), x, False)
+    exact = x.astype(np.float64) ** (2 if f is row_sum_of_squares else 1)
+    np.testing.assert_allclose(np.asarray(step(x))[:, 0], exact.sum(1), rtol=0, atol=1e-6 * np.abs(exact).sum(1).max())
+
+
+def test_inverse_roots_are_rounded_alike_in_whole_registers_and_beside_them():
+    """`jax.lax.rsqrt` isn't, with the options that steps are compiled with."""
+    x = np.random.default_rng(6).random(4096, dtype=np.float32) + 1e-3
+    step = jax.jit(formats.inverse_root, compiler_options=CPU.compiler_options())
+    whole = np.asarray(step(x))
+    assert np.abs(whole * np.sqrt(x.astype(np.float64)) - 1).max() < 2e-7
+    for length in (1, 3, 8, 15, 33):
+        parts = np.concatenate([np.asarray(step(x[i : i + length])) for i in range(0, 10 * length, length)])
+        np.testing.assert_array_equal(bits(parts), bits(whole[: len(parts)]), f"{length} numbers")
 
 
 @pytest.mark.parametrize("experts", sorted({layer.router.experts for spec in SPECS for layer in spec.layers if layer.router is not None}))
