@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.xla_metadata import set_xla_metadata
+from jaxtyping import Array, Num
 
 F = TypeVar("F", bound=Callable)
 
@@ -21,6 +23,14 @@ part = functools.partial(jax.lax.dynamic_slice, allow_negative_indices=False)
 
 put = functools.partial(jax.lax.dynamic_update_slice, allow_negative_indices=False)
 """An array with a piece written, likewise."""
+
+
+def joined(join: Callable[[jax.Array, jax.Array], jax.Array], x: Num[Array, "R N"]) -> Num[Array, "R one"]:
+    """Each row's numbers, a power of two of them, joined to one, half with half. A kernel can't have a reduction where it is large."""
+    while x.shape[1] > 1:
+        x = join(*jnp.split(x, 2, axis=1))
+    return x
+
 
 _MARKS = {"xla_cpu_small_call": "true", "inlineable": "false"}
 """What XLA looks for: the first says how to compile the call, the second keeps it a call."""

@@ -6,8 +6,6 @@ By XLA's own matmuls a token is a dozen small kernels for each block of keys of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -15,7 +13,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxmoe import formats
 from jaxmoe.cache.masks import first_seen, seen
 from jaxmoe.spec import AttentionSpec
-from pallas_kernels.one_kernel import one_kernel, part, put
+from pallas_kernels.one_kernel import joined, one_kernel, part, put
 
 KEY_BLOCK = 128
 """Keys in one step of attention on the CPU. Part of what fixes the bits of a result."""
@@ -95,7 +93,7 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec) -> Fl
 
                 s = _sum_of_products(channels, keys_of, jnp.zeros((group, KEY_BLOCK)))
                 s = jnp.where(seen(spec, pos, first + jnp.arange(KEY_BLOCK)), s, -jnp.inf)
-                new_top = jnp.maximum(top, _joined(jnp.maximum, s))
+                new_top = jnp.maximum(top, joined(jnp.maximum, s))
                 p, keep = jnp.exp(s - new_top), jnp.exp(top - new_top)
 
                 def values_of(i, n):
@@ -103,7 +101,7 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec) -> Fl
                     return part(p, (0, i), (group, n)), formats.load(part(values, here, (1, 1, 1, n, width))[0, 0, 0], jnp.float32)
 
                 weighted = _sum_of_products(KEY_BLOCK, values_of, jnp.zeros((group, width)))
-                return new_top, formats.rounded(total * keep) + _joined(jnp.add, p), formats.rounded(o * keep) + weighted
+                return new_top, formats.rounded(total * keep) + joined(jnp.add, p), formats.rounded(o * keep) + weighted
 
             top = part(top_KG, (h, 0), (1, group)).T
             total = jnp.where(top == NONE_YET, 0.0, 1.0)
@@ -114,13 +112,6 @@ def _attend(q_BKGC, keys, values, plan_BP, top_KG, *, spec: AttentionSpec) -> Fl
         return jax.lax.fori_loop(0, heads, head, out)
 
     return jax.lax.fori_loop(0, plan_BP[0, 3], token, jnp.zeros((tokens, heads, group, width)))
-
-
-def _joined(join: Callable, x: Float[Array, "G S"]) -> Float[Array, "G 1"]:
-    """A block's numbers joined to one, half with half, as `row_sum` adds them. Not by a reduction, which a kernel can't have where it is large."""
-    while x.shape[1] > 1:
-        x = join(*jnp.split(x, 2, axis=1))
-    return x
 
 
 def _sum_of_products(count: int, terms, sums: Float[Array, "G N"]) -> Float[Array, "G N"]:

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from jaxmoe import formats
-from pallas_kernels.one_kernel import one_kernel, part, put
+from pallas_kernels.one_kernel import joined, one_kernel, part, put
 
 ROW_TILES = (4, 8, 16, 32)
 """Row counts whose results agree bit for bit, in as many parts as `few_rows` says."""
@@ -90,9 +90,7 @@ def _row_sums(x_TK: Float[Array, "T K"], *, squared: bool) -> Float[Array, "T 1"
             return sums + (formats.rounded(x * x) if squared else x)
 
         sums = jax.lax.fori_loop(0, k // lanes, step, jnp.zeros((1, lanes), jnp.float32))
-        while sums.shape[1] > 1:
-            sums = sum(jnp.split(sums, 2, axis=1))
-        return put(sums_T, sums, (t, 0))
+        return put(sums_T, joined(jnp.add, sums), (t, 0))
 
     return jax.lax.fori_loop(0, rows, row, jnp.zeros((rows, 1), jnp.float32))
 
