@@ -209,3 +209,16 @@ def test_magnitudes_of_transformers_are_of_the_spec_s_reader(live):
     assert live("yarn", 1e4, 16, yarn)[1] == pytest.approx(0.1 * math.log(32) + 1)
     longrope = {"short_factor": SHORT, "long_factor": LONG, "factor": 32.0, "original_max_position_embeddings": 4096}
     assert live("longrope", 1e4, 16, longrope)[1] == pytest.approx(math.sqrt(1 + math.log(32) / math.log(4096)))
+
+
+def test_cosines_are_computed_once_whatever_uses_them():
+    """Otherwise every layer computes its own, for each head."""
+    spec = RopeSpec(width=16)
+
+    def turned(positions, q, k):
+        for _ in range(3):
+            q, k = (jnp.sin(apply_rope(spec, rope_tables(spec, positions, jnp.float32), x)) for x in (q, k))
+        return q, k
+
+    text = jax.jit(turned).lower(jnp.arange(8), jnp.ones((8, 4, 16)), jnp.ones((8, 2, 16))).compile().as_text()
+    assert text.count(" cosine(") == 1
